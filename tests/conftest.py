@@ -1,0 +1,73 @@
+"""Fixtures, and the rule for tests that need what a machine may lack."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    """Skip where the thing is missing; where CAPKIT_REQUIRE names it, let the test run and fail."""
+    required = set(os.environ.get("CAPKIT_REQUIRE", "").split(","))
+    for item in items:
+        if item.get_closest_marker("needs_cuda") and "cuda" not in required:
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("needs_browser") and "browser" not in required and not shutil.which("chromium"):
+            item.add_marker(pytest.mark.skip(reason="no Chromium"))
+
+
+class GoldenCase:
+    """Numbers of the original implementation: `frames`, `pixel_values`, `input_ids`, ..., as numpy arrays."""
+
+    def __init__(self, index, asked, numbers):
+        self.template, self.query = asked["template"], asked["query"]
+        self.history = tuple(map(tuple, asked.get("history", ())))
+        self.greedy_text = asked["greedy_text"]
+        for name, values in numbers.items():
+            if name.startswith(f"case{index}."):
+                setattr(self, name.split(".", 1)[1], values)
+        self.settings = {"template": self.template, "history": self.history}
+
+
+@pytest.fixture(scope="session")
+def golden_cases():
+    from safetensors.numpy import load_file
+
+    numbers = load_file(GOLDEN / "golden.safetensors")
+    return [GoldenCase(i, asked, numbers) for i, asked in enumerate(json.loads((GOLDEN / "golden.json").read_text()))]
+
+
+@pytest.fixture(scope="session")
+def captioner():
+    """The golden checkpoint: the original's layout and numbers, random weights."""
+    import capkit
+
+    return capkit.load_captioner(GOLDEN, device="cpu")
+
+
+@pytest.fixture
+def golden_copy(tmp_path):
+    """A copy of the golden checkpoint, to damage."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("golden.*", "sampling.json"))
+    return folder
+
+
+@pytest.fixture
+def random_clip():
+    """Makes clips of noise: random_clip(num_frames, seed)."""
+    import capkit
+
+    def make(num_frames=3, seed=0, height=40, width=60):
+        frames = np.random.default_rng(seed).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+        return capkit.Clip.from_frames(frames)
+
+    return make
