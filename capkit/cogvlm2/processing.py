@@ -1,0 +1,232 @@
+"""Frames and a prompt become the model's inputs: pixels, token ids, padding. Knows nothing of generation."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+
+from capkit.cogvlm2 import loading
+from capkit.frames import Clip
+
+# Of CogVideo's tools/caption, which wrote its training captions.
+DEFAULT_PROMPT = "Please describe this video in detail."
+
+# The original's `template_version`: what stands between question and answer, and whether frames are numbered.
+_ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
+TEMPLATES = ("chat", "vqa", "base")
+FRAME_NUMBERS = ("index", "seconds")
+
+# CLIP's, as in the original's preprocessing.
+_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def preprocess_frames(frames: np.ndarray | torch.Tensor, image_size: int) -> torch.Tensor:
+    """What the model sees of each frame: the short side resized to `image_size`, the centre square cut out, normalised.
+
+    As the original does it: bilinear without antialiasing, the long side rounded down. Frame by frame, so that only one
+    frame at its full size is ever held as floats.
+
+    Args:
+        frames: uint8 RGB (T, H, W, 3).
+        image_size: side of the square, in pixels.
+
+    Returns:
+        float32 (T, 3, image_size, image_size).
+    """
+    height, width = frames.shape[1:3]
+    if height < width:
+        resized = (image_size, math.floor(width / height * image_size))
+    else:
+        resized = (math.floor(height / width * image_size), image_size)
+    top, left = (round((side - image_size) / 2) for side in resized)
+    pixels = torch.empty(len(frames), 3, image_size, image_size)
+    for frame, out in zip(frames, pixels, strict=True):
+        full = torch.as_tensor(frame).permute(2, 0, 1)[None].float()
+        full = F.interpolate(full, size=resized, mode="bilinear", align_corners=False)[0]
+        out.copy_(full[:, top : top + image_size, left : left + image_size])
+    return pixels.div_(255).sub_(_MEAN).div_(_STD)
+
+
+def pixels_to_frames(pixel_values: torch.Tensor) -> np.ndarray:
+    """Back to a picture that people can look at: uint8 RGB (T, S, S, 3) from normalised (T, 3, S, S)."""
+    pixels = (pixel_values.cpu().float() * _STD + _MEAN) * 255
+    return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+class CogVLM2VideoProcessor(ProcessorMixin):
+    """Clips and prompts in, model inputs out; `decode` and `batch_decode` turn tokens back into text.
+
+    Args:
+        tokenizer: the checkpoint's own (Llama-3's, in the published ones).
+        image_size: side in pixels of the square that the vision tower takes.
+        tokens_per_frame: image positions that a frame takes, begin and end included.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_size: int = 224, tokens_per_frame: int = 66):
+        super().__init__(tokenizer)
+        self.image_size, self.tokens_per_frame = image_size, tokens_per_frame
+
+    @classmethod
+    def get_attributes(cls):
+        return ["tokenizer"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, revision: str | None = None):
+        """Load from the published layout: tokenizer files and `config.json`; no remote code.
+
+        Raises:
+            CheckpointError: no such folder or name, or the tokenizer's files are missing or damaged.
+        """
+        folder = loading.find(pretrained_model_name_or_path, revision, weights=False)
+        config = loading.read_config(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise loading.CheckpointError(folder, "has no tokenizer.json")
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise loading.CheckpointError(folder, f"the tokenizer's files are damaged: {error}") from error
+        tokenizer.clean_up_tokenization_spaces = False  # as transformers 5 decides itself, with a warning
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.video_token_id)
+        tokenizer.padding_side = "left"
+        return cls(tokenizer, config.vision_config.image_size, config.tokens_per_frame)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Write the tokenizer's files; the published layout has nothing else, sizes stand in `config.json`."""
+        return self.tokenizer.save_pretrained(save_directory)
+
+    def __repr__(self) -> str:
+        sizes = f"image_size={self.image_size}, tokens_per_frame={self.tokens_per_frame}"
+        return f"{type(self).__name__}({type(self.tokenizer).__name__}, {sizes})"
+
+    def __call__(
+        self,
+        videos: Clip | np.ndarray | torch.Tensor | Sequence,
+        text: str | Sequence[str] = DEFAULT_PROMPT,
+        template: str = "chat",
+        history: Sequence[tuple[str, str]] = (),
+        frame_numbers: str = "index",
+        return_mm_token_type_ids: bool = False,
+    ) -> BatchFeature:
+        """Model inputs for one clip or for several, padded on the left.
+
+        Args:
+            videos: one clip or a list: `Clip`, or uint8 RGB frames (T, H, W, 3). T may differ between clips.
+            text: one prompt for all, or one for each clip.
+            template: "chat" (`Question: ... Answer:`, frames numbered), "vqa" (`Question: ... Short answer:`) or "base"
+                (the prompt as it is). The original's caption tool uses "chat".
+            history: earlier (question, answer) turns, in front of the question; under "chat" and "vqa".
+            frame_numbers: the number a frame carries under "chat": its "index", as in the original, or its time since
+                the clip's start in whole "seconds". They are the same where there is one frame a second.
+            return_mm_token_type_ids: also say which positions are the frames'. The model does not need to be told.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 (B, N); `pixel_values_videos`, float32 (sum of T, 3, S, S); and
+            `mm_token_type_ids`, int64 (B, N), 1 at image positions, if asked for.
+
+        Raises:
+            ValueError: unknown template or frame numbers, an empty prompt, settings without effect, bad frames.
+        """
+        videos = [videos] if isinstance(videos, (Clip, np.ndarray, torch.Tensor)) else videos
+        clips = [video if isinstance(video, Clip) else Clip.from_frames(video) for video in videos]
+        if not clips:
+            raise ValueError("videos: there is no clip among them")
+        rows = [
+            self.prompt_ids(clip, prompt, template, history, frame_numbers)
+            for clip, prompt in zip(clips, one_prompt_each(text, len(clips)), strict=True)
+        ]
+        pixels = torch.cat([preprocess_frames(clip.frames, self.image_size) for clip in clips])
+        inputs = BatchFeature(self.pad(rows) | {"pixel_values_videos": pixels})
+        if return_mm_token_type_ids:
+            image = inputs["input_ids"] == self.tokenizer.pad_token_id
+            inputs["mm_token_type_ids"] = (image & (inputs["attention_mask"] == 1)).long()
+        return inputs
+
+    def prompt_ids(
+        self,
+        clip: Clip,
+        prompt: str,
+        template: str = "chat",
+        history: Sequence[tuple[str, str]] = (),
+        frame_numbers: str = "index",
+    ) -> list[int]:
+        """Token ids of one clip and prompt, not padded: bos, the frames' positions and numbers, the text.
+
+        Raises:
+            ValueError: as in `__call__`.
+        """
+        check_settings(prompt, template, history, frame_numbers)
+        ids = [self.tokenizer.bos_token_id]
+        for index, seconds in enumerate(clip.timestamps_seconds - clip.start_seconds):
+            ids += [self.tokenizer.pad_token_id] * self.tokens_per_frame
+            if template == "chat":
+                ids += self._encode(str(index if frame_numbers == "index" else round(float(seconds))))
+        text_ids = self._encode(prompt_text(prompt, template, history))
+        if self.tokenizer.pad_token_id in text_ids:
+            raise ValueError(f"the prompt contains {self.tokenizer.pad_token}, which marks the frames' positions")
+        return ids + text_ids
+
+    def continuation_ids(self, text: str) -> list[int]:
+        """Token ids of a text as the model would write it after a prompt: with the space that follows `Answer:`."""
+        return self._encode(text if text[:1].isspace() else " " + text)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask`, int64 (B, N), from rows of ids, padded on the left."""
+        return dict(self.tokenizer.pad({"input_ids": list(rows)}, padding_side="left", return_tensors="pt"))
+
+
+def one_prompt_each(prompts: str | Sequence[str], num_clips: int) -> list[str]:
+    """One prompt for each clip, from one for all or from a list.
+
+    Raises:
+        ValueError: neither, or not as many as there are clips.
+    """
+    if isinstance(prompts, str):
+        return [prompts] * num_clips
+    if not isinstance(prompts, Sequence) or len(prompts) != num_clips:
+        told = f"{len(prompts)} prompts" if isinstance(prompts, Sequence) else repr(prompts)
+        raise ValueError(f"{told} for {num_clips} clips: give one prompt, or one for each clip")
+    return list(prompts)
+
+
+def check_settings(
+    prompt: str, template: str = "chat", history: Sequence[tuple[str, str]] = (), frame_numbers: str = "index"
+) -> None:
+    """Refuse what no clip could be asked.
+
+    Raises:
+        ValueError: unknown template or frame numbers, an empty prompt, history that is not pairs of texts, or settings
+            that have no effect beside the others.
+    """
+    for name, value, allowed in (
+        ("template", template, TEMPLATES),
+        ("frame_numbers", frame_numbers, FRAME_NUMBERS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt={prompt!r}: must be a text that is not empty")
+    for turn in history:
+        if isinstance(turn, str) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
+            raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
+    if history and template == "base":
+        raise ValueError('history: no effect under template "base", which takes the prompt as it is')
+    if frame_numbers == "seconds" and template != "chat":
+        raise ValueError(f'frame_numbers="seconds": no effect under template "{template}", which numbers no frames')
+
+
+def prompt_text(prompt: str, template: str = "chat", history: Sequence[tuple[str, str]] = ()) -> str:
+    """The text after the frames, as the original's `build_conversation_input_ids` writes it."""
+    if template == "base":
+        return prompt
+    turns = "".join(f"Question: {question} {_ANSWER[template]} {answer}\n" for question, answer in history)
+    return f"{turns}Question: {prompt} {_ANSWER[template]}"
