@@ -1,0 +1,279 @@
+"""One call of generate(): a request in, captions out. transformers' generate() is called here and nowhere else."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import (
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from capkit.cogvlm2.modeling import rotary_position_ids
+from capkit.decoding import Decoding
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What the model said of a clip, how sure it was, and what it had been asked.
+
+    Attributes:
+        text: decoded without special tokens. As in the original, a leading space of the first word stays.
+        token_ids: the new tokens, the end token included when it came.
+        logprobs: for each of them, log P(token | clip, prompt, tokens before) under the model itself, in nats; before
+            temperature, top-k, top-p and penalties.
+        finish_reason: "eos", "length" (max_new_tokens reached) or "stopped".
+        prompt, template, history, frame_numbers, decoding: as asked.
+        seconds: time it took; in a batch, the batch's time shared out evenly.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt: str
+    template: str
+    history: tuple[tuple[str, str], ...]
+    frame_numbers: str
+    decoding: Decoding
+    seconds: float
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean of `logprobs`, in nats a token."""
+        return float(np.mean(self.logprobs))
+
+    def __repr__(self) -> str:
+        return f"Caption({self.text!r}, {len(self.token_ids)} tokens, {self.finish_reason})"
+
+
+class Request:
+    """One call of generate(): inputs checked and made beforehand, tokens chosen by our own rules."""
+
+    def __init__(self, model, processor, clips, prompts, template, history, frame_numbers, decoding):
+        self.model, self.processor, self.prompts, self.decoding = model, processor, prompts, decoding
+        self.settings = {
+            "template": template,
+            "history": tuple((question, answer) for question, answer in history),
+            "frame_numbers": frame_numbers,
+        }
+        self.inputs = processor(clips, prompts, template, history, frame_numbers)
+        self.stop = threading.Event()
+
+    @torch.inference_mode()
+    def run(self, streamer: BaseStreamer | None = None) -> list[Caption]:
+        started = time.perf_counter()
+        model, decoding = self.model, self.decoding
+        inputs = self.inputs.to(model.device)
+        prompt_length = inputs["input_ids"].shape[1]
+        chooser = _Chooser(decoding, prompt_length)
+        beams = decoding.num_beams > 1
+        config = model.config
+        new_ids = model.generate(
+            **inputs,
+            # Made afresh: a generation_config.json beside the weights would set what nobody here asked for.
+            generation_config=GenerationConfig(
+                max_new_tokens=decoding.max_new_tokens,
+                num_beams=decoding.num_beams,
+                do_sample=False,  # the chooser samples
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id,
+            ),
+            logits_processor=LogitsProcessorList(chooser.penalties if beams else [chooser]),
+            stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
+            streamer=streamer,
+        )[:, prompt_length:].tolist()
+        rows = [self._until_end(row) for row in new_ids]
+        if beams:  # rows change places between steps: ask afterwards
+            logprobs = continuation_logprobs(model, inputs, rows)
+        else:
+            logprobs = torch.stack(chooser.logprobs, 1).tolist()
+        seconds = (time.perf_counter() - started) / len(rows)
+        return [self._caption(*row, seconds=seconds) for row in zip(rows, logprobs, self.prompts, strict=True)]
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        end = self.model.config.eos_token_id
+        return ids[: ids.index(end) + 1] if end in ids else ids
+
+    def _caption(self, ids: list[int], logprobs: list[float], prompt: str, seconds: float) -> Caption:
+        ended = ids[-1:] == [self.model.config.eos_token_id]
+        full = len(ids) >= self.decoding.max_new_tokens
+        return Caption(
+            text=self.processor.decode(ids, skip_special_tokens=True),
+            token_ids=ids,
+            logprobs=logprobs[: len(ids)],
+            finish_reason="eos" if ended else "length" if full else "stopped",
+            prompt=prompt,
+            decoding=self.decoding,
+            seconds=seconds,
+            **self.settings,
+        )
+
+
+@torch.inference_mode()
+def continuation_logprobs(model, inputs, continuations: list[list[int]]) -> list[list[float]]:
+    """log P of each continuation's tokens after each row's prompt, in one pass; rows as the processor made them."""
+    longest = max(map(len, continuations))
+    tail = torch.tensor([row + [0] * (longest - len(row)) for row in continuations], device=model.device)
+    positions = rotary_position_ids(inputs["input_ids"], model.config.video_token_id)
+    steps = torch.arange(1, longest + 1, device=tail.device)
+    # Embeddings and not ids, among which a generated `video_token_id` would be taken for a frame's.
+    embeds = [model.model.embed(inputs["input_ids"], inputs["pixel_values_videos"]), model.model.embed(tail)]
+    logits = model(
+        inputs_embeds=torch.cat(embeds, 1),
+        attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(tail)], 1),
+        position_ids=torch.cat([positions, positions[:, -1:] + steps], 1),
+        use_cache=False,
+        logits_to_keep=longest + 1,
+    ).logits[:, :-1]
+    logprobs = _chosen_logprobs(logits.float(), tail)
+    return [row[: len(ids)].tolist() for row, ids in zip(logprobs, continuations, strict=True)]
+
+
+def _chosen_logprobs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """log softmax at the chosen ids: (..., V) and (...) -> (...)."""
+    return logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+class _Chooser(LogitsProcessor):
+    """Chooses each row's next token and leaves generate() no other; keeps the model's own log probability of it.
+
+    Rows draw from numbers of their own, made from the seed alone, so that a row's caption does not depend on the rows
+    beside it, nor on the device.
+    """
+
+    def __init__(self, decoding: Decoding, prompt_length: int):
+        self.logprobs: list[torch.Tensor] = []  # a (B,) tensor a step
+        self.prompt_length = prompt_length
+        self.penalties, self.warpers = [], []
+        if decoding.repetition_penalty != 1:
+            self.penalties.append(_GeneratedOnly(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty), self))
+        if decoding.no_repeat_ngram_size:
+            self.penalties.append(_GeneratedOnly(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size), self))
+        self.draws = None
+        if decoding.samples:
+            self.draws = np.random.default_rng(decoding.seed or 0).random(decoding.max_new_tokens, dtype=np.float32)
+            self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
+            self.warpers += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
+            self.warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
+            self.warpers += [MinPLogitsWarper(decoding.min_p)] if decoding.min_p else []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        wanted = scores
+        for process in [*self.penalties, *self.warpers]:
+            wanted = process(input_ids, wanted)
+        if self.draws is None:
+            chosen = wanted.argmax(-1)
+        else:
+            cumulative = wanted.softmax(-1).cumsum(-1)
+            draw = cumulative[:, -1:] * float(self.draws[len(self.logprobs)])
+            chosen = torch.searchsorted(cumulative, draw, right=True).squeeze(-1)
+        self.logprobs.append(_chosen_logprobs(scores, chosen))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
+
+
+class _GeneratedOnly(LogitsProcessor):
+    """A penalty that counts generated tokens and not the prompt's."""
+
+    def __init__(self, penalty: LogitsProcessor, chooser: _Chooser):
+        self.penalty, self.chooser = penalty, chooser
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self.penalty(input_ids[:, self.chooser.prompt_length :], scores)
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class _TokenQueue(BaseStreamer):
+    """generate()'s side of a stream."""
+
+    def __init__(self):
+        self.items: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+        self._prompt_has_passed = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_has_passed:
+            self.items.put(value.tolist())
+        self._prompt_has_passed = True
+
+    def end(self) -> None:
+        """The thread says so itself, after an error too."""
+
+
+class CaptionStream:
+    """A caption on its way: iterate for pieces of text, `stop()` to end it early, `caption` for the whole.
+
+    The pieces joined are `caption.text`. A stream that is dropped stops. An error in the generation is raised where the
+    stream is iterated or `caption` is read.
+    """
+
+    def __init__(self, request: Request):
+        self._request, self._tokens, self._result = request, _TokenQueue(), {}
+        self._token_ids: list[int] = []
+        self._shown = ""
+        # The thread does not know this object, so that dropping it is noticed.
+        arguments = (request, self._tokens, self._result)
+        self._thread = threading.Thread(target=_generate_into, args=arguments, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        processor = self._request.processor
+        while (ids := self._tokens.items.get()) is not None:
+            self._token_ids += ids
+            text = processor.decode(self._token_ids, skip_special_tokens=True)
+            if len(text) > len(self._shown) and not text.endswith("\ufffd"):  # else the rest of a character is to come
+                return self._show(text)
+        self._tokens.items.put(None)  # the next call ends too
+        if len(self.caption.text) > len(self._shown):
+            return self._show(self.caption.text)
+        raise StopIteration
+
+    def _show(self, text: str) -> str:
+        piece, self._shown = text[len(self._shown) :], text
+        return piece
+
+    def stop(self) -> None:
+        """End the generation after the token at hand; `caption` then holds what was said so far."""
+        self._request.stop.set()
+
+    def __del__(self):
+        self.stop()
+
+    @property
+    def caption(self) -> Caption:
+        """The whole caption; waits for it."""
+        self._thread.join()
+        if "error" in self._result:
+            raise self._result["error"]
+        return self._result["caption"]
+
+
+def _generate_into(request: Request, tokens: _TokenQueue, result: dict) -> None:
+    try:
+        result["caption"] = request.run(tokens)[0]
+    except BaseException as error:  # to be raised in the thread that reads the stream
+        result["error"] = error
+    finally:
+        tokens.items.put(None)
