@@ -1,0 +1,99 @@
+"""Every notebook: its form, and run as papermill runs it."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from video_factory import encode_clip
+
+import capkit
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+FAST = {"decoding": {"max_new_tokens": 8}}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestForm:
+    def test_is_committed_clean(self, path):
+        notebook = nbformat.read(path, 4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert not any(cell.outputs or cell.execution_count for cell in code)
+        assert "papermill" not in notebook.metadata
+        assert (notebook.metadata.kernelspec.name, notebook.metadata.kernelspec.language) == ("python3", "python")
+        assert len(code) <= 20 and max(len(cell.source.splitlines()) for cell in code) <= 15
+        assert not any(re.search(r"sys\.path|^!|^%pip", cell.source, re.M) for cell in code)
+        titles = re.findall(r"^# .*", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
+        assert len(titles) == 1 and titles[0].endswith("?")
+
+    def test_parameters_are_all_seen_by_papermill(self, path):
+        (cell,) = [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+        seen = papermill.inspect_notebook(str(path))
+        lines = cell.source.splitlines()
+        assert list(seen) == [line.split(":")[0] for line in lines]
+        assert all(parameter["help"] and parameter["inferred_type_name"] != "None" for parameter in seen.values())
+
+
+def run(name, tmp_path, **parameters):
+    """Execute a notebook headless; returns it, and all that it printed and showed as text."""
+    (source,) = [path for path in NOTEBOOKS if path.stem.startswith(name)]
+    done = papermill.execute_notebook(
+        str(source), str(tmp_path / "out.ipynb"), parameters, kernel_name="python3", progress_bar=False, cwd=tmp_path
+    )
+    outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
+    texts = [output.get("text", "") + "".join(map(str, output.get("data", {}).values())) for output in outputs]
+    return done, "\n".join(texts)
+
+
+class TestCaptionClips:
+    def test_as_it_stands_with_a_few_tokens(self, tmp_path):
+        _, shown = run("01", tmp_path, **FAST)
+        clips = list((Path(capkit.__file__).parent / "demo" / "clips").glob("*.mp4"))
+        records = capkit.CaptionStore(tmp_path / "runs" / "captions" / "captions.jsonl").current()
+        assert len(records) == len(clips) and all(record["status"] == "ok" for record in records)
+        assert shown.count("data:image/webp;base64,") == len(clips)
+        assert str(tmp_path / "runs" / "captions" / "captions.jsonl") in shown
+        assert "\r" not in shown
+
+    def test_bad_clips_manifest_and_pasted_decoding(self, tmp_path):
+        encode_clip(tmp_path / "good.mp4", range(30), fps=10)
+        (tmp_path / "empty.mp4").touch()
+        (tmp_path / "list.csv").write_text(
+            "video,prompt,start\ngood.mp4,Who is <b>there</b>?,\nempty.mp4,,\ngone.mp4,,\ngood.mp4,,1.5\n"
+        )
+        pasted = {"do_sample": False, "top_k": 1, "top_p": 0.1, "temperature": 0.1, "max_new_tokens": 8}
+        _, shown = run("01", tmp_path, videos="list.csv", decoding=pasted, output_dir="out", batch_size=2)
+        records = capkit.CaptionStore(tmp_path / "out" / "captions.jsonl").current()
+        assert [record["status"] for record in records] == ["ok", "error", "error", "ok"]
+        assert "without effect, dropped: {'top_k': 1, 'top_p': 0.1, 'temperature': 0.1}" in shown
+        assert "Who is &lt;b&gt;there&lt;/b&gt;?" in shown and "<b>there</b>" not in shown
+        assert all(record["error"].split("/")[-1].split(":")[0] in shown for record in records if record["error"])
+        _, shown = run("01", tmp_path, videos="list.csv", decoding=pasted, output_dir="out", batch_size=2)
+        assert "0 clips to caption, 4 done before" in shown
+
+    def test_frame_numbers_that_are_not_seconds_are_said(self, tmp_path):
+        encode_clip(tmp_path / "long.mp4", range(100), fps=10)
+        settings = FAST | {"videos": "long.mp4", "frame_sampling": "uniform", "num_frames": 4}
+        _, shown = run("01", tmp_path, **settings)
+        assert "In 1 of 1 clips the numbers that the model reads beside the frames are not seconds" in shown
+        _, shown = run("01", tmp_path, **settings, frame_numbers="seconds")
+        assert "are not seconds" not in shown
+
+    @pytest.mark.parametrize(
+        "parameters, told",
+        [
+            ({"promt": "Why?"}, "unknown parameter 'promt'; did you mean 'prompt'?"),
+            ({"template": "poem"}, "template='poem': must be one of 'chat', 'vqa', 'base'"),
+            ({"decoding": {"top_p": 0.5}}, "top_p=0.5: no effect, because temperature is 0"),
+            ({"model": "no/such/model"}, "no such folder"),
+        ],
+    )
+    def test_wrong_parameters_are_named_in_the_notebook(self, tmp_path, parameters, told):
+        with pytest.raises(papermill.PapermillExecutionError) as error:
+            run("01", tmp_path, **parameters)
+        assert told in error.value.evalue
+        kept = json.loads((tmp_path / "out.ipynb").read_text())
+        assert told in json.dumps(kept, ensure_ascii=False)
