@@ -1,0 +1,56 @@
+# make demo: captions for the sample clips     make test: all quick tests     make lab: JupyterLab
+# make soak: the long campaigns                make test-oldest: the original's numbers on the oldest transformers
+# Each sets up what it needs in .venv on the first call. PYTHON chooses the interpreter (3.10 or later).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install
+OUT := runs/demo
+
+.PHONY: demo test soak test-oldest lab clean
+
+demo: $(VENV)/base
+	@mkdir -p $(OUT)
+	$(BIN)/papermill --log-level ERROR notebooks/01_caption_clips.ipynb $(OUT)/01_caption_clips.ipynb \
+		-k python3 -r output_dir $(OUT) -y 'decoding: {max_new_tokens: 64}'
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to html $(OUT)/01_caption_clips.ipynb
+	@$(BIN)/python -m capkit show $(OUT)/captions.jsonl
+	@echo "Executed notebook:  $(CURDIR)/$(OUT)/01_caption_clips.ipynb"
+	@echo "To look at:         $(CURDIR)/$(OUT)/01_caption_clips.html"
+
+test: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(VENV)/dev
+	$(BIN)/python -m pytest -m soak -s
+
+lab: $(VENV)/base
+	$(BIN)/jupyter lab notebooks
+
+test-oldest: .venv-oldest/dev
+	.venv-oldest/bin/python -m pytest -m golden
+
+clean:
+	rm -rf .venv .venv-oldest runs
+
+$(VENV)/python-is-there:
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else \
+		'capkit needs Python 3.10 or later, this is ' + sys.version.split()[0] + '; try make PYTHON=python3.11')"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/base: pyproject.toml constraints.txt | $(VENV)/python-is-there
+	@echo "Installing capkit; on Linux PyPI's torch brings CUDA, a download of several GB."
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-oldest/dev: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install -c constraints-oldest.txt -e '.[dev]'
+	@touch $@

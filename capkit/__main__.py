@@ -1,0 +1,29 @@
+"""Command line: python -m capkit show captions.jsonl"""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m capkit", description="Describe videos in words.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print the captions in a store, and where everything is")
+    show.add_argument("store", type=Path, help="captions.jsonl")
+    arguments = parser.parse_args()
+    if not arguments.store.is_file():
+        parser.error(f"{arguments.store}: no such file")
+    _show(arguments.store)
+
+
+def _show(path: Path) -> None:
+    from capkit.records import CaptionStore
+
+    store = CaptionStore(path)
+    for record in store.current():
+        print(f"\n{record['video']}")
+        print(f"  {(record['text'] or '').strip()}" if record["status"] == "ok" else f"  error: {record['error']}")
+    print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
+
+
+if __name__ == "__main__":
+    main()
