@@ -21,7 +21,8 @@ def _show(path: Path) -> None:
     store = CaptionStore(path)
     for record in store.current():
         print(f"\n{record['video']}")
-        print(f"  {(record['text'] or '').strip()}" if record["status"] == "ok" else f"  error: {record['error']}")
+        told = record["text"].strip() if record["status"] == "ok" else f"error: {record['error']}"
+        print("  " + "".join(letter if letter.isprintable() else " " for letter in told))
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
 
 

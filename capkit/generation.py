@@ -104,12 +104,15 @@ class Request:
         seconds = (time.perf_counter() - started) / len(rows)
         return [self._caption(*row, seconds=seconds) for row in zip(rows, logprobs, self.prompts, strict=True)]
 
+    def _is_end(self, token: int) -> bool:
+        ends = self.model.config.eos_token_id  # a config.json may name one or several
+        return token in ends if isinstance(ends, list) else token == ends
+
     def _until_end(self, ids: list[int]) -> list[int]:
-        end = self.model.config.eos_token_id
-        return ids[: ids.index(end) + 1] if end in ids else ids
+        return ids[: next((i + 1 for i, token in enumerate(ids) if self._is_end(token)), None)]
 
     def _caption(self, ids: list[int], logprobs: list[float], prompt: str, seconds: float) -> Caption:
-        ended = ids[-1:] == [self.model.config.eos_token_id]
+        ended = self._is_end(ids[-1])
         full = len(ids) >= self.decoding.max_new_tokens
         return Caption(
             text=self.processor.decode(ids, skip_special_tokens=True),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from random import Random
 
 import pytest
 import torch
@@ -138,33 +139,66 @@ def test_a_second_run_does_nothing_and_a_retry_only_errors(captioner, eight_clip
     assert len(store.current()) == 16
 
 
-def test_killed_half_way_it_captions_only_what_was_missing(eight_clips, tmp_path):
-    path = tmp_path / "captions.jsonl"
+def captioning_process(videos, store, pause_seconds):
+    """Start a process that captions, with a pause after each record."""
     code = f"""
-import capkit, sys, time
+import capkit, time
 from capkit.shards import caption_clips, find_clips
-captioner = capkit.load_captioner({str(GOLDEN)!r}, device="cpu")
-store, append = capkit.CaptionStore({str(path)!r}), capkit.CaptionStore.append
+append = capkit.CaptionStore.append
 def slowly(self, record):
     append(self, record)
-    time.sleep(float(sys.argv[1]))
+    time.sleep({pause_seconds})
 capkit.CaptionStore.append = slowly
-caption_clips(captioner, find_clips({str(eight_clips)!r}), store, decoding=capkit.Decoding(max_new_tokens=6))
+captioner = capkit.load_captioner({str(GOLDEN)!r}, device="cpu")
+store = capkit.CaptionStore({str(store)!r})
+caption_clips(captioner, find_clips({str(videos)!r}), store, decoding=capkit.Decoding(max_new_tokens=6))
 """
-    run = subprocess.Popen([sys.executable, "-c", code, "0.5"], stdout=subprocess.DEVNULL)
-    while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
-        assert run.poll() is None
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def kill_after(process, path, num_records):
+    while not (path.exists() and path.read_bytes().count(b"\n") >= num_records):
+        assert process.poll() is None
         time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_half_way_it_captions_only_what_was_missing(eight_clips, tmp_path):
+    path = tmp_path / "captions.jsonl"
+    kill_after(captioning_process(eight_clips, path, pause_seconds=0.5), path, num_records=3)
     before = CaptionStore(path).lines()
     assert 3 <= len(before) < 8
-    again = subprocess.run([sys.executable, "-c", code, "0"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert f"{8 - len(before)} clips to caption, {len(before)} done before" in again.stdout
+    again = captioning_process(eight_clips, path, pause_seconds=0)
+    told, _ = again.communicate()
+    assert again.returncode == 0
+    assert f"{8 - len(before)} clips to caption, {len(before)} done before" in told
     lines = CaptionStore(path).lines()
     assert lines[: len(before)] == before and len(lines) == len({line["request"] for line in lines}) == 8
     assert sorted(line["status"] for line in lines) == ["error"] * 3 + ["ok"] * 5
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:.*torn")
+def test_soak_killed_again_and_again_it_ends_with_a_record_a_clip(tmp_path):
+    """400 clips, killed at random moments until it is done: nothing lost, nothing twice."""
+    clips, path, random = tmp_path / "clips", tmp_path / "captions.jsonl", Random(0)
+    clips.mkdir()
+    for number in range(400):
+        encode_clip(clips / f"{number}.mp4", [number] * 3, fps=10)
+    kills = 0
+    while (num_records := len(CaptionStore(path).current())) < 400:
+        process = captioning_process(clips, path, pause_seconds=0)
+        num_more = random.randint(10, 80)
+        if num_records + num_more >= 400:
+            process.communicate()
+            assert process.returncode == 0
+        else:
+            kill_after(process, path, num_records + num_more)
+            kills += 1
+    lines = CaptionStore(path).lines()
+    print(f"{kills} kills, {len(lines)} lines, {len({line['request'] for line in lines})} requests")
+    assert kills >= 4 and len(lines) == len({line["request"] for line in lines}) == 400
 
 
 def test_items_of_their_own_prompt_and_window(captioner, eight_clips, tmp_path):

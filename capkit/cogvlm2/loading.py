@@ -228,7 +228,8 @@ def memory_errors_in_words(folder: Path, device: torch.device):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that the CPU's or the GPU's memory ran out."""
-    told = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU's, CUDA's, cuBLAS's
+    told = any(word in str(error) for word in words)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and told)
 
 
