@@ -15,20 +15,22 @@ def check_parameters(cells: Sequence[str]) -> None:
     papermill injects an unknown name with no more than a warning, so that a misspelt one runs the default.
 
     Args:
-        cells: sources of the cells run so far: the parameters cell first, then papermill's, if there is one. IPython
-            keeps them in `In`.
+        cells: sources of the cells run so far, which IPython keeps in `In`; among them the parameters cell and, right after
+            it, papermill's, if there is one.
 
     Raises:
         ValueError: naming the unknown parameter, the nearest known one and all known ones.
     """
     sources = [source for source in cells if source.strip()]
-    known = _assigned(sources[0])
-    injected = [name for source in sources if source.startswith(INJECTED) for name in _assigned(source)]
-    for name in injected:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown parameter {name!r}{hint} This notebook has: {', '.join(known)}")
+    for before, source in zip(sources, sources[1:], strict=False):
+        if not source.startswith(INJECTED):
+            continue
+        known = _assigned(before)
+        for name in _assigned(source):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"unknown parameter {name!r}; {hint}This notebook has: {', '.join(known)}")
 
 
 def _assigned(source: str) -> list[str]:

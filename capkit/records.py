@@ -207,8 +207,7 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
         record["frame_indices"] = list(clip.frame_indices)
         record["timestamps_seconds"] = np.asarray(clip.timestamps_seconds).round(6).tolist()
     if isinstance(outcome, Caption):
-        with open(settings["video"], "rb") as file:
-            record["video_sha256"] = _sha256(file)
+        record["video_sha256"] = _sha256(settings["video"])
         record |= {
             "text": outcome.text,
             "num_tokens": len(outcome.token_ids),
@@ -228,10 +227,14 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _sha256(file) -> str:
+def _sha256(path: str) -> str | None:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError:  # taken away since it was read: its caption is worth keeping all the same
+        return None
     return digest.hexdigest()
 
 

@@ -19,5 +19,11 @@ def test_a_misspelt_one_is_named_with_the_one_that_was_meant():
     assert "videos, batch_size, limit" in str(error.value)
 
 
+def test_whatever_else_was_run_before_does_no_harm():
+    check_parameters(["", "!ls", "%matplotlib inline", PARAMETERS, "import capkit"])
+    with pytest.raises(ValueError, match="unknown parameter 'x'; This notebook has: videos"):
+        check_parameters(["", "!ls", PARAMETERS, "# Parameters\nx = 1"])
+
+
 def test_names_of_later_cells_are_not_parameters():
     check_parameters(["", PARAMETERS, "x = 1", "check_parameters(In)"])
