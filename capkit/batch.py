@@ -15,8 +15,8 @@ def check_parameters(cells: Sequence[str]) -> None:
     papermill injects an unknown name with no more than a warning, so that a misspelt one runs the default.
 
     Args:
-        cells: sources of the cells run so far, which IPython keeps in `In`; among them the parameters cell and, right after
-            it, papermill's, if there is one.
+        cells: sources of the cells run so far, which IPython keeps in `In`: among them the parameters cell and, right
+            after it, papermill's, if there is one.
 
     Raises:
         ValueError: naming the unknown parameter, the nearest known one and all known ones.

@@ -140,6 +140,17 @@ def test_saving_writes_the_published_layout_back(captioner, tmp_path):
     assert (tmp_path / "tokenizer.json").is_file()
 
 
+def test_saving_over_the_checkpoint_that_is_loaded(golden_copy):
+    """Its weights may still be mapped from the very files; and the relic of an index must not mislead."""
+    model = load(golden_copy)
+    torch.nn.init.ones_(model.lm_head.weight)
+    model.save_pretrained(golden_copy)
+    again = load(golden_copy)
+    assert (again.lm_head.weight == 1).all()
+    assert torch.equal(again.model.vision.conv.weight, load(GOLDEN).model.vision.conv.weight)
+    assert loading.fingerprint(golden_copy) != loading.fingerprint(GOLDEN)
+
+
 def test_saving_keeps_a_rotary_base_of_its_own(captioner, tmp_path):
     config = CogVLM2VideoConfig(**captioner.model.config.to_dict() | {"rope_parameters": None, "rope_theta": 1e4})
     config.save_pretrained(tmp_path)

@@ -121,15 +121,15 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).is_file():
-        try:
-            names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(folder, f"{_INDEX} is damaged ({error!r}): fetch it again") from error
-        return [folder / name for name in sorted(names)]
-    if (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():  # transformers takes it before an index, which may be a relic
         return [folder / "model.safetensors"]
-    raise CheckpointError(folder, f"has no weights: neither {_INDEX} nor model.safetensors is there")
+    if not (folder / _INDEX).is_file():
+        raise CheckpointError(folder, f"has no weights: neither {_INDEX} nor model.safetensors is there")
+    try:
+        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(folder, f"{_INDEX} is damaged ({error!r}): fetch it again") from error
+    return [folder / name for name in sorted(names)]
 
 
 def compare(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
