@@ -49,8 +49,9 @@ def preprocess_frames(frames: np.ndarray | torch.Tensor, image_size: int) -> tor
     pixels = torch.empty(len(frames), 3, image_size, image_size)
     for frame, out in zip(frames, pixels, strict=True):
         full = torch.as_tensor(frame).permute(2, 0, 1)[None].float()
-        full = F.interpolate(full, size=resized, mode="bilinear", align_corners=False)[0]
-        out.copy_(full[:, top : top + image_size, left : left + image_size])
+        if resized != (height, width):
+            full = F.interpolate(full, size=resized, mode="bilinear", align_corners=False)
+        out.copy_(full[0, :, top : top + image_size, left : left + image_size])
     return pixels.div_(255).sub_(_MEAN).div_(_STD)
 
 
