@@ -12,7 +12,7 @@ OUT := runs/demo
 demo: $(VENV)/base
 	@mkdir -p $(OUT)
 	$(BIN)/papermill --log-level ERROR notebooks/01_caption_clips.ipynb $(OUT)/01_caption_clips.ipynb \
-		-k python3 -r output_dir $(OUT) -y 'decoding: {max_new_tokens: 64}'
+		-k python3 -r output_dir $(OUT)
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to html $(OUT)/01_caption_clips.ipynb
 	@$(BIN)/python -m capkit show $(OUT)/captions.jsonl
 	@echo "Executed notebook:  $(CURDIR)/$(OUT)/01_caption_clips.ipynb"

@@ -97,3 +97,13 @@ class TestCaptionClips:
         assert told in error.value.evalue
         kept = json.loads((tmp_path / "out.ipynb").read_text())
         assert told in json.dumps(kept, ensure_ascii=False)
+
+
+def test_train_demo_model_smoke_run(tmp_path):
+    """Three steps: everything is drawn, trained, plotted, written and evaluated."""
+    settings = {"steps": 3, "vision_steps": 1, "batch_size": 4, "num_clips": 12, "num_held_out": 4, "num_evaluated": 2}
+    done, shown = run("07", tmp_path, **settings)
+    folder = tmp_path / "runs" / "train_demo_model"
+    assert str(folder / "checkpoint") in shown and (folder / "evaluation.csv").is_file()
+    assert capkit.load_captioner(folder / "checkpoint", device="cpu").processor.image_size == 112
+    assert sum("image/png" in str(cell.get("outputs")) for cell in done.cells) >= 2
