@@ -1,5 +1,6 @@
 """The caption store: what is on disk after a kill, what is current, what is done, edits, strips."""
 
+import hashlib
 import json
 import os
 import signal
@@ -186,7 +187,7 @@ def test_a_record_has_the_designs_fields(captioner, video, random_clip, store):
         assert set(fields) <= set(record)
         store.append(record)
     assert (good["status"], good["num_tokens"], good["frame_indices"]) == ("ok", 3, [0, 1])
-    assert good["video_sha256"] == __import__("hashlib").sha256(video.read_bytes()).hexdigest()
+    assert good["video_sha256"] == hashlib.sha256(video.read_bytes()).hexdigest()
     assert bad["status"] == "error" and str(video) in bad["error"] and "is not a video" in bad["error"]
     assert json.loads(store.path.read_text().splitlines()[0]) == good
 

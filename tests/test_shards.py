@@ -114,7 +114,7 @@ class TestFindClips:
 def test_five_are_captioned_and_three_recorded_as_errors(captioner, eight_clips, tmp_path, batch_size):
     store = CaptionStore(tmp_path / "captions.jsonl")
     records = caption_clips(captioner, find_clips(eight_clips), store, decoding=FEW, batch_size=batch_size)
-    assert len(records) == 8 and records == [r for r in store.current() for _ in (0,)]
+    assert len(records) == 8 and records == store.current()
     good = {r["video"] for r in records if r["status"] == "ok"}
     names = ("good 0.mp4", "good 1.mp4", "good 2.mp4", "good 3.mp4", "modern.mkv")
     assert good == {str(eight_clips / name) for name in names}
@@ -217,9 +217,8 @@ def test_items_of_their_own_prompt_and_window(captioner, eight_clips, tmp_path):
     assert [r["status"] for r in records] == ["ok", "ok", "error", "error", "error", "error", "ok"]
     assert (records[0]["prompt"], records[0]["reference"]) == ("Why?", "because")
     assert records[0]["timestamps_seconds"][0] == 1.0 and records[0]["frame_indices"][0] == 10
-    assert [
-        word in record["error"] for record, word in zip(records[2:6], ("not empty", "marks", "9", "end"), strict=True)
-    ]
+    for record, word in zip(records[2:6], ("not empty", "marks", "between 9 s", "end_seconds"), strict=True):
+        assert word in record["error"]
     assert records[6] == records[1] and len(store.lines()) == 6
 
 
