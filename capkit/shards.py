@@ -5,31 +5,25 @@ from __future__ import annotations
 import csv
 import glob
 import json
-import sys
-import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from capkit.captioner import GREEDY, Captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT
 from capkit.cogvlm2.loading import is_out_of_memory
 from capkit.cogvlm2.processing import check_settings
 from capkit.decoding import Decoding
-from capkit.frames import Clip, FrameSampling, VideoError, load_clip
+from capkit.frames import Clip, FrameSampling
 from capkit.records import CaptionStore, new_record, request_settings
+from capkit.runs import Progress, read_ahead
 
 VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
 MANIFEST_SUFFIXES = frozenset((".csv", ".jsonl"))
 COLUMNS = ("video", "prompt", "reference", "start", "end")
 DEMO_CLIPS = Path(__file__).parent / "demo" / "clips"
-LINE_SECONDS = 10.0  # at most so often a line of progress where there is no bar
 
 
 @dataclass(frozen=True)
@@ -164,8 +158,8 @@ def caption_clips(
         if settings["request"] not in done:
             done.add(settings["request"])
             todo.append(settings)
-    progress = _Progress(len(todo), num_done_before=len(order) - len(todo))
-    for batch in _batches(_read_ahead(todo, frame_sampling, timeout_seconds, batch_size), batch_size):
+    progress = Progress("clips", len(todo), num_done_before=len(order) - len(todo))
+    for batch in _batches(read_ahead(todo, timeout_seconds, 2 * batch_size), batch_size):
         readable = [(settings, clip) for settings, clip in batch if isinstance(clip, Clip)]
         outcomes = _caption_batch(captioner, readable, shared)
         for settings, clip in batch:
@@ -179,28 +173,6 @@ def caption_clips(
     progress.close()
     current = {record["request"]: record for record in store.current()}
     return [current[request] for request in order]
-
-
-def _read_ahead(todo, frame_sampling, timeout_seconds, batch_size) -> Iterator[tuple[dict, Clip | Exception]]:
-    """Each request with its clip, or with the error in reading it; the next batch is read while one is captioned."""
-
-    def read(settings):
-        try:
-            check_settings(settings["prompt"])
-            window = (settings["start_seconds"], settings["end_seconds"])
-            return load_clip(settings["video"], frame_sampling, *window, timeout_seconds=timeout_seconds)
-        except (VideoError, ValueError) as error:
-            return error
-
-    waiting: deque = deque()
-    with ThreadPoolExecutor(2) as pool:
-        for settings in todo:
-            waiting.append((settings, pool.submit(read, settings)))
-            if len(waiting) > 2 * batch_size:
-                settings, future = waiting.popleft()
-                yield settings, future.result()
-        for settings, future in waiting:
-            yield settings, future.result()
 
 
 def _batches(pairs: Iterator, batch_size: int) -> Iterator[list]:
@@ -227,42 +199,3 @@ def _caption_batch(captioner, readable, shared) -> Iterator:
         if len(readable) == 1:
             return iter([ValueError(f"{readable[0][0]['video']}: {error}")])
     return (outcome for pair in readable for outcome in _caption_batch(captioner, [pair], shared))
-
-
-class _Progress:
-    """A bar where somebody watches, throttled plain lines where nobody does."""
-
-    def __init__(self, total: int, num_done_before: int):
-        self.total, self.count, self.errors = total, 0, 0
-        self.started = self.told = time.monotonic()
-        print(f"{total} clips to caption, {num_done_before} done before")
-        self.bar = tqdm(total=total, unit="clip") if total and someone_watches() else None
-
-    def update(self, record: dict[str, Any]) -> None:
-        self.count += 1
-        failed = record["status"] == "error"
-        self.errors += failed
-        if failed:
-            tqdm.write(f"error: {record['error']}")
-        if self.bar is not None:
-            self.bar.update()
-            return
-        now = time.monotonic()
-        if now - self.told >= LINE_SECONDS or self.count == self.total:
-            rate = self.count / (now - self.started)
-            left = (self.total - self.count) / rate
-            print(f"{self.count}/{self.total} clips, {self.errors} errors, {rate * 60:.1f} a minute, {left:.0f} s left")
-            self.told = now
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def someone_watches() -> bool:
-    """True in a notebook that a person runs and in a terminal; false under papermill and in a log file."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    kernel = getattr(shell, "kernel", None)
-    if kernel is None:
-        return sys.stderr.isatty()
-    return bool(kernel.get_parent().get("content", {}).get("allow_stdin"))  # papermill forbids to ask a person
