@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,7 @@ class Request:
         model, decoding = self.model, self.decoding
         inputs = self.inputs.to(model.device)
         prompt_length = inputs["input_ids"].shape[1]
-        chooser = _Chooser(decoding, prompt_length)
+        chooser = Chooser([decoding], prompt_length)
         beams = decoding.num_beams > 1
         config = model.config
         new_ids = model.generate(
@@ -96,7 +96,7 @@ class Request:
             stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
             streamer=streamer,
         )[:, prompt_length:].tolist()
-        rows = [self._until_end(row) for row in new_ids]
+        rows = [until_end(row, config) for row in new_ids]
         if beams:  # rows change places between steps: ask afterwards
             logprobs = continuation_logprobs(model, inputs, rows)
         else:
@@ -104,26 +104,31 @@ class Request:
         seconds = (time.perf_counter() - started) / len(rows)
         return [self._caption(*row, seconds=seconds) for row in zip(rows, logprobs, self.prompts, strict=True)]
 
-    def _is_end(self, token: int) -> bool:
-        ends = self.model.config.eos_token_id  # a config.json may name one or several
-        return token in ends if isinstance(ends, list) else token == ends
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        return ids[: next((i + 1 for i, token in enumerate(ids) if self._is_end(token)), None)]
-
     def _caption(self, ids: list[int], logprobs: list[float], prompt: str, seconds: float) -> Caption:
-        ended = self._is_end(ids[-1])
-        full = len(ids) >= self.decoding.max_new_tokens
-        return Caption(
-            text=self.processor.decode(ids, skip_special_tokens=True),
-            token_ids=ids,
-            logprobs=logprobs[: len(ids)],
-            finish_reason="eos" if ended else "length" if full else "stopped",
-            prompt=prompt,
-            decoding=self.decoding,
-            seconds=seconds,
-            **self.settings,
-        )
+        asked = {"prompt": prompt, "decoding": self.decoding, **self.settings}
+        return make_caption(self.model, self.processor, ids, logprobs, seconds, asked)
+
+
+def make_caption(model, processor, ids: list[int], logprobs: list[float], seconds: float, asked: dict) -> Caption:
+    """A Caption of new tokens, up to the first end token; `asked` are its fields from `prompt` on."""
+    full = len(ids) >= asked["decoding"].max_new_tokens
+    return Caption(
+        text=processor.decode(ids, skip_special_tokens=True),
+        token_ids=ids,
+        logprobs=logprobs[: len(ids)],
+        finish_reason="eos" if is_end(ids[-1], model.config) else "length" if full else "stopped",
+        seconds=seconds,
+        **asked,
+    )
+
+
+def is_end(token: int, config) -> bool:
+    ends = config.eos_token_id  # a config.json may name one or several
+    return token in ends if isinstance(ends, list) else token == ends
+
+
+def until_end(ids: list[int], config) -> list[int]:
+    return ids[: next((i + 1 for i, token in enumerate(ids) if is_end(token, config)), None)]
 
 
 @torch.inference_mode()
@@ -142,25 +147,31 @@ def continuation_logprobs(model, inputs, continuations: list[list[int]]) -> list
         use_cache=False,
         logits_to_keep=longest + 1,
     ).logits[:, :-1]
-    logprobs = _chosen_logprobs(logits.float(), tail)
+    logprobs = chosen_logprobs(logits.float(), tail)
     return [row[: len(ids)].tolist() for row, ids in zip(logprobs, continuations, strict=True)]
 
 
-def _chosen_logprobs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def chosen_logprobs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """log softmax at the chosen ids: (..., V) and (...) -> (...)."""
     return logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-class _Chooser(LogitsProcessor):
-    """Chooses each row's next token and leaves generate() no other; keeps the model's own log probability of it.
+class Chooser(LogitsProcessor):
+    """Chooses each row's next token by our own rules, and leaves generate() no other; keeps the model's own log
+    probability of it.
 
     Rows draw from numbers of their own, made from the seed alone, so that a row's caption does not depend on the rows
     beside it, nor on the device.
+
+    Args:
+        decodings: one for each row, or one for all. They may differ in seed and max_new_tokens, in nothing else.
+        prompt_length: tokens before the first new one, where rows come as generate() passes them.
     """
 
-    def __init__(self, decoding: Decoding, prompt_length: int):
+    def __init__(self, decodings: Sequence[Decoding], prompt_length: int = 0):
         self.logprobs: list[torch.Tensor] = []  # a (B,) tensor a step
         self.prompt_length = prompt_length
+        decoding = decodings[0]
         self.penalties, self.warpers = [], []
         if decoding.repetition_penalty != 1:
             self.penalties.append(_GeneratedOnly(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty), self))
@@ -168,13 +179,22 @@ class _Chooser(LogitsProcessor):
             self.penalties.append(_GeneratedOnly(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size), self))
         self.draws = None
         if decoding.samples:
-            self.draws = np.random.default_rng(decoding.seed or 0).random(decoding.max_new_tokens, dtype=np.float32)
+            longest = max(one.max_new_tokens for one in decodings)
+            self.draws = np.stack(
+                [np.random.default_rng(one.seed or 0).random(longest, dtype=np.float32) for one in decodings]
+            )
             self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
             self.warpers += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
             self.warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
             self.warpers += [MinPLogitsWarper(decoding.min_p)] if decoding.min_p else []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        chosen, logprobs = self.choose(input_ids, scores, len(self.logprobs))
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
+
+    def choose(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, step: int, rows=slice(None)):
+        """Token `step` of some rows, and its log probability: int64 and float32 (B,)."""
         wanted = scores
         for process in [*self.penalties, *self.warpers]:
             wanted = process(input_ids, wanted)
@@ -182,16 +202,15 @@ class _Chooser(LogitsProcessor):
             chosen = wanted.argmax(-1)
         else:
             cumulative = wanted.softmax(-1).cumsum(-1)
-            draw = cumulative[:, -1:] * float(self.draws[len(self.logprobs)])
-            chosen = torch.searchsorted(cumulative, draw, right=True).squeeze(-1)
-        self.logprobs.append(_chosen_logprobs(scores, chosen))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
+            draws = torch.from_numpy(self.draws[rows, step : step + 1]).to(scores.device)
+            chosen = torch.searchsorted(cumulative, cumulative[:, -1:] * draws, right=True).squeeze(-1)
+        return chosen, chosen_logprobs(scores, chosen)
 
 
 class _GeneratedOnly(LogitsProcessor):
     """A penalty that counts generated tokens and not the prompt's."""
 
-    def __init__(self, penalty: LogitsProcessor, chooser: _Chooser):
+    def __init__(self, penalty: LogitsProcessor, chooser: Chooser):
         self.penalty, self.chooser = penalty, chooser
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

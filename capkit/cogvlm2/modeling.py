@@ -86,6 +86,18 @@ def image_mask(input_ids: torch.Tensor, video_token_id: int) -> torch.Tensor:
     return (padding_mask(input_ids, video_token_id) == 1) & (input_ids == video_token_id)
 
 
+def place_features(embeds: torch.Tensor, image: torch.Tensor, video_features: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, N, hidden_size) with the frames' features at the True positions of `image`, bool (B, N).
+
+    Raises:
+        ValueError: positions and frames disagree in number.
+    """
+    features = video_features.flatten(0, 1)
+    if (num_positions := int(image.sum())) != len(features):
+        raise ValueError(f"the ids have {num_positions} image positions, the frames have {len(features)} features")
+    return embeds.masked_scatter(image[..., None], features.to(embeds.dtype))
+
+
 def rotary_position_ids(input_ids: torch.Tensor, video_token_id: int) -> torch.Tensor:
     """Rotary positions from whole sequences of ids alone, so that batching and caches cannot change them.
 
@@ -142,20 +154,28 @@ class CogVLM2VideoModel(_CogVLM2VideoPreTrainedModel, LlamaModel):
         """
         return self.vision(pixel_values_videos.to(self.vision.boi.dtype))
 
-    def embed(self, input_ids: torch.LongTensor, pixel_values_videos: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Token embeddings (B, N, hidden_size), with the frames' features in place at the image positions.
+
+        Args:
+            input_ids: int64 (B, N).
+            pixel_values_videos: frames to encode; or
+            video_features: from `get_video_features`, where they are known already.
 
         Raises:
             ValueError: ids and frames disagree in number.
         """
         embeds = self.embed_tokens(input_ids)
-        if pixel_values_videos is None:
+        if pixel_values_videos is not None:
+            video_features = self.get_video_features(pixel_values_videos)
+        if video_features is None:
             return embeds
-        image = image_mask(input_ids, self.config.video_token_id)
-        features = self.get_video_features(pixel_values_videos).flatten(0, 1)
-        if (num_positions := int(image.sum())) != len(features):
-            raise ValueError(f"the ids have {num_positions} image positions, the frames have {len(features)} features")
-        return embeds.masked_scatter(image[..., None], features.to(embeds.dtype))
+        return place_features(embeds, image_mask(input_ids, self.config.video_token_id), video_features)
 
     def forward(
         self,

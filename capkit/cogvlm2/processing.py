@@ -163,15 +163,27 @@ class CogVLM2VideoProcessor(ProcessorMixin):
             ValueError: as in `__call__`.
         """
         check_settings(prompt, template, history, frame_numbers)
+        return self.video_ids(clip, template, frame_numbers) + self.text_ids(prompt, template, history)
+
+    def video_ids(self, clip: Clip, template: str = "chat", frame_numbers: str = "index") -> list[int]:
+        """The part of `prompt_ids` that all prompts share: bos, the frames' positions and numbers."""
         ids = [self.tokenizer.bos_token_id]
         for index, seconds in enumerate(clip.timestamps_seconds - clip.start_seconds):
             ids += [self.tokenizer.pad_token_id] * self.tokens_per_frame
             if template == "chat":
                 ids += self._encode(str(index if frame_numbers == "index" else round(float(seconds))))
-        text_ids = self._encode(prompt_text(prompt, template, history))
-        if self.tokenizer.pad_token_id in text_ids:
+        return ids
+
+    def text_ids(self, prompt: str, template: str = "chat", history: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """The rest of `prompt_ids`: the text after the frames.
+
+        Raises:
+            ValueError: the text contains the token that marks the frames' positions.
+        """
+        ids = self._encode(prompt_text(prompt, template, history))
+        if self.tokenizer.pad_token_id in ids:
             raise ValueError(f"the prompt contains {self.tokenizer.pad_token}, which marks the frames' positions")
-        return ids + text_ids
+        return ids
 
     def continuation_ids(self, text: str) -> list[int]:
         """Token ids of a text as the model would write it after a prompt: with the space that follows `Answer:`."""
