@@ -18,6 +18,8 @@ _HOME = {
     "Score": "captioner",
     "load_captioner": "captioner",
     "CaptionStore": "records",
+    "plan_sweep": "planning",
+    "run_sweep": "sweep",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -202,8 +202,11 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
         outcome: the caption, or the error that stood in its way.
         clip: the frames that were seen, where it came so far.
     """
-    record = settings | {"video_sha256": None, "frame_indices": None, "timestamps_seconds": None}
+    names = ("video_sha256", "duration_seconds", "frame_indices", "timestamps_seconds")
+    record = settings | dict.fromkeys(names)
     if clip is not None:
+        end = clip.info.duration_seconds if clip.end_seconds is None else clip.end_seconds
+        record["duration_seconds"] = round(min(end, clip.info.duration_seconds) - clip.start_seconds, 3)
         record["frame_indices"] = list(clip.frame_indices)
         record["timestamps_seconds"] = np.asarray(clip.timestamps_seconds).round(6).tolist()
     if isinstance(outcome, Caption):
