@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from video_factory import encode_clip
 
 import capkit
@@ -99,9 +100,49 @@ class TestCaptionClips:
         assert told in json.dumps(kept, ensure_ascii=False)
 
 
+class TestSweep:
+    def test_as_it_stands_with_a_few_clips(self, tmp_path):
+        done, shown = run("03", tmp_path, limit=3)
+        folder = tmp_path / "runs" / "sweep"
+        assert {path.name for path in folder.iterdir()} == {
+            *("captions.jsonl", "captions_strips", "captions.csv", "cells.csv", "comparison.csv", "winner.yaml"),
+            *("heat_map.png", "length.png", "time.png", "differences.png", "differences.html"),
+        }
+        assert len(capkit.CaptionStore(folder / "captions.jsonl").current()) == 3 * 3 * 3
+        assert sum("image/png" in str(cell.get("outputs")) for cell in done.cells) >= 3
+        assert "6 cells x 3 clips: 27 captions" in shown and "27/27 captions, 0 errors" in shown
+        assert "\r" not in shown and "jupyter.widget" not in shown
+        settings = yaml.safe_load((folder / "winner.yaml").read_text()) | FAST
+        run("01", tmp_path, limit=1, **settings)  # its settings are parameters of notebook 01
+        _, shown = run("03", tmp_path, limit=3, prompts=["default", "sentence", "Why?"])
+        assert "9 captions to caption, 18 done before" in shown  # only the changed prompt's cells
+
+    def test_axes_from_a_file_and_a_bad_clip(self, tmp_path):
+        encode_clip(tmp_path / "good.mp4", range(30), fps=10)
+        (tmp_path / "empty.mp4").touch()
+        (tmp_path / "axes.yaml").write_text("prompts: [default, sentence]\ndecodings: [{max_new_tokens: 4}]\n")
+        _, shown = run("03", tmp_path, videos=["good.mp4", "empty.mp4"], axes_file="axes.yaml", measure="num_words")
+        assert "2 cells x 2 clips: 4 captions" in shown and "SweepResult(4 captions in 2 cells, 2 errors)" in shown
+
+    @pytest.mark.parametrize(
+        "parameters, told",
+        [
+            ({"prompt": ["Why?"]}, "unknown parameter 'prompt'; did you mean 'prompts'?"),
+            ({"prompts": []}, "prompts: is empty"),
+            ({"decodings": [{"temprature": 1.0}]}, "temprature"),
+            ({"axes_file": "nowhere.yaml"}, "nowhere.yaml"),
+        ],
+    )
+    def test_wrong_axes_are_named_before_any_work(self, tmp_path, parameters, told):
+        with pytest.raises(papermill.PapermillExecutionError) as error:
+            run("03", tmp_path, **parameters)
+        assert told in error.value.evalue
+        assert not (tmp_path / "runs").exists()
+
+
 def test_train_demo_model_smoke_run(tmp_path):
     """Three steps: everything is drawn, trained, plotted, written and evaluated."""
-    settings = {"steps": 3, "vision_steps": 1, "batch_size": 4, "num_clips": 12, "num_held_out": 4, "num_evaluated": 2}
+    settings = {"steps": 3, "vision_steps": 2, "batch_size": 4, "num_clips": 12, "num_held_out": 4, "num_evaluated": 2}
     done, shown = run("07", tmp_path, **settings)
     folder = tmp_path / "runs" / "train_demo_model"
     assert str(folder / "checkpoint") in shown and (folder / "evaluation.csv").is_file()
