@@ -225,6 +225,11 @@ class Clip:
         times = f"{self.timestamps_seconds[0]:.2f} to {self.timestamps_seconds[-1]:.2f} s"
         return f"Clip(frames: {self.frames.dtype} {self.frames.shape}, {times}{sampling}, {self.info})"
 
+    def _repr_html_(self):
+        from capkit.views import show_clip
+
+        return show_clip(self).html
+
     @property
     def one_frame_a_second(self) -> bool:
         """Whether frame i is from second i of the window: then the number it carries in the prompt is its second."""

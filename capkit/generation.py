@@ -58,6 +58,11 @@ class Caption:
     def __repr__(self) -> str:
         return f"Caption({self.text!r}, {len(self.token_ids)} tokens, {self.finish_reason})"
 
+    def _repr_html_(self) -> str:
+        from capkit.caption_views import show_caption
+
+        return show_caption(self).html
+
 
 class Request:
     """One call of generate(): inputs checked and made beforehand, tokens chosen by our own rules."""

@@ -132,7 +132,7 @@ def ground(
         for place, (_, new_ids), ways in zip(some, texts, zip(*scored, strict=True), strict=True):
             with_video, without, *by_frame = map(np.array, ways)
             frames = np.stack(by_frame) if leave_one_out else None
-            results[place] = Grounding(list(new_ids), _pieces(processor, new_ids), with_video, without, frames)
+            results[place] = Grounding(list(new_ids), token_texts(processor, new_ids), with_video, without, frames)
     return [results[place] for place in range(len(asked))]
 
 
@@ -209,7 +209,8 @@ def _score_all_ways(model, video_ids, texts, seen, grey, leave_one_out):
     return [*ways, *reversed(by_frame)]
 
 
-def _pieces(processor, ids):
+def token_texts(processor, ids: Sequence[int]) -> list[str]:
+    """Each token as text; a character split over several tokens comes with the last of them."""
     texts = [processor.decode(ids[: count + 1]) for count in range(len(ids))]
     pieces, shown = [], ""
     for text in texts:

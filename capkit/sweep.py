@@ -41,6 +41,11 @@ class SweepResult:
         errors = sum(record["status"] == "error" for record in self.records)
         return f"SweepResult({len(self.records)} captions in {len(self.plan.cells)} cells, {errors} errors)"
 
+    def _repr_html_(self) -> str:
+        from capkit.side_by_side import show_sweep
+
+        return show_sweep(self).html
+
     def to_frame(self) -> pd.DataFrame:
         """One row per caption.
 

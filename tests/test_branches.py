@@ -7,6 +7,7 @@ import torch
 from capkit import Decoding
 from capkit.branches import SharedVideo
 
+pytestmark = pytest.mark.golden  # caches and masks, on the oldest transformers too
 PROMPTS = ("Please describe this video in detail.", "What happens?", "Describe it in one sentence.")
 DECODINGS = (
     Decoding(max_new_tokens=12),

@@ -9,6 +9,7 @@ from capkit import Clip, Decoding
 from capkit.branches import SharedVideo
 from capkit.grounding import GREY, ground
 
+pytestmark = pytest.mark.golden  # caches and masks, on the oldest transformers too
 TEXT = "A red star moves to the left, and then a blue circle appears at second 3."
 
 
