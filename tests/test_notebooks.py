@@ -140,6 +140,14 @@ class TestSweep:
         assert not (tmp_path / "runs").exists()
 
 
+def test_playground_headless_shows_its_static_twins(tmp_path):
+    _, shown = run("04", tmp_path, limit=2)
+    records = capkit.CaptionStore(tmp_path / "runs" / "playground" / "captions.jsonl").current()
+    assert [record["status"] for record in records] == ["ok", "ok"] and len({r["prompt"] for r in records}) == 2
+    assert shown.count("data:image/webp;base64,") == 3  # two captions, and the pair to rate
+    assert "1 pairs left" in shown and "jupyter.widget" not in shown
+
+
 def test_train_demo_model_smoke_run(tmp_path):
     """Three steps: everything is drawn, trained, plotted, written and evaluated."""
     settings = {"steps": 3, "vision_steps": 2, "batch_size": 4, "num_clips": 12, "num_held_out": 4, "num_evaluated": 2}

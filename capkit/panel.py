@@ -1,0 +1,346 @@
+"""The playground: choose a clip, drag through its frames, ask, watch the words come, keep results side by side."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import yaml
+from PIL import Image
+
+from capkit.captioner import Captioner
+from capkit.cogvlm2.processing import FRAME_NUMBERS, TEMPLATES, pixels_to_frames, preprocess_frames
+from capkit.decoding import Decoding
+from capkit.display import mark_differences
+from capkit.frames import STRATEGIES, FrameSampling, VideoError, load_clip
+from capkit.generation import Caption
+from capkit.planning import PROMPT_PRESETS
+from capkit.records import CaptionStore, new_record, request_settings
+
+_WIDE = {"width": "auto"}
+_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}
+"""Settings that act on the draw alone, and the values at which they do nothing."""
+
+
+class Playground(widgets.VBox):
+    """A panel to try prompts and settings on clips. Captions are made in a thread: the panel stays usable.
+
+    Args:
+        captioner: from `load_captioner`.
+        clips: file names.
+        store: where results go as they come; None keeps them in the panel alone.
+        output_dir: where uploaded clips and sweep settings go.
+
+    Attributes:
+        results: (record, caption) of what was captioned in this panel, the newest first.
+        clip: the frames at hand, or None where they could not be read.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        clips: Sequence[str],
+        store: CaptionStore | None = None,
+        output_dir: str | Path = "runs/playground",
+    ):
+        self.captioner, self.store, self.output_dir = captioner, store, Path(output_dir)
+        self.results: list[tuple[dict[str, Any], Caption]] = []
+        self.clip, self._stream, self._baseline, self._thread = None, None, None, None
+        names = [(Path(clip).name, str(clip)) for clip in clips]
+        self.video = widgets.Dropdown(options=names, description="clip", layout=_WIDE)
+        self.upload = widgets.FileUpload(accept="video/*", description="add a clip")
+        self.frame = widgets.IntSlider(0, min=0, max=0, description="frame", layout=_WIDE)
+        self.picture = widgets.Image(format="png", layout={"max_width": "100%", "width": "300px"})
+        self.about_frame = widgets.HTML()
+        self._make_settings()
+        self.caption_button = widgets.Button(description="Caption", button_style="primary", icon="play")
+        self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
+        self.words = widgets.HTML()
+        self.message = widgets.HTML()
+        self.cards = widgets.VBox()
+        left = widgets.VBox(
+            [self.video, self.upload, self.picture, self.frame, self.about_frame], layout={"flex": "1 1 320px"}
+        )
+        buttons = widgets.HBox([self.caption_button, self.stop_button])
+        right = widgets.VBox([self.settings, buttons, self.message, self.words], layout={"flex": "2 1 420px"})
+        top = widgets.Box([left, right], layout={"display": "flex", "flex_flow": "row wrap"})
+        super().__init__([top, self.cards])
+        self._listen()
+        self._explain()
+        self._read_clip()
+
+    def _make_settings(self):
+        text = {"layout": _WIDE, "continuous_update": False}
+        self.preset = widgets.Dropdown(options=["", *PROMPT_PRESETS], description="preset", layout=_WIDE)
+        self.asked_before = widgets.Dropdown(options=[""], description="asked", layout=_WIDE)
+        self.prompt = widgets.Textarea(PROMPT_PRESETS["default"][0], description="prompt", rows=3, **text)
+        self.template = widgets.Dropdown(options=TEMPLATES, description="template", layout=_WIDE)
+        self.frame_numbers = widgets.Dropdown(options=FRAME_NUMBERS, description="numbers", layout=_WIDE)
+        self.strategy = widgets.Dropdown(options=STRATEGIES, description="frames", layout=_WIDE)
+        self.num_frames = widgets.BoundedIntText(24, min=1, max=100, description="at most", **text)
+        self.frames_per_second = widgets.BoundedFloatText(1.0, min=0.01, max=60, description="a second", **text)
+        self.start_seconds = widgets.BoundedFloatText(0.0, min=0, max=1e6, description="from s", **text)
+        self.end_seconds = widgets.BoundedFloatText(0.0, min=0, max=1e6, description="to s", **text)
+        self.temperature = widgets.FloatSlider(0.0, min=0, max=2, step=0.05, description="temperature", **text)
+        self.top_p = widgets.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="top_p", **text)
+        self.top_k = widgets.BoundedIntText(0, min=0, max=1000, description="top_k", **text)
+        self.min_p = widgets.FloatSlider(0.0, min=0, max=0.95, step=0.05, description="min_p", **text)
+        self.seed = widgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed", **text)
+        self.num_beams = widgets.BoundedIntText(1, min=1, max=16, description="beams", **text)
+        self.repetition_penalty = widgets.FloatSlider(1.0, min=1, max=2, step=0.05, description="repetition", **text)
+        self.no_repeat_ngram_size = widgets.BoundedIntText(0, min=0, max=20, description="no repeat", **text)
+        self.max_new_tokens = widgets.BoundedIntText(2048, min=1, max=2048, description="max tokens", **text)
+        self.explained = widgets.HTML()
+        self._choose_frames = (
+            self.strategy,
+            self.num_frames,
+            self.frames_per_second,
+            self.start_seconds,
+            self.end_seconds,
+        )
+        self._decode = (self.temperature, self.top_p, self.top_k, self.min_p, self.seed, self.num_beams)
+        self._decode += (self.repetition_penalty, self.no_repeat_ngram_size, self.max_new_tokens)
+        how = (self.template, self.frame_numbers, *self._choose_frames)
+        grid = {"grid_template_columns": "repeat(auto-fill, minmax(250px, 1fr))"}
+        prompts = [self.preset, self.asked_before, self.prompt]
+        self.settings = widgets.VBox(
+            [*prompts, widgets.GridBox(how, layout=grid), widgets.GridBox(self._decode, layout=grid), self.explained]
+        )
+
+    def _listen(self):
+        self.video.observe(lambda _: self._read_clip(), "value")
+        for control in self._choose_frames:
+            control.observe(lambda _: self._read_clip(), "value")
+        for control in (*self._choose_frames, *self._decode, self.template, self.frame_numbers):
+            control.observe(lambda _: self._explain(), "value")
+        for control in (self.frame, self.frame_numbers, self.template):
+            control.observe(lambda _: self._show_frame(), "value")
+        self.upload.observe(lambda _: self._add_uploads(), "value")
+        self.preset.observe(lambda change: self._ask(PROMPT_PRESETS.get(change["new"], ("",))[0]), "value")
+        self.asked_before.observe(lambda change: self._ask(change["new"]), "value")
+        self.caption_button.on_click(lambda _: self.start())
+        self.stop_button.on_click(lambda _: self.stop())
+
+    def _ask(self, prompt):
+        if prompt:
+            self.prompt.value = prompt
+
+    # ---- what is asked ---------------------------------------------------------------------------------------------
+
+    def decoding(self) -> Decoding:
+        """The decoding that the controls stand for; those that are greyed are left out."""
+        return Decoding(**{name: getattr(self, name).value for name in self._names_with_effect()})
+
+    def _names_with_effect(self):
+        names = ["max_new_tokens", "num_beams", "repetition_penalty", "no_repeat_ngram_size"]
+        if self.num_beams.value == 1:
+            names.append("temperature")
+            if self.temperature.value > 0:
+                names += [name for name in _SAMPLING if name != "top_k" or self.top_k.value != 1]
+        return names
+
+    def frame_sampling(self) -> FrameSampling:
+        """The frame sampling that the controls stand for."""
+        rate = self.frames_per_second.value if self.strategy.value == "fps" else None
+        return FrameSampling(self.strategy.value, self.num_frames.value, rate)
+
+    def _explain(self):
+        """Grey out what has no effect, and say why."""
+        effective = self._names_with_effect()
+        for control in self._decode:
+            name = next(name for name, value in vars(self).items() if value is control)
+            control.disabled = name not in effective
+        self.frames_per_second.disabled = self.strategy.value != "fps"
+        self.frame_numbers.disabled = self.template.value != "chat"
+        if self.num_beams.value > 1:
+            why = (
+                "beam search keeps several captions and does not draw: temperature and what goes with it have no effect"
+            )
+        elif self.temperature.value == 0:
+            why = "temperature 0 is greedy, always the likeliest word: top_p, top_k, min_p and seed have no effect"
+        else:
+            why = "words are drawn: another seed gives another caption"
+        if self.template.value != "chat":
+            why += f'; template "{self.template.value}" numbers no frames'
+        self.explained.value = f'<span style="opacity:.7">{escape(why)}.</span>'
+
+    # ---- the clip --------------------------------------------------------------------------------------------------
+
+    def _read_clip(self):
+        try:
+            window = (self.start_seconds.value, self.end_seconds.value or None)
+            self.clip = load_clip(self.video.value, self.frame_sampling(), *window) if self.video.value else None
+            self._tell("")
+        except (VideoError, ValueError) as error:
+            self.clip = None
+            self._tell(str(error))
+        self._seen = None
+        if self.clip is not None:
+            self._seen = pixels_to_frames(preprocess_frames(self.clip.frames, self.captioner.processor.image_size))
+            self.frame.max = len(self.clip) - 1
+        self._show_frame()
+
+    def _show_frame(self):
+        if self._seen is None:
+            self.picture.value, self.about_frame.value = b"", ""
+            return
+        place = min(self.frame.value, len(self._seen) - 1)
+        self.picture.value = _png(self._seen[place])
+        time = self.clip.timestamps_seconds[place]
+        number = place if self.frame_numbers.value == "index" else round(time - self.clip.start_seconds)
+        told = f"frame {place + 1} of {len(self._seen)}, as the model sees it; at {time:.2f} s"
+        if self.template.value == "chat":
+            told += f"; its number in the prompt is {number}"
+            if self.frame_numbers.value == "index" and not self.clip.one_frame_a_second:
+                told += '. <b>Here numbers are not seconds</b>: set "numbers" to seconds'
+        self.about_frame.value = told
+
+    def _add_uploads(self):
+        folder = self.output_dir / "uploads"
+        folder.mkdir(parents=True, exist_ok=True)
+        for upload in self.upload.value:
+            path = folder / Path(upload["name"]).name
+            path.write_bytes(upload["content"])
+            self.video.options = [*self.video.options, (path.name, str(path))]
+            self.video.value = str(path)
+
+    # ---- captions --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Caption the clip at hand with the settings at hand, in a thread."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        if self.clip is None:
+            self._tell("there is no clip to caption: choose one above")
+            return
+        prompt, template = self.prompt.value, self.template.value
+        numbers = self.frame_numbers.value if template == "chat" else "index"
+        try:
+            asked = (prompt, template, (), numbers, self.decoding())
+            self._stream = None
+            if asked[-1].num_beams == 1:
+                self._stream = self.captioner.stream(self.clip, *asked)
+        except ValueError as error:
+            self._tell(str(error))
+            return
+        self._tell("")
+        self.words.value = "<i>reading the frames ...</i>"
+        self.caption_button.disabled, self.stop_button.disabled = True, self._stream is None
+        self._thread = threading.Thread(target=self._follow, args=(self.clip, asked), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the caption on its way after the word at hand; what was said stays."""
+        if self._stream is not None:
+            self._stream.stop()
+
+    def wait(self) -> None:
+        """Until the caption on its way is there."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _follow(self, clip, asked):
+        try:
+            text = ""
+            for piece in self._stream or ():
+                text += piece
+                self.words.value = f'<div style="white-space:pre-wrap">{escape(text)} ▏</div>'
+            caption = self._stream.caption if self._stream else self.captioner.caption(clip, *asked)
+            self._keep(clip, asked, caption)
+            self.words.value = ""
+        except Exception as error:  # told in the panel, whatever it is
+            self._tell(f"{type(error).__name__}: {error}")
+            self.words.value = ""
+        finally:
+            self.caption_button.disabled, self.stop_button.disabled = False, True
+
+    def _keep(self, clip, asked, caption):
+        video = clip.info.path or "frames in memory"
+        how = (clip.frame_sampling or "chat", clip.start_seconds, clip.end_seconds)
+        settings = request_settings(self.captioner, video, *asked, *how)
+        record = new_record(settings, caption, clip)
+        if self.store is not None:
+            self.store.save_strip(settings, clip, self.captioner.processor.image_size)
+            self.store.append(record)
+        self.results.insert(0, (record, caption))
+        if asked[0] not in self.asked_before.options:
+            self.asked_before.options = ["", asked[0], *self.asked_before.options[1:]]
+        self._baseline = self._baseline or record
+        self._show_results()
+
+    # ---- results ---------------------------------------------------------------------------------------------------
+
+    def _show_results(self):
+        self.cards.children = [self._card(record) for record, _ in self.results]
+
+    def _card(self, record):
+        is_baseline = record is self._baseline
+        text = (record.get("edited_text") or record["text"]).strip()
+        base = (self._baseline.get("edited_text") or self._baseline["text"]).strip()
+        marked = escape(text) if is_baseline else mark_differences(base, text)[1]
+        settings = (
+            f"{record['prompt']} · {record['template']} · {record['frame_sampling']['strategy']} · {record['decoding']}"
+        )
+        facts = f"{record['num_tokens']} tokens, ended by {record['finish_reason']}, {record['seconds']:.2f} s"
+        name = Path(record["video"]).name + (" · baseline" if is_baseline else "")
+        shown = widgets.HTML(
+            f'<div style="border-top:1px solid #8886;padding-top:6px"><b>{escape(name)}</b> '
+            f'<span style="opacity:.7">{escape(settings)}; {facts}</span><br>{marked}</div>'
+        )
+        edit = widgets.Textarea(text, layout={"width": "100%", "display": "none"}, rows=4)
+        buttons = [
+            self._button("make baseline", lambda: self._make_baseline(record)),
+            self._button("edit", lambda: self._edit(record, edit)),
+            self._button("to a sweep", lambda: self._to_sweep(record)),
+        ]
+        buttons[0].disabled = is_baseline
+        return widgets.VBox([shown, edit, widgets.HBox(buttons)])
+
+    def _button(self, name, do: Callable[[], None]):
+        button = widgets.Button(description=name, layout={"width": "auto"})
+        button.on_click(lambda _: do())
+        return button
+
+    def _make_baseline(self, record):
+        self._baseline = record
+        self._show_results()
+
+    def _edit(self, record, edit):
+        """First click: open the text. Second: keep it."""
+        if edit.layout.display == "none":
+            edit.layout.display = "flex"
+            return
+        record["edited_text"] = edit.value
+        if self.store is not None:
+            self.store.edit(record["request"], edit.value)
+        self._tell("kept" if self.store is not None else "kept in this panel; there is no store")
+        self._show_results()
+
+    def _to_sweep(self, record):
+        """Write the result's settings as axes of notebook 03."""
+        axes = {
+            "prompts": [record["prompt"]],
+            "decodings": [record["decoding"]],
+            "frame_samplings": [{name: value for name, value in record["frame_sampling"].items() if value is not None}],
+            "templates": [record["template"]],
+            "frame_numbers": [record["frame_numbers"]],
+        }
+        path = self.output_dir / "sweep_axes.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(axes, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        self._tell(f"axes of a sweep, to be added to: {path}")
+
+    def _tell(self, message):
+        mark = "border-left:4px solid #d55e00;padding-left:6px"
+        self.message.value = f'<span style="{mark}">{escape(message)}</span>' if message else ""
+
+
+def _png(frame):
+    picture = io.BytesIO()
+    Image.fromarray(frame).save(picture, "png")
+    return picture.getvalue()
