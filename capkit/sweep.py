@@ -84,21 +84,24 @@ class SweepResult:
             path: JSONL or CSV with the columns `video` (path or file name) and `text` or `caption`.
 
         Raises:
-            ValueError: not such a file, a name that a cell has, or no video of this sweep in it.
+            ValueError: not such a file, a name that a cell has, no video of this sweep in it, or a file name that
+                several of them have.
         """
         if name in self.elsewhere or name in map(self.plan.label, self.plan.cells):
             raise ValueError(f"name={name!r}: a cell is called so already")
         made = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds", "request")
         empty = dict.fromkeys(made) | {"status": "ok", "error": None}
         asked = zip(self.plan.requests(), self.records, strict=True)
-        videos = {Path(one["video"]).name: one for (_, cell, _), one in asked if cell == self.plan.baseline}
-        found = [
-            videos[Path(one["video"]).name] | empty | {"text": one["text"]}
-            for one in read_captions(path)
-            if Path(one["video"]).name in videos
-        ]
+        records = [record for (_, cell, sample), record in asked if cell == self.plan.baseline and not sample]
+        found = []
+        for one in read_captions(path):
+            named = [record for record in records if record["video"] == one["video"]]
+            named = named or [record for record in records if Path(record["video"]).name == Path(one["video"]).name]
+            if len(named) > 1:
+                raise ValueError(f"{path}: {one['video']!r} may be any of {len(named)} clips of this sweep")
+            found += [record | empty | {"text": one["text"]} for record in named]
         if not found:
-            raise ValueError(f"{path}: has none of the sweep's videos, such as {next(iter(videos), None)!r}")
+            raise ValueError(f"{path}: has none of the sweep's videos, such as {records[0]['video']!r}")
         return replace(self, elsewhere={**self.elsewhere, name: found})
 
 
@@ -111,11 +114,8 @@ def read_captions(path: str | Path) -> list[dict[str, str]]:
     path = Path(path).expanduser()
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = (
-                list(csv.DictReader(file))
-                if path.suffix.lower() == ".csv"
-                else [json.loads(x) for x in file if x.strip()]
-            )
+            is_csv = path.suffix.lower() == ".csv"
+            rows = list(csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file)))
         found = [{"video": str(row["video"]), "text": str(row.get("text", row.get("caption")))} for row in rows]
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
         raise ValueError(f"{path}: no JSONL or CSV with columns video and text (or caption): {error!r}") from error
@@ -167,16 +167,16 @@ def run_sweep(
         settings = request_settings(captioner, clip.video, *asked, *where, sample)
         order.append(settings["request"])
         if settings["request"] not in done:
+            done.add(settings["request"])  # a clip may be named twice
             todo.setdefault((clip, cell.frame_sampling), []).append((settings, cell, cell.sampled(sample)))
     progress = Progress("captions", sum(map(len, todo.values())), len(order) - sum(map(len, todo.values())))
     for group, clip in _clips(todo, timeout_seconds):
+        seen = clip if isinstance(clip, Clip) else None
         for settings, outcome in _caption_group(captioner, clip, group, plan.history):
-            records[settings["request"]] = record = new_record(
-                settings, outcome, clip if isinstance(clip, Clip) else None
-            )
+            records[settings["request"]] = record = new_record(settings, outcome, seen)
+            if store and seen:
+                store.save_strip(settings, seen, captioner.processor.image_size)
             if store:
-                if isinstance(clip, Clip):
-                    store.save_strip(settings, clip, captioner.processor.image_size)
                 store.append(record)
             progress.update(record)
     progress.close()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +262,24 @@ def test_captions_made_elsewhere_are_one_more_cell(demo, tmp_path):
     (tmp_path / "wordless.csv").write_text("video,words\nother.mp4,a\n")
     with pytest.raises(ValueError, match="wordless"):
         read_captions(tmp_path / "wordless.csv")
+
+
+def test_a_file_name_that_may_be_one_of_several_is_refused(demo, tmp_path):
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / Path(CLIPS[0]).name
+    shutil.copy(CLIPS[0], twin)
+    result = run_sweep(demo, [CLIPS[0], str(twin)], decodings=[{"max_new_tokens": 3}])
+    captions = tmp_path / "captions.csv"
+    captions.write_text(f"video,text\n{twin},by path\n")
+    assert result.with_captions("mine", captions).all_records[-1]["video"] == str(twin)
+    captions.write_text(f"video,text\n{twin.name},by name\n")
+    with pytest.raises(ValueError, match="any of 2 clips"):
+        result.with_captions("mine", captions)
+
+
+def test_a_clip_that_is_named_twice_is_captioned_once(demo, tmp_path):
+    result = run_sweep(demo, [CLIPS[0], CLIPS[0]], tmp_path / "s.jsonl", decodings=[{"max_new_tokens": 3}])
+    assert len(result.records) == 2 and len(CaptionStore(tmp_path / "s.jsonl").lines()) == 1
 
 
 def test_references_of_a_manifest_come_along(demo, tmp_path):
