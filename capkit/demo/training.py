@@ -1,122 +1,60 @@
 """Train the demo model from nothing: clips that we draw, a small tokenizer, CogVLM2-Video's architecture, small.
 
-transformers' Trainer does the training; here is what it is fed with, and a head that helps the vision tower along.
+transformers' Trainer does the training; here is what it trains, with heads that help along and are thrown away.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors.torch import load_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from capkit.cogvlm2 import CogVLM2VideoConfig, CogVLM2VideoForConditionalGeneration, CogVLM2VideoProcessor
-from capkit.cogvlm2.modeling import rotary_position_ids
-from capkit.cogvlm2.processing import pixels_to_frames, preprocess_frames, prompt_text
-from capkit.demo.facts import Facts, see
-from capkit.demo.planning import make_scene
-from capkit.demo.scenes import COLOURS, SHAPES
-from capkit.demo.wording import Example, make_example
-from capkit.frames import Clip
-
-IMAGE_SIZE, PATCH_SIZE = 112, 14
-CELLS = IMAGE_SIZE // PATCH_SIZE // 2  # the bridge pools patches 2 x 2: so many cells a side
-# Llama-3's: words, digits in groups of at most three, punctuation.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from capkit.cogvlm2.modeling import image_mask, rotary_position_ids
+from capkit.cogvlm2.processing import preprocess_frames
+from capkit.demo.examples import (
+    CAMERA_WAYS,
+    EVENTS,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    SPECIAL,
+    UNKNOWN,
+    Examples,
+    Frames,
+    draw_clips,
+    tokens_that_matter,
+    train_tokenizer,
 )
-_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES
 
-
-@dataclass(frozen=True)
-class DrawnClip:
-    """A scene as the model sees it, and what is true of it.
-
-    Attributes:
-        clip: frames of (IMAGE_SIZE, IMAGE_SIZE), already cropped.
-        facts: what can be seen.
-        cells: int64 (T, CELLS * CELLS, 3): whether an object's middle is in the cell, its colour and its shape.
-        places: float32 (T, CELLS * CELLS, 3): where in the cell, x and y, and its diameter; in cells.
-    """
-
-    clip: Clip
-    facts: Facts
-    cells: np.ndarray
-    places: np.ndarray
-
-
-def draw_clip(seed: int, held_out: bool = False) -> DrawnClip:
-    """Draw the sampled frames of scene `seed`, cropped as the model will see them."""
-    scene = make_scene(seed, held_out)
-    clip = scene.sample("chat")
-    frames = pixels_to_frames(preprocess_frames(clip.frames, IMAGE_SIZE))
-    cells = np.zeros((len(frames), CELLS * CELLS, 3), np.int64)
-    places = np.zeros((len(frames), CELLS * CELLS, 3), np.float32)
-    for frame, seconds in enumerate(clip.timestamps_seconds):
-        for thing, colour, *place in scene.visible(seconds):
-            x, y, diameter = (length * CELLS for length in place)
-            column, row = (min(max(int(length), 0), CELLS - 1) for length in (x, y))
-            cells[frame, row * CELLS + column] = (1, list(COLOURS).index(colour), SHAPES.index(thing.shape))
-            places[frame, row * CELLS + column] = (x - column, y - row, diameter)
-    return DrawnClip(Clip.from_frames(frames, clip.timestamps_seconds), see(scene, clip), cells, places)
-
-
-def draw_clips(seeds: Sequence[int], held_out: bool = False, num_workers: int = 2) -> list[DrawnClip]:
-    """Draw many, in worker processes."""
-    if num_workers < 2:
-        return [draw_clip(seed, held_out) for seed in seeds]
-    context = multiprocessing.get_context("spawn")
-    # One thread each: torch's own would fight over the cores.
-    with ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(draw_clip, seeds, [held_out] * len(seeds), chunksize=100))
-
-
-def train_tokenizer(clips: Sequence[DrawnClip], vocab_size: int = 640) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of what is said of clips, with Llama-3's special tokens and its way with digits."""
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(_SPECIAL), initial_alphabet=alphabet, show_progress=False)
-    random = np.random.default_rng(0)
-    examples = [make_example(drawn.facts, random) for drawn in clips for _ in range(4)]
-    numbers = [str(number) for number in range(100)]
-    tokenizer.train_from_iterator([*map(_whole_text, examples), *numbers * 20], trainer)
-    bos, eos, pad, _ = _SPECIAL
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, model_max_length=2048)
-    fast.add_special_tokens({"additional_special_tokens": _SPECIAL[2:]})
-    fast.pad_token, fast.padding_side = pad, "left"
-    return fast
-
-
-def _whole_text(example: Example) -> str:
-    return f"{prompt_text(example.prompt, example.template, example.history)} {example.answer}"
+FRAMES_PER_STEP = 192
+WORDING_WEIGHT = 0.3
+"""Of tokens that only word what others say, in the loss: which of many wordings comes cannot be learnt."""
+FEATURE_LENGTH = 2.0
+CELLS_LAYER, FRAMES_LAYER = 2, 3
+"""After so many layers of the decoder, cells know what their object has done, and frames what is new in them."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> CogVLM2VideoForConditionalGeneration:
     """CogVLM2-Video with random weights, small enough for a laptop."""
-    bos, eos, pad = tokenizer.convert_tokens_to_ids(_SPECIAL[:3])
+    bos, eos, pad = tokenizer.convert_tokens_to_ids(SPECIAL[:3])
     config = CogVLM2VideoConfig(
         vocab_size=len(tokenizer),
-        hidden_size=144,
-        intermediate_size=432,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
         num_multi_query_heads=2,
         bos_token_id=bos,
         eos_token_id=eos,
@@ -133,164 +71,238 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> CogVLM2VideoForConditionalG
             "num_positions": (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1,
         },
     )
-    return CogVLM2VideoForConditionalGeneration(config)
+    model = CogVLM2VideoForConditionalGeneration(config)
+    _tell_places(model.model.vision.patch_embedding.position_embedding.weight)
+    return model
 
 
-class Examples(torch.utils.data.Dataset):
-    """Clips with something asked and answered about each, worded anew every time.
+@torch.no_grad()
+def _tell_places(positions):
+    """Begin with patches that know their column and row: what small random weights say of places is drowned by the
+    first block's normalised output, and then the bridge never learns it."""
+    side = IMAGE_SIZE // PATCH_SIZE
+    steps = torch.linspace(-1, 1, side)
+    ways = torch.randn(2, positions.shape[1])
+    positions[1:] += steps.repeat(side)[:, None] * ways[0] + steps.repeat_interleave(side)[:, None] * ways[1]
 
-    Args:
-        clips: from `draw_clips`.
-        processor: of the model in training.
-        style: of `make_example`; None for all, as they come.
-    """
 
-    def __init__(self, clips: Sequence[DrawnClip], processor: CogVLM2VideoProcessor, style: str | None = None):
-        self.clips, self.processor, self.style = clips, processor, style
-        self.random = np.random.default_rng(0)
+class _Heads(nn.ModuleDict):
+    """One linear layer for several answers."""
 
-    def __len__(self) -> int:
-        return len(self.clips)
+    def __init__(self, width: int, **num_answers: int):
+        super().__init__({name: nn.Linear(width, number) for name, number in num_answers.items()})
 
-    def __getitem__(self, index: int) -> tuple[DrawnClip, list[int], list[int]]:
-        drawn = self.clips[index]
-        example = make_example(drawn.facts, self.random, self.style)
-        return drawn, *self._ids_and_labels(drawn.clip, example)
-
-    def _ids_and_labels(self, clip: Clip, example: Example) -> tuple[list[int], list[int]]:
-        """Every answer is to be learnt, those of the history too, but neither questions nor frames."""
-        tokenizer = self.processor.tokenizer
-        asked = (example.prompt, example.template, example.history)
-        num_prompt_text_tokens = len(tokenizer.encode(prompt_text(*asked), add_special_tokens=False))
-        frames = self.processor.prompt_ids(clip, *asked)[:-num_prompt_text_tokens]
-        text = _whole_text(example)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans, start = [], 0
-        for answer in [*(answer for _, answer in example.history), example.answer]:
-            start = text.index(f" {answer}", start)
-            spans.append((start, start + 1 + len(answer)))
-            start = spans[-1][1]
-        labels = [
-            token if any(first <= begin and end <= last for first, last in spans) else -100
-            for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
-        end_id = tokenizer.eos_token_id
-        return [*frames, *encoded["input_ids"], end_id], [-100] * len(frames) + labels + [end_id]
-
-    def collate(self, rows: list[tuple]) -> dict[str, torch.Tensor]:
-        """A batch for `TrainingModel.forward`."""
-        drawn, ids, labels = zip(*rows, strict=True)
-        longest = max(map(len, labels))
-        pixels = torch.cat([preprocess_frames(one.clip.frames, IMAGE_SIZE) for one in drawn])
-        return self.processor.pad(ids) | {
-            "labels": torch.tensor([[-100] * (longest - len(row)) + row for row in labels]),
-            "pixel_values_videos": pixels,
-            "cells": torch.from_numpy(np.concatenate([one.cells for one in drawn])),
-            "places": torch.from_numpy(np.concatenate([one.places for one in drawn])),
-        }
+    def forward(self, hidden):
+        return {name: head(hidden).float() for name, head in self.items()}
 
 
 class TrainingModel(nn.Module):
-    """The model, and a head on the bridge's output that says what is where; the head is thrown away in the end.
+    """The model, and heads that have to say what is where, what it has done, and what happens in each frame.
 
-    Without it the caption's loss has to teach the vision tower what a star is, which takes much longer.
+    Without them the caption's loss alone would have to teach what a star is and when it moves, which takes much longer.
+
+    Args:
+        model: the model.
+        matters: bool (vocabulary,), `tokens_that_matter`.
+        bf16: matrices are multiplied in bfloat16, weights stay as they are.
     """
 
-    def __init__(self, model: CogVLM2VideoForConditionalGeneration):
+    def __init__(self, model: CogVLM2VideoForConditionalGeneration, matters: torch.Tensor, bf16: bool = False):
         super().__init__()
-        self.model = model
-        self.parts = [1, len(COLOURS), len(SHAPES), 3]
-        self.head = nn.Linear(model.config.hidden_size, sum(self.parts))
-        self.vision_only = False
+        self.model, self.bf16 = model, bf16
+        self.register_buffer("weights", torch.where(matters, 1.0, WORDING_WEIGHT), persistent=False)
+        width = model.config.hidden_size
+        self.what = _Heads(width, there=1, colour=len(COLOURS), shape=len(SHAPES), place=3)
+        self.done = _Heads(width, motion=len(MOTIONS), event=len(EVENTS), gain=3)
+        kinds = {"camera": len(CAMERA_WAYS), "event": len(EVENTS), "colour": len(COLOURS), "shape": len(SHAPES)}
+        self.news = _Heads(width, number=13, count=4, **kinds)
 
-    def forward(self, input_ids, attention_mask, labels, pixel_values_videos, cells, places) -> dict[str, torch.Tensor]:
-        features = self.model.model.get_video_features(pixel_values_videos)
-        loss = self._cell_loss(features[:, 1:-1], cells, places)
-        count = (labels != -100).sum()
-        if self.vision_only:
-            return {"loss": loss, "num_right": torch.zeros_like(count), "num_tokens": count}
-        video_token_id = self.model.config.video_token_id
-        image = (input_ids == video_token_id) & (attention_mask == 1)
-        embeds = self.model.model.embed_tokens(input_ids).masked_scatter(image[..., None], features.flatten(0, 1))
-        positions = rotary_position_ids(input_ids, video_token_id)
-        hidden = self.model.model(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        learnt = F.pad(labels, (0, 1), value=-100)[:, 1:]  # each position says the next token
-        logits, learnt = self.model.lm_head(hidden[learnt != -100]), learnt[learnt != -100]
-        num_right = (logits.argmax(-1) == learnt).sum()
-        return {"loss": F.cross_entropy(logits, learnt) + 0.5 * loss, "num_right": num_right, "num_tokens": count}
+    def forward(
+        self, cells, places, pixel_values_videos=None, video_features=None, input_ids=None, labels=None, frames=None
+    ) -> dict[str, torch.Tensor]:
+        """The loss, and how many of the tokens that matter are right; without `input_ids`, how many of the objects."""
+        with _mixed_precision(cells.device.type) if self.bf16 else nullcontext():
+            if input_ids is None:
+                features = self.model.model.get_video_features(pixel_values_videos)
+                return self._what_loss(self.what(features[:, 1:-1]), cells, places)
+            outputs = self.model.model(
+                inputs_embeds=self.model.model.embed(input_ids, video_features=video_features),
+                attention_mask=torch.ones_like(input_ids),
+                position_ids=rotary_position_ids(input_ids, self.model.config.video_token_id),
+                use_cache=False,
+                output_hidden_states=True,
+            )
+            image = image_mask(input_ids, self.model.config.video_token_id)
+            learnt = F.pad(labels, (0, 1), value=UNKNOWN)[:, 1:]  # each position says the next token
+            logits = self.model.lm_head(outputs.last_hidden_state[learnt != UNKNOWN]).float()
+            at_cells, at_frames = (
+                outputs.hidden_states[layer][image].unflatten(0, video_features.shape[:2])
+                for layer in (CELLS_LAYER, FRAMES_LAYER)
+            )
+            done, news = self.done(at_cells[:, 1:-1]), self.news(at_frames[:, -1])
+        learnt, known = learnt[learnt != UNKNOWN], ~places[..., 3:].isnan()
+        loss = F.cross_entropy(logits, learnt, self.weights)
+        loss = loss + 0.5 * (_known_loss(done["motion"], cells[..., 3]) + _known_loss(done["event"], cells[..., 4]))
+        loss = loss + F.smooth_l1_loss(done["gain"][known], places[..., 3:][known])
+        loss = loss + 0.2 * sum(_known_loss(news[name], frames[:, column]) for column, name in enumerate(self.news))
+        right, matters = logits.argmax(-1) == learnt, self.weights[learnt] == 1
+        return {"loss": loss, "num_right": (right & matters).sum(), "num_asked": matters.sum()}
 
-    def _cell_loss(self, features, cells, places):
-        there, colour, shape, place = self.head(features).split(self.parts, -1)
-        loss = F.binary_cross_entropy_with_logits(there.squeeze(-1), cells[..., 0].float())
+    def _what_loss(self, what, cells, places):
         at = cells[..., 0] == 1
-        if at.any():
-            loss = loss + F.smooth_l1_loss(place[at], places[at])
-            for logits, column in ((colour, 1), (shape, 2)):
-                loss = loss + F.cross_entropy(logits[at], cells[..., column][at])
-        return loss
+        loss = F.binary_cross_entropy_with_logits(what["there"].squeeze(-1), cells[..., 0].float())
+        loss = loss + _known_loss(what["colour"], cells[..., 1]) + _known_loss(what["shape"], cells[..., 2])
+        loss = loss + (3 * F.smooth_l1_loss(what["place"][at], places[..., :3][at]) if at.any() else 0)
+        right = (what["colour"].argmax(-1) == cells[..., 1]) & (what["shape"].argmax(-1) == cells[..., 2])
+        return {"loss": loss, "num_right": right.sum(), "num_asked": at.sum()}
 
 
-class _Schedule(TrainerCallback):
-    """Vision alone first; stop when the time is up; one line of log a time, kept for the plot."""
+def _known_loss(logits, answers):
+    known = answers != UNKNOWN
+    return F.cross_entropy(logits[known], answers[known]) if known.any() else 0.0
 
-    def __init__(self, model: TrainingModel, vision_steps: int, minutes: float | None, history: Path):
-        self.model, self.vision_steps, self.history = model, vision_steps, history
-        self.until = time.monotonic() + 60 * minutes if minutes else float("inf")
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.model.vision_only = state.global_step < self.vision_steps
+def _mixed_precision(device_type):
+    """bfloat16 by autocast. On CPUs, whose bfloat16 attention is slow backwards, all but attention."""
+    if device_type != "cpu":
+        return torch.autocast(device_type, torch.bfloat16)
+    attention = F.scaled_dot_product_attention
+
+    def in_float32(query, key, value, attn_mask=None, **kwargs):
+        with torch.autocast("cpu", enabled=False):
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.float()
+            outputs = attention(query.float(), key.float(), value.float(), attn_mask=attn_mask, **kwargs)
+            return outputs.to(query.dtype)
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", in_float32))
+    stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+    return stack
+
+
+class _Log(TrainerCallback):
+    """Stop when the time is up; one line of log a time, kept for the plot."""
+
+    def __init__(self, stage: str, until: float, history: Path):
+        self.stage, self.until, self.history = stage, until, history
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() > self.until:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        line = {"stage": self.stage, "step": state.global_step, "time": time.time()} | logs
         with open(self.history, "a") as file:
-            file.write(json.dumps({"step": state.global_step, "time": time.time()} | logs) + "\n")
+            file.write(json.dumps(line) + "\n")
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return _ByLength(self.train_dataset.num_frames, self.args.per_device_train_batch_size)
+
+
+class _ByLength(torch.utils.data.Sampler):
+    """A random order in which clips of one batch have nearly the same number of frames, or they would be padded."""
+
+    def __init__(self, num_frames: list[int], batch_size: int):
+        self.num_frames, self.batch_size = num_frames, batch_size
+
+    def __len__(self):
+        return len(self.num_frames)
+
+    def __iter__(self):
+        order = torch.randperm(len(self)).split(16 * self.batch_size)
+        batches = [b for some in order for b in sorted(some.tolist(), key=self.num_frames.__getitem__)]
+        batches = torch.tensor(batches).split(self.batch_size)
+        return iter([index for i in torch.randperm(len(batches)) for index in batches[i].tolist()])
 
 
 def train(
     output_dir: str | Path,
-    steps: int = 30,
+    steps: int = 20,
     vision_steps: int = 10,
     batch_size: int = 32,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1.5e-3,
+    vision_learning_rate: float = 1e-3,
     num_clips: int = 64,
     num_held_out: int = 16,
     minutes: float | None = None,
     num_workers: int = 1,
     seed: int = 0,
+    bf16: bool = False,
 ) -> Path:
     """Train, and write a checkpoint in the published layout. Called again with the same folder, it goes on.
 
     Args:
         output_dir: gets `trainer/` (to resume from), `history.jsonl` and `checkpoint/`.
-        steps: optimiser steps in all; the learning rate falls to 0 over them along a cosine.
-        vision_steps: the first so many train the vision tower and the bridge alone.
+        steps: optimiser steps of the whole model, on clips and texts.
+        vision_steps: steps before them of the vision tower and the bridge alone, on FRAMES_PER_STEP single frames each.
         batch_size: clips a step.
-        learning_rate: at its highest, after 5 % of the steps.
-        num_clips: scenes drawn for training; worded anew each time they come up.
+        learning_rate, vision_learning_rate: of the two stages, at its highest after 5 % of the steps; it falls to 0
+            along a cosine.
+        num_clips: scenes drawn for training; worded anew each time they come up. 1000 take 0.3 GB of memory.
         num_held_out: scenes for the accuracy in `history.jsonl`, from the held-out stream.
         minutes: stop after so long, with a checkpoint to go on from.
         num_workers: processes that draw; 1 draws in this one.
         seed: of weights and order.
+        bf16: multiply in bfloat16, where the processor does so faster.
 
     Returns:
         The folder of the checkpoint.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * minutes if minutes else float("inf")
     torch.manual_seed(seed)
     drawn = draw_clips(range(num_clips), num_workers=num_workers)
     held_out = draw_clips(range(num_held_out), held_out=True, num_workers=num_workers)
     tokenizer = train_tokenizer(drawn[:3000])
     model = new_model(tokenizer)
     processor = CogVLM2VideoProcessor(tokenizer, IMAGE_SIZE, model.config.tokens_per_frame)
-    training, examples = TrainingModel(model), Examples(drawn, processor)
+    training = TrainingModel(model, tokens_that_matter(tokenizer), bf16)
+    frames, held_out_frames = Frames(drawn, recoloured=0.75), Frames(held_out)
+    how = (vision_learning_rate, seed, until)
+    if _train_stage(training, output_dir, "vision", vision_steps, FRAMES_PER_STEP, frames, held_out_frames, *how):
+        _level(model, held_out)
+        model.model.vision.requires_grad_(False)
+        examples = Examples(drawn, _encode(model, drawn), processor, misheard=0.3)
+        held_out_examples = Examples(held_out, _encode(model, held_out), processor)
+        how = (learning_rate, seed, until)
+        _train_stage(training, output_dir, "model", steps, batch_size, examples, held_out_examples, *how)
+    model.save_pretrained(output_dir / "checkpoint")
+    processor.save_pretrained(output_dir / "checkpoint")
+    return output_dir / "checkpoint"
+
+
+@torch.no_grad()
+def _level(model, clips):
+    """Make frames' features as long as FEATURE_LENGTH: far longer ones would drown what the decoder adds to them."""
+    length = torch.cat(_encode(model, clips)).float()[:, 1:-1].norm(dim=-1).mean()
+    model.model.vision.linear_proj.dense_4h_to_h.weight *= FEATURE_LENGTH / length
+
+
+@torch.no_grad()
+def _encode(model, clips):
+    """Features of each clip's frames, in half precision."""
+    features = []
+    for first in range(0, len(clips), 32):
+        some = [drawn.clip.frames for drawn in clips[first : first + 32]]
+        pixels = preprocess_frames(np.concatenate(some), IMAGE_SIZE).to(model.device)
+        features += model.model.get_video_features(pixels).half().cpu().split([len(frames) for frames in some])
+    return features
+
+
+def _train_stage(training, output_dir, stage, steps, batch_size, examples, held_out, learning_rate, seed, until):
+    """Train, or go on, or take the weights of what has been trained before; True when the stage is done."""
+    folder = output_dir / "trainer" / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    last = get_last_checkpoint(folder)
+    if last and last.endswith(f"-{steps}"):
+        load_model(training, Path(last) / "model.safetensors")
+        return True
     arguments = TrainingArguments(
-        output_dir=str(output_dir / "trainer"),
+        output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
@@ -306,32 +318,31 @@ def train(
         save_steps=max(1, min(200, steps // 3)),
         save_total_limit=1,
         remove_unused_columns=False,
-        label_names=["labels"],
+        label_names=["labels" if stage == "model" else "cells"],
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
-    trainer = Trainer(
+    trainer = _Trainer(
         training,
         arguments,
         data_collator=examples.collate,
         train_dataset=examples,
-        eval_dataset=Examples(held_out, processor, "detailed"),
-        compute_metrics=lambda p: {"token_accuracy": float(p.predictions[0].sum() / p.predictions[1].sum())},
-        callbacks=[_Schedule(training, vision_steps, minutes, output_dir / "history.jsonl")],
+        eval_dataset=held_out,
+        compute_metrics=_accuracy,
+        callbacks=[_Log(stage, until, output_dir / "history.jsonl")],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if _has_run(output_dir) else None)
-    model.save_pretrained(output_dir / "checkpoint")
-    processor.save_pretrained(output_dir / "checkpoint")
-    return output_dir / "checkpoint"
+    trainer.train(resume_from_checkpoint=last)
+    return trainer.state.global_step == steps
 
 
-def _has_run(output_dir: Path) -> bool:
-    return any((output_dir / "trainer").glob("checkpoint-*"))
+def _accuracy(predicted):
+    num_right, num_asked = predicted.predictions
+    return {"accuracy": float(num_right.sum() / num_asked.sum())}
 
 
 def read_history(output_dir: str | Path) -> list[dict[str, Any]]:
-    """What was logged: `step`, `loss`, `eval_token_accuracy`, ... a dictionary a line."""
+    """What was logged: `stage`, `step`, `loss`, `eval_loss`, `eval_accuracy`, ... a dictionary a line."""
     with open(Path(output_dir) / "history.jsonl") as file:
         return [json.loads(line) for line in file]

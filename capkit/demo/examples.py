@@ -1,0 +1,279 @@
+"""What the demo model learns from: clips that we draw, what is where in them, and texts as tokens."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+
+from capkit.cogvlm2 import CogVLM2VideoProcessor
+from capkit.cogvlm2.processing import pixels_to_frames, preprocess_frames, prompt_text
+from capkit.demo.facts import Facts, see
+from capkit.demo.planning import make_scene
+from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES
+from capkit.demo.wording import CAMERA, HAPPENS, MOVES, NUMBERS, Example, make_example
+from capkit.frames import Clip
+
+IMAGE_SIZE, PATCH_SIZE = 112, 14
+CELLS = IMAGE_SIZE // PATCH_SIZE // 2  # the bridge pools patches 2 x 2: so many cells a side
+EVENTS = ("nothing", "appears", "changes", "disappears")
+CAMERA_WAYS = ("still", "left", "right")
+UNKNOWN = -100  # cross_entropy leaves it out
+# Llama-3's: words, digits in groups of at most three, punctuation.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+
+
+@dataclass(frozen=True)
+class DrawnClip:
+    """A scene as the model sees it, and what is true of it.
+
+    Attributes:
+        clip: frames of (IMAGE_SIZE, IMAGE_SIZE), already cropped.
+        facts: what can be seen.
+        cells: int64 (T, CELLS * CELLS, 5): whether an object's middle is in the cell, its colour, its shape, its motion
+            as far as the frames up to this one show it, and what has happened to it since the frame before.
+        places: float32 (T, CELLS * CELLS, 6): where in the picture, x and y, and its diameter, in cells; then how much
+            of each it gained since the frame before, in quarters of a cell; NaN where it was not there.
+        frames: int64 (T, 6): number, objects so far, camera, and what happens in this frame, to which colour and shape.
+
+    Places in lists of the names; UNKNOWN where there is nothing to say.
+    """
+
+    clip: Clip
+    facts: Facts
+    cells: np.ndarray
+    places: np.ndarray
+    frames: np.ndarray
+
+
+def draw_clip(seed: int, held_out: bool = False) -> DrawnClip:
+    """Draw the sampled frames of scene `seed`, cropped as the model will see them."""
+    scene = make_scene(seed, held_out)
+    clip = scene.sample("chat")
+    frames = pixels_to_frames(preprocess_frames(clip.frames, IMAGE_SIZE))
+    facts = see(scene, clip)
+    return DrawnClip(Clip.from_frames(frames, clip.timestamps_seconds), facts, *_what_is_where(scene, clip, facts))
+
+
+def _what_is_where(scene, clip, facts):
+    """`cells`, `places` and `frames` of a DrawnClip."""
+    count = len(clip)
+    cells = np.full((count, CELLS * CELLS, 5), UNKNOWN)
+    cells[..., 0], places = 0, np.full((count, CELLS * CELLS, 6), np.nan, np.float32)
+    of_frames = np.full((count, 6), UNKNOWN)
+    of_frames[:, 0], of_frames[1:, 3] = np.arange(count), 0
+    if facts.camera:
+        of_frames[2:, 2] = CAMERA_WAYS.index(facts.camera)
+    motions = {(seen.colour, seen.shape): seen.motion for seen in facts.objects}
+    before, since = {}, {}
+    for frame, seconds in enumerate(clip.timestamps_seconds):
+        now = {}
+        for thing, colour, *place in scene.visible(seconds):
+            x, y, diameter = (length * CELLS for length in place)
+            column, row = (min(max(int(length), 0), CELLS - 1) for length in (x, y))
+            cell, motion = row * CELLS + column, motions[since.setdefault(thing, (frame, colour))[1], thing.shape]
+            now[thing] = (x, y, diameter, cell, colour)
+            cells[frame, cell, :3] = (1, list(COLOURS).index(colour), SHAPES.index(thing.shape))
+            if motion and frame >= since[thing][0] + 2:
+                cells[frame, cell, 3] = MOTIONS.index(motion)
+            places[frame, cell, :3] = (x, y, diameter)
+            if thing in before:
+                places[frame, cell, 3:] = 4 * (np.array(now[thing][:3]) - before[thing][:3])
+            if frame > 0:
+                event = "appears" if thing not in before else "nothing" if before[thing][4] == colour else "changes"
+                cells[frame, cell, 4] = EVENTS.index(event)
+        for thing in before.keys() - now.keys():
+            if not cells[frame, before[thing][3], 0]:
+                cells[frame, before[thing][3], 4] = EVENTS.index("disappears")
+        of_frames[frame, 1] = len(since)
+        before = now
+    for event in facts.events:
+        named = list(COLOURS).index(event.colour), SHAPES.index(event.shape)
+        of_frames[facts.numbers.index(event.second), 3:] = (EVENTS.index(event.kind), *named)
+    return cells, places, of_frames
+
+
+def draw_clips(seeds: Sequence[int], held_out: bool = False, num_workers: int = 2) -> list[DrawnClip]:
+    """Draw many, in worker processes."""
+    if num_workers < 2:
+        return [draw_clip(seed, held_out) for seed in seeds]
+    context = multiprocessing.get_context("spawn")
+    # One thread each: torch's own would fight over the cores.
+    with ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(draw_clip, seeds, [held_out] * len(seeds), chunksize=100))
+
+
+def train_tokenizer(clips: Sequence[DrawnClip], vocab_size: int = 640) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of what is said of clips, with Llama-3's special tokens and its way with digits."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    random = np.random.default_rng(0)
+    examples = [make_example(drawn.facts, random) for drawn in clips for _ in range(4)]
+    numbers = [str(number) for number in range(100)]
+    tokenizer.train_from_iterator([*map(_whole_text, examples), *numbers * 20], trainer)
+    bos, eos, pad, _ = SPECIAL
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, model_max_length=2048)
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    fast.pad_token, fast.padding_side = pad, "left"
+    return fast
+
+
+def tokens_that_matter(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """bool (vocabulary,): True for tokens of words that say what is seen, False for those that only word it."""
+    wordings = [
+        *COLOURS,
+        *SHAPES,
+        *SIZES,
+        *NUMBERS,
+        *MOTIONS,
+        *map(str, range(13)),
+        "yes",
+        "no",
+        "grey dark beige pink",
+    ]
+    wordings += [wording for kinds in (MOVES, CAMERA, HAPPENS) for some in kinds.values() for wording in some]
+    wordings += ["grey dark beige pink meadow striped checkered nothing"]
+    words = {word for wording in wordings for word in wording.split()}
+    words -= {"a", "the", "to", "in", "is", "not", "does", "of", "and", "{}"}
+    words = [form for word in words for form in (word, f" {word}", f" {word.capitalize()}", word.capitalize())]
+    matters = torch.zeros(len(tokenizer), dtype=torch.bool)
+    matters[[token for ids in tokenizer(words, add_special_tokens=False)["input_ids"] for token in ids]] = True
+    return matters
+
+
+def _whole_text(example: Example) -> str:
+    return f"{prompt_text(example.prompt, example.template, example.history)} {example.answer}"
+
+
+class Frames(torch.utils.data.Dataset):
+    """Single frames and what is where in them, to begin with.
+
+    Args:
+        clips: from `draw_clips`.
+        recoloured: share of frames in false colours, their channels exchanged or inverted. Where there are any, these
+            alone teach shapes and the others colours: or colours would be learnt first, and then that no star is red
+            where training has no red star.
+    """
+
+    def __init__(self, clips: Sequence[DrawnClip], recoloured: float = 0.0):
+        self.numbers = [(drawn, frame) for drawn in clips for frame in range(len(drawn.clip))]
+        self.recoloured, self.random = recoloured, np.random.default_rng(0)
+        self.num_frames = [1] * len(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        drawn, number = self.numbers[index]
+        frame, cells = drawn.clip.frames[number], drawn.cells[number].copy()
+        if self.recoloured:
+            is_recoloured = self.random.random() < self.recoloured
+            cells[:, 1 if is_recoloured else 2] = UNKNOWN
+            if is_recoloured:
+                frame = frame[..., self.random.permutation(3)]
+                frame = 255 - frame if self.random.random() < 0.5 else frame
+        return frame, cells, drawn.places[number]
+
+    def collate(self, rows: list[tuple]) -> dict[str, torch.Tensor]:
+        """A batch for `TrainingModel.forward`, without texts."""
+        frames, cells, places = map(np.stack, zip(*rows, strict=True))
+        pixels = preprocess_frames(frames, IMAGE_SIZE)
+        return {"pixel_values_videos": pixels, "cells": torch.from_numpy(cells), "places": torch.from_numpy(places)}
+
+
+class Examples(torch.utils.data.Dataset):
+    """Clips with something asked and answered about each, worded anew every time.
+
+    Args:
+        clips: from `draw_clips`.
+        features: of each clip's frames, (T, tokens_per_frame, hidden_size), as the vision tower encodes them.
+        processor: of the model in training.
+        style: of `make_example`; None for all, as they come.
+        misheard: share of the colours in answers that the model is told it has said, where it was to say another: or
+            it would learn that what it has never said it never will, and no star is red where training has no red star.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[DrawnClip],
+        features: Sequence[torch.Tensor],
+        processor: CogVLM2VideoProcessor,
+        style: str | None = None,
+        misheard: float = 0.0,
+    ):
+        self.clips, self.features, self.processor, self.style, self.misheard = (
+            clips,
+            features,
+            processor,
+            style,
+            misheard,
+        )
+        self.random = np.random.default_rng(0)
+        self.num_frames = [len(drawn.clip) for drawn in clips]
+        ids = processor.tokenizer([f" {colour}" for colour in COLOURS], add_special_tokens=False)["input_ids"]
+        self.colour_ids = [tokens[0] for tokens in ids if len(tokens) == 1]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> tuple[DrawnClip, torch.Tensor, list[int], list[int], bool]:
+        drawn = self.clips[index]
+        example = make_example(drawn.facts, self.random, self.style)
+        ids, labels = self._ids_and_labels(drawn.clip, example)
+        if self.misheard:
+            for place, label in enumerate(labels):
+                if label in self.colour_ids and self.random.random() < self.misheard:
+                    ids[place] = self.colour_ids[int(self.random.integers(len(self.colour_ids)))]
+        return drawn, self.features[index], ids, labels, example.template == "chat"
+
+    def _ids_and_labels(self, clip: Clip, example: Example) -> tuple[list[int], list[int]]:
+        """Every answer is to be learnt, those of the history too, but neither questions nor frames."""
+        tokenizer = self.processor.tokenizer
+        asked = (example.prompt, example.template, example.history)
+        num_prompt_text_tokens = len(tokenizer.encode(prompt_text(*asked), add_special_tokens=False))
+        frames = self.processor.prompt_ids(clip, *asked)[:-num_prompt_text_tokens]
+        text = _whole_text(example)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans, start = [], 0
+        for answer in [*(answer for _, answer in example.history), example.answer]:
+            start = text.index(f" {answer}", start)
+            spans.append((start, start + 1 + len(answer)))
+            start = spans[-1][1]
+        labels = [
+            token if any(first <= begin and end <= last for first, last in spans) else UNKNOWN
+            for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+        end_id = tokenizer.eos_token_id
+        return [*frames, *encoded["input_ids"], end_id], [UNKNOWN] * len(frames) + labels + [end_id]
+
+    def collate(self, rows: list[tuple]) -> dict[str, torch.Tensor]:
+        """A batch for `TrainingModel.forward`."""
+        drawn, features, ids, labels, are_numbered = zip(*rows, strict=True)
+        of_frames = [one.frames.copy() for one in drawn]
+        for frames, is_numbered in zip(of_frames, are_numbered, strict=True):
+            if not is_numbered:  # nor in order: under "vqa" and "base" all frames share one position
+                frames[:] = UNKNOWN
+        arrays = {"cells": [one.cells for one in drawn], "places": [one.places for one in drawn], "frames": of_frames}
+        # Padded on the right, where a causal model needs no mask for it, which is faster.
+        padding = {"input_ids": (ids, self.processor.tokenizer.eos_token_id), "labels": (labels, UNKNOWN)}
+        return {
+            **{name: pad_sequence([*map(torch.tensor, some)], True, value) for name, (some, value) in padding.items()},
+            "video_features": torch.cat(features).float(),
+            **{name: torch.from_numpy(np.concatenate(parts)) for name, parts in arrays.items()},
+        }
