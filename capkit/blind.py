@@ -15,7 +15,7 @@ import pandas as pd
 
 from capkit.comparison import OUTCOMES, bradley_terry
 from capkit.decoding import Decoding
-from capkit.display import HTML, frames_strip
+from capkit.display import HTML, frames_strip, record_text
 from capkit.records import CaptionStore
 
 
@@ -111,7 +111,8 @@ class BlindRating(widgets.VBox):
         clip, *pair = self.pairs[0]
         first, second = (self.records[clip][name] for name in pair)
         sides = "".join(
-            f'<div style="flex:1 1 300px;border:1px solid #8886;border-radius:6px;padding:8px">{_text(record)}</div>'
+            '<div style="flex:1 1 300px;border:1px solid #8886;border-radius:6px;padding:8px">'
+            f"{escape(record_text(record))}</div>"
             for record in (first, second)
         )
         self.shown.value = (
@@ -119,10 +120,6 @@ class BlindRating(widgets.VBox):
             f"{frames_strip(self.store, first)}"
             f'<div style="display:flex;flex-wrap:wrap;gap:10px;margin:6px 0">{sides}</div>'
         )
-
-
-def _text(record):
-    return escape((record.get("edited_text") or record["text"]).strip())
 
 
 def read_ratings(path: str | Path) -> list[dict[str, Any]]:

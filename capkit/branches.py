@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -111,10 +112,7 @@ class SharedVideo:
     def features(self) -> torch.Tensor:
         """The encoded frames, (T, tokens_per_frame, hidden_size)."""
         if self._features is None:
-            model = self.captioner.model
-            pixels = preprocess_frames(self.clip.frames, self.captioner.processor.image_size)
-            with torch.inference_mode():
-                self._features = model.model.get_video_features(pixels.to(model.device))
+            self._features = encode_frames(self.captioner, self.clip.frames)
         return self._features
 
     def _video_cache(self, video_ids: list[int]) -> DynamicCache:
@@ -131,6 +129,13 @@ class SharedVideo:
         """Bytes of keys and values that are held now."""
         layers = self._cache.layers if self._cache is not None else ()
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+@torch.inference_mode()
+def encode_frames(captioner: Captioner, frames: np.ndarray) -> torch.Tensor:
+    """Features (T, tokens_per_frame, hidden_size) of uint8 RGB frames (T, H, W, 3)."""
+    pixels = preprocess_frames(frames, captioner.processor.image_size)
+    return captioner.model.model.get_video_features(pixels.to(captioner.model.device))
 
 
 def read_video(model, cache: DynamicCache, video_ids: list[int], features: torch.Tensor) -> None:

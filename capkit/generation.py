@@ -206,8 +206,9 @@ class Chooser(LogitsProcessor):
         if self.draws is None:
             chosen = wanted.argmax(-1)
         else:
-            cumulative = wanted.softmax(-1).cumsum(-1)
-            draws = torch.from_numpy(self.draws[rows, step : step + 1]).to(scores.device)
+            # In float64: rounding in a running sum over a large vocabulary would move a draw to a neighbour.
+            cumulative = wanted.double().softmax(-1).cumsum(-1)
+            draws = torch.from_numpy(self.draws[rows, step : step + 1]).to(scores.device).double()
             chosen = torch.searchsorted(cumulative, cumulative[:, -1:] * draws, right=True).squeeze(-1)
         return chosen, chosen_logprobs(scores, chosen)
 

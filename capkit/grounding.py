@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from capkit.branches import SharedRow, crop, read_video
+from capkit.branches import SharedRow, crop, encode_frames, read_video
 from capkit.captioner import Captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT
 from capkit.cogvlm2.modeling import image_mask
-from capkit.cogvlm2.processing import check_settings, preprocess_frames
+from capkit.cogvlm2.processing import check_settings
 from capkit.frames import Clip, VideoError, load_clip
 from capkit.generation import Caption, chosen_logprobs
 
@@ -118,8 +118,8 @@ def ground(
         return ground(captioner, clip, [captions], prompt, template, history, frame_numbers, leave_one_out)[0]
     processor, default = captioner.processor, (prompt, template, history, frame_numbers)
     asked = [_asked(processor, caption, default) for caption in captions]
-    seen = _features(captioner, clip.frames)
-    grey = _features(captioner, np.full_like(clip.frames[:1], GREY))
+    seen = encode_frames(captioner, clip.frames)
+    grey = encode_frames(captioner, np.full_like(clip.frames[:1], GREY))
     results: dict[int, Grounding] = {}
     for numbered in dict.fromkeys((template, numbers) for (_, template, _, numbers), _ in asked):
         some = [place for place, ((_, *settings), _) in enumerate(asked) if (settings[0], settings[2]) == numbered]
@@ -218,11 +218,6 @@ def token_texts(processor, ids: Sequence[int]) -> list[str]:
         pieces.append(whole)
         shown += whole
     return pieces
-
-
-def _features(captioner, frames):
-    pixels = preprocess_frames(frames, captioner.processor.image_size)
-    return captioner.model.model.get_video_features(pixels.to(captioner.model.device))
 
 
 def _logprobs(model, hidden, ids):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Callable, Sequence
 from html import escape
@@ -16,11 +15,12 @@ from PIL import Image
 from capkit.captioner import Captioner
 from capkit.cogvlm2.processing import FRAME_NUMBERS, TEMPLATES, pixels_to_frames, preprocess_frames
 from capkit.decoding import Decoding
-from capkit.display import mark_differences
+from capkit.display import mark_differences, record_text, to_webp
 from capkit.frames import STRATEGIES, FrameSampling, VideoError, load_clip
 from capkit.generation import Caption
 from capkit.planning import PROMPT_PRESETS
 from capkit.records import CaptionStore, new_record, request_settings
+from capkit.views import numbers_warning, prompt_numbers
 
 _WIDE = {"width": "auto"}
 _SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}
@@ -55,7 +55,7 @@ class Playground(widgets.VBox):
         self.video = widgets.Dropdown(options=names, description="clip", layout=_WIDE)
         self.upload = widgets.FileUpload(accept="video/*", description="add a clip")
         self.frame = widgets.IntSlider(0, min=0, max=0, description="frame", layout=_WIDE)
-        self.picture = widgets.Image(format="png", layout={"max_width": "100%", "width": "300px"})
+        self.picture = widgets.Image(format="webp", layout={"max_width": "100%", "width": "300px"})
         self.about_frame = widgets.HTML()
         self._make_settings()
         self.caption_button = widgets.Button(description="Caption", button_style="primary", icon="play")
@@ -149,6 +149,9 @@ class Playground(widgets.VBox):
         rate = self.frames_per_second.value if self.strategy.value == "fps" else None
         return FrameSampling(self.strategy.value, self.num_frames.value, rate)
 
+    def _frame_numbers(self):
+        return self.frame_numbers.value if self.template.value == "chat" else "index"
+
     def _explain(self):
         """Grey out what has no effect, and say why."""
         effective = self._names_with_effect()
@@ -190,14 +193,13 @@ class Playground(widgets.VBox):
             self.picture.value, self.about_frame.value = b"", ""
             return
         place = min(self.frame.value, len(self._seen) - 1)
-        self.picture.value = _png(self._seen[place])
+        self.picture.value = to_webp(Image.fromarray(self._seen[place]), 90)
         time = self.clip.timestamps_seconds[place]
-        number = place if self.frame_numbers.value == "index" else round(time - self.clip.start_seconds)
+        numbers = prompt_numbers(self.clip, self._frame_numbers(), self.template.value)
         told = f"frame {place + 1} of {len(self._seen)}, as the model sees it; at {time:.2f} s"
         if self.template.value == "chat":
-            told += f"; its number in the prompt is {number}"
-            if self.frame_numbers.value == "index" and not self.clip.one_frame_a_second:
-                told += '. <b>Here numbers are not seconds</b>: set "numbers" to seconds'
+            told += f"; its number in the prompt is {numbers[place]}"
+        told += f"<br>{warning}" if (warning := numbers_warning(self.clip, numbers)) else ""
         self.about_frame.value = told
 
     def _add_uploads(self):
@@ -219,9 +221,8 @@ class Playground(widgets.VBox):
             self._tell("there is no clip to caption: choose one above")
             return
         prompt, template = self.prompt.value, self.template.value
-        numbers = self.frame_numbers.value if template == "chat" else "index"
         try:
-            asked = (prompt, template, (), numbers, self.decoding())
+            asked = (prompt, template, (), self._frame_numbers(), self.decoding())
             self._stream = None
             if asked[-1].num_beams == 1:
                 self._stream = self.captioner.stream(self.clip, *asked)
@@ -280,8 +281,7 @@ class Playground(widgets.VBox):
 
     def _card(self, record):
         is_baseline = record is self._baseline
-        text = (record.get("edited_text") or record["text"]).strip()
-        base = (self._baseline.get("edited_text") or self._baseline["text"]).strip()
+        text, base = record_text(record), record_text(self._baseline)
         marked = escape(text) if is_baseline else mark_differences(base, text)[1]
         settings = (
             f"{record['prompt']} · {record['template']} · {record['frame_sampling']['strategy']} · {record['decoding']}"
@@ -338,9 +338,3 @@ class Playground(widgets.VBox):
     def _tell(self, message):
         mark = "border-left:4px solid #d55e00;padding-left:6px"
         self.message.value = f'<span style="{mark}">{escape(message)}</span>' if message else ""
-
-
-def _png(frame):
-    picture = io.BytesIO()
-    Image.fromarray(frame).save(picture, "png")
-    return picture.getvalue()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from capkit.cogvlm2.processing import check_settings
+from capkit.cogvlm2.processing import check_settings, resized_and_cut
 from capkit.display import CARD, HTML, MUTED, ORANGE, RED, SKY, picture, to_webp
 from capkit.frames import Clip
 
@@ -58,11 +58,7 @@ def show_clip(clip: Clip, frame_numbers: str = "index", template: str = "chat", 
 
 def crop_box(height: int, width: int, image_size: int = 224) -> tuple[float, float, float, float]:
     """What `preprocess_frames` cuts out of a frame: top, left, height and width of it in the frame's own pixels."""
-    if height < width:
-        resized = (image_size, math.floor(width / height * image_size))
-    else:
-        resized = (math.floor(height / width * image_size), image_size)
-    top, left = (round((side - image_size) / 2) for side in resized)
+    resized, (top, left) = resized_and_cut(height, width, image_size)
     down, across = height / resized[0], width / resized[1]
     return top * down, left * across, image_size * down, image_size * across
 

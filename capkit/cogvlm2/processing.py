@@ -41,11 +41,7 @@ def preprocess_frames(frames: np.ndarray | torch.Tensor, image_size: int) -> tor
         float32 (T, 3, image_size, image_size).
     """
     height, width = frames.shape[1:3]
-    if height < width:
-        resized = (image_size, math.floor(width / height * image_size))
-    else:
-        resized = (math.floor(height / width * image_size), image_size)
-    top, left = (round((side - image_size) / 2) for side in resized)
+    resized, (top, left) = resized_and_cut(height, width, image_size)
     pixels = torch.empty(len(frames), 3, image_size, image_size)
     for frame, out in zip(frames, pixels, strict=True):
         full = torch.as_tensor(frame).permute(2, 0, 1)[None].float()
@@ -53,6 +49,16 @@ def preprocess_frames(frames: np.ndarray | torch.Tensor, image_size: int) -> tor
             full = F.interpolate(full, size=resized, mode="bilinear", align_corners=False)
         out.copy_(full[0, :, top : top + image_size, left : left + image_size])
     return pixels.div_(255).sub_(_MEAN).div_(_STD)
+
+
+def resized_and_cut(height: int, width: int, image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width that a frame is resized to, and where in it the square begins: top and left."""
+    if height < width:
+        resized = (image_size, math.floor(width / height * image_size))
+    else:
+        resized = (math.floor(height / width * image_size), image_size)
+    top, left = (round((side - image_size) / 2) for side in resized)
+    return resized, (top, left)
 
 
 def pixels_to_frames(pixel_values: torch.Tensor) -> np.ndarray:

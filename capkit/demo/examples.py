@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -207,6 +207,8 @@ class Examples(torch.utils.data.Dataset):
         style: of `make_example`; None for all, as they come.
         misheard: share of the colours in answers that the model is told it has said, where it was to say another: or
             it would learn that what it has never said it never will, and no star is red where training has no red star.
+        grey: features of a grey frame, (tokens_per_frame, hidden_size). Where given, such a frame takes the place of
+            one in every fourth clip: or a frame left out would look to the model like everything vanishing.
     """
 
     def __init__(
@@ -216,14 +218,10 @@ class Examples(torch.utils.data.Dataset):
         processor: CogVLM2VideoProcessor,
         style: str | None = None,
         misheard: float = 0.0,
+        grey: torch.Tensor | None = None,
     ):
-        self.clips, self.features, self.processor, self.style, self.misheard = (
-            clips,
-            features,
-            processor,
-            style,
-            misheard,
-        )
+        self.clips, self.features, self.processor, self.style = clips, features, processor, style
+        self.misheard, self.grey = misheard, grey
         self.random = np.random.default_rng(0)
         self.num_frames = [len(drawn.clip) for drawn in clips]
         ids = processor.tokenizer([f" {colour}" for colour in COLOURS], add_special_tokens=False)["input_ids"]
@@ -240,7 +238,19 @@ class Examples(torch.utils.data.Dataset):
             for place, label in enumerate(labels):
                 if label in self.colour_ids and self.random.random() < self.misheard:
                     ids[place] = self.colour_ids[int(self.random.integers(len(self.colour_ids)))]
-        return drawn, self.features[index], ids, labels, example.template == "chat"
+        features, is_chat = self.features[index], example.template == "chat"
+        if self.grey is not None and is_chat and self.random.random() < 0.25:
+            drawn, features = self._without_a_frame(drawn, features)
+        return drawn, features, ids, labels, is_chat
+
+    def _without_a_frame(self, drawn, features):
+        number = int(self.random.integers(len(features)))
+        features, cells, places, frames = features.clone(), drawn.cells.copy(), drawn.places.copy(), drawn.frames.copy()
+        features[number] = self.grey
+        cells[number], cells[number + 1 : number + 2, :, 4] = UNKNOWN, UNKNOWN
+        places[number], places[number + 1 : number + 2, :, 3:] = np.nan, np.nan
+        frames[number, 1:], frames[number + 1 : number + 2, 3:] = UNKNOWN, UNKNOWN
+        return replace(drawn, cells=cells, places=places, frames=frames), features
 
     def _ids_and_labels(self, clip: Clip, example: Example) -> tuple[list[int], list[int]]:
         """Every answer is to be learnt, those of the history too, but neither questions nor frames."""

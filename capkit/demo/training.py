@@ -37,6 +37,7 @@ from capkit.demo.examples import (
     train_tokenizer,
 )
 from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES
+from capkit.grounding import GREY
 
 FRAMES_PER_STEP = 192
 WORDING_WEIGHT = 0.3
@@ -266,8 +267,9 @@ def train(
     if _train_stage(training, output_dir, "vision", vision_steps, FRAMES_PER_STEP, frames, held_out_frames, *how):
         _level(model, held_out)
         model.model.vision.requires_grad_(False)
-        examples = Examples(drawn, _encode(model, drawn), processor, misheard=0.3)
-        held_out_examples = Examples(held_out, _encode(model, held_out), processor)
+        grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
+        examples = Examples(drawn, _encode(model, _frames(drawn)), processor, misheard=0.3, grey=grey)
+        held_out_examples = Examples(held_out, _encode(model, _frames(held_out)), processor)
         how = (learning_rate, seed, until)
         _train_stage(training, output_dir, "model", steps, batch_size, examples, held_out_examples, *how)
     model.save_pretrained(output_dir / "checkpoint")
@@ -275,21 +277,25 @@ def train(
     return output_dir / "checkpoint"
 
 
+def _frames(clips):
+    return [drawn.clip.frames for drawn in clips]
+
+
 @torch.no_grad()
 def _level(model, clips):
     """Make frames' features as long as FEATURE_LENGTH: far longer ones would drown what the decoder adds to them."""
-    length = torch.cat(_encode(model, clips)).float()[:, 1:-1].norm(dim=-1).mean()
+    length = torch.cat(_encode(model, _frames(clips))).float()[:, 1:-1].norm(dim=-1).mean()
     model.model.vision.linear_proj.dense_4h_to_h.weight *= FEATURE_LENGTH / length
 
 
 @torch.no_grad()
-def _encode(model, clips):
+def _encode(model, frames):
     """Features of each clip's frames, in half precision."""
     features = []
-    for first in range(0, len(clips), 32):
-        some = [drawn.clip.frames for drawn in clips[first : first + 32]]
+    for first in range(0, len(frames), 32):
+        some = frames[first : first + 32]
         pixels = preprocess_frames(np.concatenate(some), IMAGE_SIZE).to(model.device)
-        features += model.model.get_video_features(pixels).half().cpu().split([len(frames) for frames in some])
+        features += model.model.get_video_features(pixels).half().cpu().split([*map(len, some)])
     return features
 
 

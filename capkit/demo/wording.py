@@ -115,11 +115,11 @@ def make_example(facts: Facts, rng: np.random.Generator, style: str | None = Non
     if template is None:
         shares = [0.7, 0.22, 0.08] if style == "question" else [0.86, 0.06, 0.08]
         template = ("chat", "vqa", "base")[int(rng.choice(3, p=shares))]
-    history = ()
-    if template != "base" and rng.random() < 0.15:
-        earlier = (make_question(facts, rng, template) for _ in range(rng.integers(1, 3)))
+    history, is_asked = (), style == "question"
+    if template != "base" and rng.random() < (0.6 if is_asked else 0.15):  # one clip answers many questions
+        earlier = (make_question(facts, rng, template) for _ in range(rng.integers(1, 5 if is_asked else 3)))
         history = tuple((turn.prompt, turn.answer) for turn in earlier)
-    if style == "question":
+    if is_asked:
         return replace(make_question(facts, rng, template), history=history)
     timeless = template != "chat"
     if style == "list":
