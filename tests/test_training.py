@@ -148,6 +148,24 @@ def test_misheard_colours_are_still_answered_right(clips, tokenizer):
         assert all(label in (UNKNOWN, token) for token, label in zip(ids, labels, strict=True))
 
 
+def test_a_grey_frame_takes_the_place_of_one_and_nothing_is_asked_of_it(clips, tokenizer):
+    examples = make_examples(clips, tokenizer, style="detailed", grey=torch.ones(18, 4))
+    replaced = 0
+    for index in list(range(12)) * 8:
+        drawn, features, *_, is_chat = examples[index]
+        grey = features[:, 0, 0].nonzero().flatten().tolist()
+        assert len(grey) == (drawn is not clips[index]) and not (grey and not is_chat)
+        for number in grey:
+            assert (drawn.cells[number] == UNKNOWN).all() and np.isnan(drawn.places[number]).all()
+            assert drawn.frames[number].tolist() == [number] + [UNKNOWN] * 5
+            assert (drawn.cells[number + 1 : number + 2, :, 4] == UNKNOWN).all()
+            untouched = [frame for frame in range(len(features)) if frame not in (number, number + 1)]
+            assert (drawn.cells[untouched] == clips[index].cells[untouched]).all()
+        replaced += len(grey)
+    assert 5 < replaced < 50
+    assert all((features == 0).all() for features in examples.features)
+
+
 def test_a_batch_learns_the_same_whatever_it_is_padded_to(clips, tokenizer):
     """Padding on the right, without a mask, changes no loss."""
     torch.manual_seed(0)
