@@ -226,6 +226,7 @@ def train(
     batch_size: int = 32,
     learning_rate: float = 1.5e-3,
     vision_learning_rate: float = 1e-3,
+    cycles: int = 1,
     num_clips: int = 64,
     num_held_out: int = 16,
     minutes: float | None = None,
@@ -242,6 +243,7 @@ def train(
         batch_size: clips a step.
         learning_rate, vision_learning_rate: of the two stages, at its highest after 5 % of the steps; it falls to 0
             along a cosine.
+        cycles: how often the second one falls, from its highest each time.
         num_clips: scenes drawn for training; worded anew each time they come up. 1000 take 0.3 GB of memory.
         num_held_out: scenes for the accuracy in `history.jsonl`, from the held-out stream.
         minutes: stop after so long, with a checkpoint to go on from.
@@ -270,7 +272,7 @@ def train(
         grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
         examples = Examples(drawn, _encode(model, _frames(drawn)), processor, misheard=0.3, grey=grey)
         held_out_examples = Examples(held_out, _encode(model, _frames(held_out)), processor)
-        how = (learning_rate, seed, until)
+        how = (learning_rate, seed, until, cycles)
         _train_stage(training, output_dir, "model", steps, batch_size, examples, held_out_examples, *how)
     model.save_pretrained(output_dir / "checkpoint")
     processor.save_pretrained(output_dir / "checkpoint")
@@ -299,7 +301,9 @@ def _encode(model, frames):
     return features
 
 
-def _train_stage(training, output_dir, stage, steps, batch_size, examples, held_out, learning_rate, seed, until):
+def _train_stage(
+    training, output_dir, stage, steps, batch_size, examples, held_out, learning_rate, seed, until, cycles=1
+):
     """Train, or go on, or take the weights of what has been trained before; True when the stage is done."""
     folder = output_dir / "trainer" / stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -313,8 +317,9 @@ def _train_stage(training, output_dir, stage, steps, batch_size, examples, held_
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
+        lr_scheduler_type="cosine_with_restarts",
+        lr_scheduler_kwargs={"num_cycles": cycles},
+        warmup_steps=max(1, steps // cycles // 20),
         weight_decay=0.01,
         adam_beta2=0.98,
         max_grad_norm=1.0,
