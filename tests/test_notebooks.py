@@ -145,7 +145,7 @@ def test_playground_headless_shows_its_static_twins(tmp_path):
     records = capkit.CaptionStore(tmp_path / "runs" / "playground" / "captions.jsonl").current()
     assert [record["status"] for record in records] == ["ok", "ok"] and len({r["prompt"] for r in records}) == 2
     assert shown.count("data:image/webp;base64,") == 3  # two captions, and the pair to rate
-    assert "1 pairs left" in shown and "jupyter.widget" not in shown
+    assert "1 pair left" in shown and "jupyter.widget" not in shown
 
 
 def test_train_demo_model_smoke_run(tmp_path):
