@@ -50,8 +50,8 @@ def run(name, tmp_path, **parameters):
 
 
 class TestCaptionClips:
-    def test_as_it_stands_with_a_few_tokens(self, tmp_path):
-        _, shown = run("01", tmp_path, **FAST)
+    def test_as_it_stands_with_a_few_tokens(self, executed):
+        tmp_path, _, shown = executed("01")
         clips = list((Path(capkit.__file__).parent / "demo" / "clips").glob("*.mp4"))
         records = capkit.CaptionStore(tmp_path / "runs" / "captions" / "captions.jsonl").current()
         assert len(records) == len(clips) and all(record["status"] == "ok" for record in records)
@@ -101,8 +101,8 @@ class TestCaptionClips:
 
 
 class TestSweep:
-    def test_as_it_stands_with_a_few_clips(self, tmp_path):
-        done, shown = run("03", tmp_path, limit=3)
+    def test_as_it_stands_with_a_few_clips(self, executed):
+        tmp_path, done, shown = executed("03")
         folder = tmp_path / "runs" / "sweep"
         assert {path.name for path in folder.iterdir()} == {
             *("captions.jsonl", "captions_strips", "captions.csv", "cells.csv", "comparison.csv", "winner.yaml"),
