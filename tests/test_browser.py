@@ -240,8 +240,8 @@ def test_playground_by_hand(lab, open_page):
     expect(page.locator(".jp-Document.jp-mod-dirty, .jp-mod-dirty")).to_have_count(0)
     page.reload()
     expect(panel.cards()).to_have_count(3)  # the kernel still has the panel
-    panel.menu("Kernel", "Restart Kernel…")
-    page.get_by_role("button", name=re.compile("Restart$")).click()
+    panel.menu("Kernel", "Restart Kernel….*")
+    page.get_by_role("button", name="Confirm Kernel Restart").click()
     panel.run_all()
     expect(panel.cards()).to_have_count(0)  # of the first clip
     panel.control("clip").select_option("green_cross_grows.mp4")
