@@ -240,10 +240,10 @@ def test_playground_by_hand(lab, open_page):
     expect(page.locator(".jp-Document.jp-mod-dirty, .jp-mod-dirty")).to_have_count(0)
     page.reload()
     expect(panel.cards()).to_have_count(3)  # the kernel still has the panel
-    panel.menu("Kernel", "Restart Kernel….*")
+    panel.menu("Kernel", "Restart Kernel and Run All Cells….*")
     page.get_by_role("button", name="Confirm Kernel Restart").click()
-    panel.run_all()
-    expect(panel.cards()).to_have_count(0)  # of the first clip
+    expect(panel.cards()).to_have_count(0)  # the panel anew, with the first clip
+    expect(panel.button("Caption")).to_be_enabled()
     panel.control("clip").select_option("green_cross_grows.mp4")
     expect(panel.cards()).to_have_count(3)
     shown = " ".join(panel.cards().all_inner_texts())
