@@ -248,7 +248,9 @@ class Playground(widgets.VBox):
             for piece in self._stream or ():
                 text += piece
                 if time.monotonic() - told >= UPDATE_SECONDS:
-                    self.words.value = f'<div dir="auto" style="white-space:pre-wrap;{_TEXT}">{escape(text.lstrip())} ▏</div>'
+                    self.words.value = (
+                        f'<div dir="auto" style="white-space:pre-wrap;{_TEXT}">{escape(text.lstrip())} ▏</div>'
+                    )
                     told = time.monotonic()
             caption = self._stream.caption if self._stream else self.captioner.caption(clip, *asked)
             self._keep(clip, asked, caption)
