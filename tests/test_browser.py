@@ -194,6 +194,7 @@ class Playground:
     def run_all(self):
         self.menu("Run", "Run All Cells")
         expect(self.button("Caption")).to_be_enabled()
+        self.page.evaluate(WATCH)
 
     def caption(self):
         """A new card, and the seconds from the click to the first word."""
@@ -212,7 +213,6 @@ def test_playground_by_hand(lab, open_page):
     page = open_page()
     panel = Playground(lab, page, "by_hand")
     panel.run_all()
-    page.evaluate(WATCH)
     panel.screenshot("panel_before", showing=panel.button("Caption"))
     panel.control("clip").select_option("green_cross_grows.mp4")
     panel.slider("frame").press("ArrowRight")
@@ -235,7 +235,7 @@ def test_playground_by_hand(lab, open_page):
     stop_half_way(panel)
     rate_a_pair(panel)
 
-    texts = [record["text"].strip() for record in panel.store.current()]
+    texts = [" ".join(record["text"].split()) for record in panel.store.current()]
     page.keyboard.press("Control+S")
     expect(page.locator(".jp-Document.jp-mod-dirty, .jp-mod-dirty")).to_have_count(0)
     page.reload()
@@ -246,7 +246,7 @@ def test_playground_by_hand(lab, open_page):
     expect(panel.button("Caption")).to_be_enabled()
     panel.control("clip").select_option("green_cross_grows.mp4")
     expect(panel.cards()).to_have_count(3)
-    shown = " ".join(panel.cards().all_inner_texts())
+    shown = " ".join(" ".join(panel.cards().all_inner_texts()).split())
     assert all(text in shown for text in texts)
     panel.screenshot("panel_reloaded", showing=panel.cards().first)
     assert page.away == []
@@ -300,13 +300,13 @@ def test_playground_by_keyboard_in_a_narrow_window(lab, open_page):
     panel.run_all()
     panel.screenshot("narrow", showing=panel.button("Caption"))
     wide = page.evaluate(
-        "[...document.querySelectorAll('.widget-vbox')].filter(one => one.scrollWidth > one.clientWidth)"
+        "[...document.querySelectorAll('.widget-vbox')].filter(one => one.scrollWidth > one.clientWidth + 4)"
     )
     assert wide == []  # nothing is cut off or needs scrolling sideways
     panel.control("clip").focus()
     reached = [tab_on(page) for _ in range(40)]
-    assert {"prompt", "template", "temperature", "max_new_tokens", "Caption"} <= set(reached)
-    assert "top_p" not in reached  # it is grey
+    assert {"prompt", "template", "max_new_tokens", "Caption"} <= set(reached)
+    assert "top_k" not in reached  # it is grey
     panel.control("prompt").focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("List the objects in this video.")
@@ -342,7 +342,7 @@ def test_whatever_texts_and_file_names_say_is_shown_as_text_in_the_playground(la
     card.get_by_role("button", name="edit").click()
     card.get_by_role("textbox").fill(NASTY)
     card.get_by_role("button", name="edit").click()
-    expect(panel.page.get_by_role("alert")).to_contain_text("kept")
+    expect(page.get_by_text("kept", exact=True)).to_be_visible()
     assert panel.cards().first.inner_text().count(NASTY) == 2  # prompt and caption
     panel.screenshot("dark_panel", showing=card)
     panel.run_cell("blind = BlindRating")
