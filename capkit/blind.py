@@ -15,15 +15,23 @@ import pandas as pd
 
 from capkit.comparison import OUTCOMES, bradley_terry
 from capkit.decoding import Decoding
-from capkit.display import HTML, frames_strip, record_text
+from capkit.display import HTML, MUTED, frames_strip, record_text
 from capkit.records import CaptionStore
 
 
 def variant_name(record: dict[str, Any]) -> str:
-    """What a caption was made with, in words: prompt, template, frame sampling and decoding."""
-    sampling = record["frame_sampling"]
-    how = f"{record['template']} · {sampling['strategy']} {sampling['num_frames']} · {Decoding.of(record['decoding'])}"
-    return f"{record['prompt']} · {how}"
+    """What a caption was made with, in words: its prompt and `settings_name`."""
+    return f"{record['prompt']} · {settings_name(record)}"
+
+
+def settings_name(record: dict[str, Any]) -> str:
+    """Settings in words: template, frame sampling and decoding; a window, and frame numbers that are true seconds."""
+    sampling, end = record["frame_sampling"], record.get("end_seconds")
+    how = [f"template {record['template']}", f"frames {sampling['strategy']} {sampling['num_frames']}"]
+    if (start := record.get("start_seconds") or 0.0) or end is not None:
+        how.append(f"from {start:g} s" + (f" to {end:g} s" if end is not None else ""))
+    how += ["true seconds"] if record.get("frame_numbers") == "seconds" else []
+    return " · ".join([*how, str(Decoding.of(record["decoding"]))])
 
 
 class BlindRating(widgets.VBox):
@@ -68,7 +76,7 @@ class BlindRating(widgets.VBox):
         shuffled = [turned[place] for place in random.permutation(len(turned))]
         self.pairs = [(clip, *pair) for clip, *pair in shuffled if (clip, *sorted(pair)) not in rated]
         self.shown = widgets.HTML()
-        named = {"left is better": "first", "tie": "tie", "right is better": "second"}
+        named = {"A is better": "first", "tie": "tie", "B is better": "second"}
         self.buttons = widgets.HBox(
             [self._button(name, outcome) for name, outcome in named.items()], layout={"flex_flow": "row wrap"}
         )
@@ -84,7 +92,7 @@ class BlindRating(widgets.VBox):
         """Rate the pair that is shown, and show the next one.
 
         Args:
-            outcome: "first" (left is better), "tie" or "second".
+            outcome: "first" (A is better), "tie" or "second".
 
         Raises:
             ValueError: another outcome, or no pair is left.
@@ -111,14 +119,15 @@ class BlindRating(widgets.VBox):
         clip, *pair = self.pairs[0]
         first, second = (self.records[clip][name] for name in pair)
         sides = "".join(
-            '<div style="flex:1 1 300px;border:1px solid #8886;border-radius:6px;padding:8px">'
-            f"{escape(record_text(record))}</div>"
-            for record in (first, second)
+            '<div style="flex:1 1 300px;border:1px solid #8886;border-radius:6px;padding:8px;overflow-wrap:anywhere">'
+            f'<b>{side}</b><div dir="auto" style="white-space:pre-wrap">{escape(record_text(record))}</div></div>'
+            for side, record in zip("AB", (first, second), strict=True)
         )
+        left = "1 pair left" if len(self.pairs) == 1 else f"{len(self.pairs)} pairs left"
         self.shown.value = (
-            f'<div style="opacity:.7">{escape(Path(clip).name)}, {len(self.pairs)} pairs left</div>'
+            f'<div style="line-height:1.45"><div style="{MUTED}"><bdi>{escape(Path(clip).name)}</bdi>, {left}</div>'
             f"{frames_strip(self.store, first)}"
-            f'<div style="display:flex;flex-wrap:wrap;gap:10px;margin:6px 0">{sides}</div>'
+            f'<div style="display:flex;flex-wrap:wrap;gap:10px;margin:6px 0">{sides}</div></div>'
         )
 
 

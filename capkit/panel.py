@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -12,17 +13,24 @@ import ipywidgets as widgets
 import yaml
 from PIL import Image
 
+from capkit.blind import settings_name
 from capkit.captioner import Captioner
-from capkit.cogvlm2.processing import FRAME_NUMBERS, TEMPLATES, pixels_to_frames, preprocess_frames
+from capkit.cogvlm2.processing import pixels_to_frames, preprocess_frames
+from capkit.controls import WIDE, asking_controls, decoding_controls, frame_controls
 from capkit.decoding import Decoding
-from capkit.display import mark_differences, record_text, to_webp
-from capkit.frames import STRATEGIES, FrameSampling, VideoError, load_clip
+from capkit.display import MUTED, RED, mark_differences, picture, record_text, to_webp
+from capkit.frames import FrameSampling, VideoError, load_clip
 from capkit.generation import Caption
 from capkit.planning import PROMPT_PRESETS
 from capkit.records import CaptionStore, new_record, request_settings
 from capkit.views import numbers_warning, prompt_numbers
 
-_WIDE = {"width": "auto"}
+_GRID = {"grid_template_columns": "repeat(auto-fill, minmax(min(100%, 290px), 1fr))", "grid_gap": "2px 12px"}
+_CARDS = _GRID | {"grid_template_columns": _GRID["grid_template_columns"].replace("fill", "fit")}
+_CARDS |= {"grid_gap": "12px", "align_items": "flex-start", "margin": "10px 0"}
+_TEXT = "line-height:1.45;overflow-wrap:anywhere"  # a widget's lines are as far apart as its controls
+MOST_CARDS = 24
+UPDATE_SECONDS = 0.05  # words are shown at most so often: a fast model would flood the page
 _SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}
 """Settings that act on the draw alone, and the values at which they do nothing."""
 
@@ -33,7 +41,8 @@ class Playground(widgets.VBox):
     Args:
         captioner: from `load_captioner`.
         clips: file names.
-        store: where results go as they come; None keeps them in the panel alone.
+        store: where results go as they come, and from which earlier ones come back; None keeps them in the panel
+            alone.
         output_dir: where uploaded clips and sweep settings go.
 
     Attributes:
@@ -50,85 +59,72 @@ class Playground(widgets.VBox):
     ):
         self.captioner, self.store, self.output_dir = captioner, store, Path(output_dir)
         self.results: list[tuple[dict[str, Any], Caption]] = []
-        self.clip, self._stream, self._baseline, self._thread = None, None, None, None
+        stored = [] if store is None else store.current()
+        self._stored = [record for record in reversed(stored) if record["status"] == "ok"]
+        self._baselines: dict[str, dict[str, Any]] = {}
+        self.clip, self._stream, self._thread = None, None, None
         names = [(Path(clip).name, str(clip)) for clip in clips]
-        self.video = widgets.Dropdown(options=names, description="clip", layout=_WIDE)
+        self.video = widgets.Dropdown(options=names, description="clip", layout=WIDE)
         self.upload = widgets.FileUpload(accept="video/*", description="add a clip")
-        self.frame = widgets.IntSlider(0, min=0, max=0, description="frame", layout=_WIDE)
-        self.picture = widgets.Image(format="webp", layout={"max_width": "100%", "width": "300px"})
+        self.frame = widgets.IntSlider(0, min=0, max=0, description="frame", layout=WIDE)
+        self.picture = widgets.HTML()  # of which widgets.Image would tell a screen reader nothing
         self.about_frame = widgets.HTML()
         self._make_settings()
         self.caption_button = widgets.Button(description="Caption", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
         self.words = widgets.HTML()
         self.message = widgets.HTML()
-        self.cards = widgets.VBox()
-        left = widgets.VBox(
-            [self.video, self.upload, self.picture, self.frame, self.about_frame], layout={"flex": "1 1 320px"}
-        )
+        self.cards = widgets.GridBox(layout=_CARDS)
+        seen = [self.video, self.upload, self.picture, self.frame, self.about_frame, *self._choose_frames]
+        left = widgets.VBox(seen, layout={"flex": "1 1 300px", "min_width": "0"})
         buttons = widgets.HBox([self.caption_button, self.stop_button])
-        right = widgets.VBox([self.settings, buttons, self.message, self.words], layout={"flex": "2 1 420px"})
-        top = widgets.Box([left, right], layout={"display": "flex", "flex_flow": "row wrap"})
+        right = widgets.VBox(
+            [self.settings, buttons, self.message, self.words], layout={"flex": "2 1 400px", "min_width": "0"}
+        )
+        top = widgets.Box([left, right], layout={"display": "flex", "flex_flow": "row wrap", "grid_gap": "0 16px"})
         super().__init__([top, self.cards])
         self._listen()
         self._explain()
         self._read_clip()
 
     def _make_settings(self):
-        text = {"layout": _WIDE, "continuous_update": False}
-        self.preset = widgets.Dropdown(options=["", *PROMPT_PRESETS], description="preset", layout=_WIDE)
-        self.asked_before = widgets.Dropdown(options=[""], description="asked", layout=_WIDE)
-        self.prompt = widgets.Textarea(PROMPT_PRESETS["default"][0], description="prompt", rows=3, **text)
-        self.template = widgets.Dropdown(options=TEMPLATES, description="template", layout=_WIDE)
-        self.frame_numbers = widgets.Dropdown(options=FRAME_NUMBERS, description="numbers", layout=_WIDE)
-        self.strategy = widgets.Dropdown(options=STRATEGIES, description="frames", layout=_WIDE)
-        self.num_frames = widgets.BoundedIntText(24, min=1, max=100, description="at most", **text)
-        self.frames_per_second = widgets.BoundedFloatText(1.0, min=0.01, max=60, description="a second", **text)
-        self.start_seconds = widgets.BoundedFloatText(0.0, min=0, max=1e6, description="from s", **text)
-        self.end_seconds = widgets.BoundedFloatText(0.0, min=0, max=1e6, description="to s", **text)
-        self.temperature = widgets.FloatSlider(0.0, min=0, max=2, step=0.05, description="temperature", **text)
-        self.top_p = widgets.FloatSlider(1.0, min=0.05, max=1, step=0.05, description="top_p", **text)
-        self.top_k = widgets.BoundedIntText(0, min=0, max=1000, description="top_k", **text)
-        self.min_p = widgets.FloatSlider(0.0, min=0, max=0.95, step=0.05, description="min_p", **text)
-        self.seed = widgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed", **text)
-        self.num_beams = widgets.BoundedIntText(1, min=1, max=16, description="beams", **text)
-        self.repetition_penalty = widgets.FloatSlider(1.0, min=1, max=2, step=0.05, description="repetition", **text)
-        self.no_repeat_ngram_size = widgets.BoundedIntText(0, min=0, max=20, description="no repeat", **text)
-        self.max_new_tokens = widgets.BoundedIntText(2048, min=1, max=2048, description="max tokens", **text)
+        self.preset = widgets.Dropdown(options=["", *PROMPT_PRESETS], description="preset", layout=WIDE)
+        asked = dict.fromkeys(record["prompt"] for record in self._stored)
+        self.asked_before = widgets.Dropdown(options=["", *asked], description="asked", layout=WIDE)
+        start = PROMPT_PRESETS["default"][0]
+        self.prompt = widgets.Textarea(start, description="prompt", rows=3, layout=WIDE, continuous_update=False)
         self.explained = widgets.HTML()
-        self._choose_frames = (
-            self.strategy,
-            self.num_frames,
-            self.frames_per_second,
-            self.start_seconds,
-            self.end_seconds,
-        )
-        self._decode = (self.temperature, self.top_p, self.top_k, self.min_p, self.seed, self.num_beams)
-        self._decode += (self.repetition_penalty, self.no_repeat_ngram_size, self.max_new_tokens)
-        how = (self.template, self.frame_numbers, *self._choose_frames)
-        grid = {"grid_template_columns": "repeat(auto-fill, minmax(250px, 1fr))"}
-        prompts = [self.preset, self.asked_before, self.prompt]
-        self.settings = widgets.VBox(
-            [*prompts, widgets.GridBox(how, layout=grid), widgets.GridBox(self._decode, layout=grid), self.explained]
-        )
+        asking, frames, decoding = asking_controls(), frame_controls(), decoding_controls()
+        vars(self).update(asking | frames | decoding)
+        self._choose_frames, self._decode = tuple(frames.values()), decoding
+        controls = widgets.GridBox([*asking.values(), *decoding.values()], layout=_GRID)
+        self.settings = widgets.VBox([self.preset, self.asked_before, self.prompt, controls, self.explained])
 
     def _listen(self):
         self.video.observe(lambda _: self._read_clip(), "value")
         for control in self._choose_frames:
             control.observe(lambda _: self._read_clip(), "value")
-        for control in (*self._choose_frames, *self._decode, self.template, self.frame_numbers):
+        for control in (*self._choose_frames, *self._decode.values(), self.template, self.frame_numbers):
             control.observe(lambda _: self._explain(), "value")
         for control in (self.frame, self.frame_numbers, self.template):
             control.observe(lambda _: self._show_frame(), "value")
         self.upload.observe(lambda _: self._add_uploads(), "value")
         self.preset.observe(lambda change: self._ask(PROMPT_PRESETS.get(change["new"], ("",))[0]), "value")
         self.asked_before.observe(lambda change: self._ask(change["new"]), "value")
+        self.prompt.observe(lambda change: self._name_prompt(change["new"]), "value")
+        self._name_prompt(self.prompt.value)
         self.caption_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
 
     def _ask(self, prompt):
         if prompt:
             self.prompt.value = prompt
+
+    def _name_prompt(self, prompt):
+        """The lists above the prompt show what it is: an edited preset is none any more, and can be chosen again."""
+        presets = [name for name, (text, _) in PROMPT_PRESETS.items() if text == prompt]
+        self.preset.value = presets[0] if presets else ""
+        self.asked_before.value = prompt if prompt in self.asked_before.options else ""
 
     # ---- what is asked ---------------------------------------------------------------------------------------------
 
@@ -155,8 +151,7 @@ class Playground(widgets.VBox):
     def _explain(self):
         """Grey out what has no effect, and say why."""
         effective = self._names_with_effect()
-        for control in self._decode:
-            name = next(name for name, value in vars(self).items() if value is control)
+        for name, control in self._decode.items():
             control.disabled = name not in effective
         self.frames_per_second.disabled = self.strategy.value != "fps"
         self.frame_numbers.disabled = self.template.value != "chat"
@@ -170,7 +165,7 @@ class Playground(widgets.VBox):
             why = "words are drawn: another seed gives another caption"
         if self.template.value != "chat":
             why += f'; template "{self.template.value}" numbers no frames'
-        self.explained.value = f'<span style="opacity:.7">{escape(why)}.</span>'
+        self.explained.value = f'<div style="opacity:.7;{_TEXT}">{escape(why)}.</div>'
 
     # ---- the clip --------------------------------------------------------------------------------------------------
 
@@ -187,20 +182,22 @@ class Playground(widgets.VBox):
             self._seen = pixels_to_frames(preprocess_frames(self.clip.frames, self.captioner.processor.image_size))
             self.frame.max = len(self.clip) - 1
         self._show_frame()
+        self._show_results()
 
     def _show_frame(self):
         if self._seen is None:
-            self.picture.value, self.about_frame.value = b"", ""
+            self.picture.value, self.about_frame.value = "", ""
             return
         place = min(self.frame.value, len(self._seen) - 1)
-        self.picture.value = to_webp(Image.fromarray(self._seen[place]), 90)
         time = self.clip.timestamps_seconds[place]
         numbers = prompt_numbers(self.clip, self._frame_numbers(), self.template.value)
         told = f"frame {place + 1} of {len(self._seen)}, as the model sees it; at {time:.2f} s"
+        webp = to_webp(Image.fromarray(self._seen[place]), 90)
+        self.picture.value = picture(webp, told, "width:300px;max-width:100%;display:block")
         if self.template.value == "chat":
             told += f"; its number in the prompt is {numbers[place]}"
         told += f"<br>{warning}" if (warning := numbers_warning(self.clip, numbers)) else ""
-        self.about_frame.value = told
+        self.about_frame.value = f'<div style="{_TEXT}">{told}</div>'
 
     def _add_uploads(self):
         folder = self.output_dir / "uploads"
@@ -247,10 +244,14 @@ class Playground(widgets.VBox):
 
     def _follow(self, clip, asked):
         try:
-            text = ""
+            text, told = "", 0.0
             for piece in self._stream or ():
                 text += piece
-                self.words.value = f'<div style="white-space:pre-wrap">{escape(text)} ▏</div>'
+                if time.monotonic() - told >= UPDATE_SECONDS:
+                    self.words.value = (
+                        f'<div dir="auto" style="white-space:pre-wrap;{_TEXT}">{escape(text.lstrip())} ▏</div>'
+                    )
+                    told = time.monotonic()
             caption = self._stream.caption if self._stream else self.captioner.caption(clip, *asked)
             self._keep(clip, asked, caption)
             self.words.value = ""
@@ -271,26 +272,34 @@ class Playground(widgets.VBox):
         self.results.insert(0, (record, caption))
         if asked[0] not in self.asked_before.options:
             self.asked_before.options = ["", asked[0], *self.asked_before.options[1:]]
-        self._baseline = self._baseline or record
+            self._name_prompt(self.prompt.value)
         self._show_results()
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
     def _show_results(self):
-        self.cards.children = [self._card(record) for record, _ in self.results]
+        """Those of the clip at hand, the newest first: captions of other clips are not to be compared with them."""
+        video = str(Path(self.video.value).expanduser().absolute()) if self.video.value else None
+        made = [record for record, _ in self.results]
+        again = {record["request"] for record in made}
+        every = [*made, *(record for record in self._stored if record["request"] not in again)]
+        shown = [record for record in every if record["video"] == video]
+        baseline = self._baselines.setdefault(video, shown[-1]) if shown else None
+        cards = [self._card(record, baseline) for record in shown[:MOST_CARDS]]
+        if len(shown) > MOST_CARDS:
+            cards.append(widgets.HTML(f"{len(shown) - MOST_CARDS} older ones of this clip in the store"))
+        self.cards.children = cards
 
-    def _card(self, record):
-        is_baseline = record is self._baseline
-        text, base = record_text(record), record_text(self._baseline)
-        marked = escape(text) if is_baseline else mark_differences(base, text)[1]
-        settings = (
-            f"{record['prompt']} · {record['template']} · {record['frame_sampling']['strategy']} · {record['decoding']}"
-        )
+    def _card(self, record, baseline):
+        text = record_text(record)
+        marked = escape(text) if record is baseline else mark_differences(record_text(baseline), text)[1]
         facts = f"{record['num_tokens']} tokens, ended by {record['finish_reason']}, {record['seconds']:.2f} s"
-        name = Path(record["video"]).name + (" · baseline" if is_baseline else "")
+        marks = " · baseline" if record is baseline else ""
+        marks += " · ✎ edited by hand" if "edited_text" in record else ""
         shown = widgets.HTML(
-            f'<div style="border-top:1px solid #8886;padding-top:6px"><b>{escape(name)}</b> '
-            f'<span style="opacity:.7">{escape(settings)}; {facts}</span><br>{marked}</div>'
+            f'<div style="{_TEXT}"><b dir="auto">{escape(record["prompt"])}</b>{marks}'
+            f'<div dir="auto" style="white-space:pre-wrap;margin:6px 0">{marked}</div>'
+            f'<div style="{MUTED}">{escape(settings_name(record))}; {facts}</div></div>'
         )
         edit = widgets.Textarea(text, layout={"width": "100%", "display": "none"}, rows=4)
         buttons = [
@@ -298,8 +307,10 @@ class Playground(widgets.VBox):
             self._button("edit", lambda: self._edit(record, edit)),
             self._button("to a sweep", lambda: self._to_sweep(record)),
         ]
-        buttons[0].disabled = is_baseline
-        return widgets.VBox([shown, edit, widgets.HBox(buttons)])
+        buttons[0].disabled = record is baseline
+        border = {"border": f"{3 if record is baseline else 1}px solid #8888", "padding": "8px", "min_width": "0"}
+        row = widgets.HBox(buttons, layout={"flex_flow": "row wrap"})
+        return widgets.VBox([shown, edit, row], layout=border)
 
     def _button(self, name, do: Callable[[], None]):
         button = widgets.Button(description=name, layout={"width": "auto"})
@@ -307,7 +318,7 @@ class Playground(widgets.VBox):
         return button
 
     def _make_baseline(self, record):
-        self._baseline = record
+        self._baselines[record["video"]] = record
         self._show_results()
 
     def _edit(self, record, edit):
@@ -336,5 +347,5 @@ class Playground(widgets.VBox):
         self._tell(f"axes of a sweep, to be added to: {path}")
 
     def _tell(self, message):
-        mark = "border-left:4px solid #d55e00;padding-left:6px"
-        self.message.value = f'<span style="{mark}">{escape(message)}</span>' if message else ""
+        mark = f"border-left:4px solid {RED};padding-left:6px;{_TEXT}"
+        self.message.value = f'<div role="alert" style="{mark}">{escape(message)}</div>' if message else ""

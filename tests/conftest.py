@@ -1,5 +1,6 @@
 """Fixtures, and the rule for tests that need what a machine may lack."""
 
+import functools
 import json
 import os
 import shutil
@@ -71,3 +72,21 @@ def random_clip():
         return capkit.Clip.from_frames(frames)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory):
+    """Notebooks 01 to 03, each run once for all tests that look at it: executed("01") as `test_notebooks.run`.
+
+    Returns folder, notebook and what it showed. What a test then does in the folder is its own affair.
+    """
+    from test_notebooks import FAST, run
+
+    few = {"01": FAST, "02": FAST | {"limit": 2}, "03": {"limit": 3}}
+
+    @functools.cache
+    def execute(name):
+        folder = tmp_path_factory.mktemp(name)
+        return folder, *run(name, folder, **few[name])
+
+    return execute

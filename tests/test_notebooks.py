@@ -50,8 +50,8 @@ def run(name, tmp_path, **parameters):
 
 
 class TestCaptionClips:
-    def test_as_it_stands_with_a_few_tokens(self, tmp_path):
-        _, shown = run("01", tmp_path, **FAST)
+    def test_as_it_stands_with_a_few_tokens(self, executed):
+        tmp_path, _, shown = executed("01")
         clips = list((Path(capkit.__file__).parent / "demo" / "clips").glob("*.mp4"))
         records = capkit.CaptionStore(tmp_path / "runs" / "captions" / "captions.jsonl").current()
         assert len(records) == len(clips) and all(record["status"] == "ok" for record in records)
@@ -101,8 +101,8 @@ class TestCaptionClips:
 
 
 class TestSweep:
-    def test_as_it_stands_with_a_few_clips(self, tmp_path):
-        done, shown = run("03", tmp_path, limit=3)
+    def test_as_it_stands_with_a_few_clips(self, executed):
+        tmp_path, done, shown = executed("03")
         folder = tmp_path / "runs" / "sweep"
         assert {path.name for path in folder.iterdir()} == {
             *("captions.jsonl", "captions_strips", "captions.csv", "cells.csv", "comparison.csv", "winner.yaml"),
@@ -145,7 +145,7 @@ def test_playground_headless_shows_its_static_twins(tmp_path):
     records = capkit.CaptionStore(tmp_path / "runs" / "playground" / "captions.jsonl").current()
     assert [record["status"] for record in records] == ["ok", "ok"] and len({r["prompt"] for r in records}) == 2
     assert shown.count("data:image/webp;base64,") == 3  # two captions, and the pair to rate
-    assert "1 pairs left" in shown and "jupyter.widget" not in shown
+    assert "1 pair left" in shown and "jupyter.widget" not in shown
 
 
 def test_train_demo_model_smoke_run(tmp_path):

@@ -285,8 +285,8 @@ class TestSideBySide:
 
 
 class TestNotebook:
-    def test_as_it_stands(self, tmp_path):
-        done, shown = run("02", tmp_path, limit=2, **FAST)
+    def test_as_it_stands(self, executed):
+        tmp_path, _, shown = executed("02")
         page = (tmp_path / "runs" / "view" / "gallery.html").read_text()
         assert page.count("<article>") == 4 and str(tmp_path / "runs" / "view" / "gallery.html") in shown
         assert "not seconds" in shown and "word by word" in shown and "Underlined" in shown
