@@ -12,9 +12,11 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import yaml
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import capkit
 from capkit.batch import Batch, TableError, check_parameters, read_table, run_command
 
 PARAMETERS = 'videos: str = "clips"  # which\nbatch_size: int = 1\nlimit: Optional[int] = None'
@@ -317,6 +319,18 @@ class TestRun:
         assert run_command(path) == 1
         batch = Batch(read_table(path))
         assert "stopped after 0.02 minutes, its time limit" in batch.status(batch.table.runs[0])["error"]
+
+    def test_notebook_01_with_the_example_parameters(self, folder, capsys):
+        parameters = yaml.safe_load((NOTEBOOKS / "runs" / "example.yaml").read_text())
+        del parameters["output_dir"]  # then it is `results` in the run's folder
+        parameters |= {"limit": 1, "decoding": {"max_new_tokens": 4}}
+        runs = {"notebook": str(NOTEBOOKS / "01_caption_clips.ipynb"), "parameters": parameters}
+        path = table(folder, yaml.safe_dump({"runs": [runs | {"name": "captions"}]}))
+        assert run_command(path) == 0
+        told = "1 captions, 0 errors, 1 cut off by max_new_tokens, mean log-probability a token -"
+        assert told in capsys.readouterr().out and told in (folder / "runs" / "index.html").read_text()
+        (record,) = capkit.CaptionStore(folder / "runs" / "captions" / "results" / "captions.jsonl").current()
+        assert record["status"] == "ok" and record["num_tokens"] == 4
 
     def test_a_dry_run_starts_nothing_and_workers_are_checked(self, folder, capsys):
         path = table(folder, "notebook: tiny.ipynb\ngrid: {n: [1, 2]}\n")
