@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -14,17 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import psutil
-
 from capkit import __version__
-from capkit.batch_run import BUSY, SAVING_SECONDS, now, read_status, write_status
+from capkit.batch_pool import Pool
+from capkit.batch_run import now, read_status
 from capkit.batch_table import Run, Table, TableError, near_miss, parameter_annotations, read_table
 from capkit.files import write_page
 
 INJECTED = "# Parameters"  # papermill's first line of the cell that it injects
-POLL_SECONDS = 0.1
-BUSY_SECONDS = 2.0  # between looks at a run that another command is at
-LINE_SECONDS = 60.0  # between lines that say what is running
 COLOURS = {"done": "#009e73", "failed": "#d55e00", "running": "#0072b2"}  # of the words in the index page
 
 
@@ -114,44 +108,7 @@ class Batch:
         Raises:
             ValueError: `workers` below 1.
         """
-        workers = (len(gpus) or self.table.workers) if workers is None else workers
-        if workers < 1:
-            raise ValueError(f"workers={workers!r}: must be at least 1")
-        queue, since = list(runs), now()
-        total, num_ended, waits, told = len(queue), 0, {}, time.monotonic()
-        running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
-        try:
-            while queue or running:
-                moment = time.monotonic()
-                for slot in set(range(workers)) - set(running):
-                    run = next((run for run in queue if waits.get(run.name, 0) <= moment), None)
-                    if run is not None:
-                        queue.remove(run)
-                        running[slot] = (run, self._start(run, since, gpus[slot % len(gpus)] if gpus else None), moment)
-                for slot, (run, process, _) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    process.stdin.close()
-                    del running[slot]
-                    if process.returncode == BUSY:
-                        if run.name not in waits:
-                            print(f"{run.name}: another command is at it; waiting", flush=True)
-                        waits[run.name] = moment + BUSY_SECONDS
-                        queue.append(run)
-                        continue
-                    num_ended += 1
-                    print(f"[{num_ended}/{total}] {_in_a_line(self._close(run, process.returncode))}", flush=True)
-                    self.write_index()
-                if moment - told > LINE_SECONDS:
-                    names = [f"{run.name} ({(moment - began) / 60:.0f} min)" for run, _, began in running.values()]
-                    print(f"running: {', '.join(names) or 'none'}; {len(queue)} to come", flush=True)
-                    told = moment
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            self._stop([(run, process) for run, process, _ in running.values()])
-            raise
-        finally:
-            self.write_index()
+        Pool(self, runs, (len(gpus) or self.table.workers) if workers is None else workers, gpus).run()
 
     def write_index(self) -> Path:
         """Write the page that links all runs with their headlines; returns where it is."""
@@ -172,7 +129,7 @@ class Batch:
         state, seconds = status["status"], status.get("seconds")
         took = "" if seconds is None else f"<br><small>{seconds:g} s</small>"
         said = escape(status.get("error") or status.get("headline") or "")
-        files = {"notebook": notebook, "log": folder / "log.txt", "results": self._results(run)}
+        files = {"notebook": notebook, "log": folder / "log.txt", "results": self.results_dir(run)}
         links = " ".join(self._link(path, word) for word, path in files.items() if path.exists())
         return (
             f'<tr style="vertical-align:top"><td>{name}<br><small>{escape(own)}</small></td>'
@@ -184,61 +141,12 @@ class Batch:
         to = os.path.relpath(path, self.output_dir).replace(os.sep, "/")
         return f'<a href="{escape(quote(to))}">{escape(word)}</a>'
 
-    def _results(self, run):
+    def results_dir(self, run: Run) -> Path:
+        """Where the notebook of a run writes, if it has a parameter `output_dir`."""
         given = run.parameters.get("output_dir")
         if isinstance(given, str):
             return self.table.path.parent / Path(given).expanduser()
         return self.output_dir / run.name / "results"
-
-    def _start(self, run: Run, since: str, gpu: str | None) -> subprocess.Popen:
-        folder = self.output_dir / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        passed = run.parameters | ({"output_dir": str(self._results(run))} if run.has_output_dir else {})
-        job = {"name": run.name, "notebook": str(run.notebook), "parameters": run.parameters, "passed": passed}
-        job |= {"fingerprint": run.fingerprint, "folder": str(folder), "since": since}
-        job["time_limit_minutes"] = self.table.time_limit_minutes
-        with open(folder / "log.txt", "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "capkit.batch_run"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                cwd=self.table.path.parent,
-                env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}),
-                start_new_session=True,  # Ctrl-C reaches the batch alone, which then ends its runs in order
-            )
-        try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.flush()  # and left open: its end would end the run
-        except BrokenPipeError:  # it has died already; its exit code will tell
-            pass
-        return process
-
-    def _close(self, run: Run, code: int, state: str = "failed") -> dict[str, Any]:
-        """A run's status after its process has ended; written here where the process could not."""
-        if code != 0:
-            how = f"signal {-code}" if code < 0 else f"code {code}"
-            log = (self.output_dir / run.name / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line for line in reversed(log) if line.strip()), "nothing")
-            error = f"its process ended with {how} before it could say why; the last line of log.txt: {last}"
-            status = {"name": run.name, "notebook": str(run.notebook), "parameters": run.parameters}
-            status |= {"fingerprint": run.fingerprint, "status": state, "error": error, "ended": now()}
-            write_status(self.output_dir / run.name, status)
-        return self.status(run)
-
-    def _stop(self, running: list[tuple[Run, subprocess.Popen]]) -> None:
-        for _, process in running:
-            process.stdin.close()
-        for run, process in running:
-            try:
-                code = process.wait(SAVING_SECONDS + 10)
-            except subprocess.TimeoutExpired:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-                process.kill()
-                code = process.wait()
-            if code != BUSY:
-                print(_in_a_line(self._close(run, code, "interrupted")), flush=True)
 
 
 def run_command(
@@ -279,19 +187,13 @@ def run_command(
         print("stopped; what is done stays done, and the same command goes on with the rest", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"{batch.output_dir}: the batch stopped, because it cannot write there: {error}", file=sys.stderr)
+        print(f"the batch stopped: {error}", file=sys.stderr)  # a folder that cannot be written to, a disk that is full
         return 1
     failed = [run.name for run in batch.table.runs if batch.status(run)["status"] == "failed"]
     if failed:
         print(f"{len(failed)} failed: {', '.join(failed)}\nTo try them again: add --retry")
     print(f"All runs: {batch.index}")
     return 1 if failed else 0
-
-
-def _in_a_line(status: dict[str, Any]) -> str:
-    took = f" after {status['seconds']:g} s" if "seconds" in status else ""
-    said = status.get("error") or status.get("headline") or ""
-    return f"{status['name']}: {status['status']}{took}" + (f": {' '.join(said.split())}" if said else "")
 
 
 __all__ = ["Batch", "Run", "Table", "TableError", "check_parameters", "read_table", "run_command"]

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -225,7 +226,7 @@ def _expand(entry, where, shared, notebooks, path, problems) -> Iterator[Run]:
     """The runs of an entry; what is wrong with it goes to `problems`."""
     given = entry.get("notebook", shared["notebook"])
     if given not in notebooks:
-        notebooks[given] = _load_notebook(path.parent / Path(given).expanduser())
+        notebooks[given] = _load_notebook(Path(os.path.normpath(path.parent / Path(given).expanduser())))
         problems += [notebooks[given].problem] if notebooks[given].problem else []
     notebook = notebooks[given]
     if notebook.problem:

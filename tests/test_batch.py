@@ -68,13 +68,22 @@ def table(folder, text, name="runs.yaml"):
     return folder / name
 
 
-def start(path, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "capkit", "batch", path, *arguments], stdout=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def start():
+    """Starts the command; what the test leaves of it is ended, and its runs end with it."""
+    started = []
+
+    def make(path, *arguments):
+        command = [sys.executable, "-m", "capkit", "batch", path, *arguments]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield make
+    for process in started:
+        process.kill()
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
@@ -235,7 +244,7 @@ class TestReadTable:
 
 
 class TestRun:
-    def test_two_commands_at_once_do_each_run_once_and_later_ones_what_is_missing(self, folder, capsys):
+    def test_two_commands_at_once_do_each_run_once_and_later_ones_what_is_missing(self, folder, start, capsys):
         path = table(
             folder,
             "notebook: tiny.ipynb\nparameters: {word: '{x}'}\nruns:\n  - {name: good, parameters: {n: 2}}\n"
@@ -246,7 +255,7 @@ class TestRun:
         with FileLock(out / "good" / ".lock"):  # as a third command would hold it
             both = [start(path), start(path)]
             wait_for(lambda: batch.status(batch.table.runs[1])["status"] == "failed")
-        shown = [process.communicate(timeout=100)[0] for process in both]
+        shown = [process.communicate(timeout=300)[0] for process in both]
         assert [process.returncode for process in both] == [1, 1]
         for text in shown:
             assert "good: another command is at it; waiting" in text and "2 failed: bad, dead" in text
@@ -279,7 +288,7 @@ class TestRun:
         assert [run.name for run in Batch(read_table(changed)).to_do()] == ["good"]
         assert run_command(path, retry=["goof"]) == 2 and "did you mean 'good'?" in capsys.readouterr().err
 
-    def test_what_is_killed_or_stopped_leaves_nothing_running_and_goes_on_later(self, folder):
+    def test_what_is_killed_or_stopped_leaves_nothing_running_and_goes_on_later(self, folder, start):
         path = table(folder, "notebook: tiny.ipynb\nparameters: {how: wait}\nruns: [{name: a}, {name: b}]\n")
         batch = Batch(read_table(path))
         a, b = batch.table.runs
@@ -289,7 +298,7 @@ class TestRun:
         os.kill(batch.status(a)["process"], signal.SIGKILL)
         wait_for(lambda: batch.status(a)["status"] == "failed")
         process.send_signal(signal.SIGINT)
-        assert "b: interrupted after" in process.communicate(timeout=60)[0] and process.returncode == 130
+        assert "b: interrupted after" in process.communicate(timeout=300)[0] and process.returncode == 130
         assert "its process ended with signal 9 before it could say why" in batch.status(a)["error"]
         assert batch.status(b)["status"] == "interrupted" and "1 interrupted" in batch.index.read_text()
         assert [run.name for run in batch.to_do()] == ["b"]
@@ -342,4 +351,6 @@ class TestRun:
         path = table(folder, "notebook: tiny.ipynb\n")
         (folder / "file").touch()
         assert run_command(path, output_dir=folder / "file") == 1
-        assert "cannot write there" in capsys.readouterr().err
+        assert (
+            f"the batch stopped: [Errno 20] Not a directory: {str(folder / 'file')!r}"[:-1] in capsys.readouterr().err
+        )
