@@ -67,12 +67,14 @@ class Batch:
         return self.output_dir / "index.html"
 
     def status(self, run: Run) -> dict[str, Any]:
-        """What is known of a run: `status` is "done", "failed", "running", "interrupted" or "not run".
+        """What is known of a run: `status` is "done", "failed", "running", "interrupted", "changed" or "not run".
 
-        A run under another notebook or other parameters than the table's now is "not run".
+        "changed" is one that was tried, with another code of the notebook or other parameters than the table's now.
         """
         status = read_status(self.output_dir / run.name)
-        return status if status.get("fingerprint") == run.fingerprint else {"name": run.name, "status": "not run"}
+        if status.get("fingerprint") == run.fingerprint:
+            return status
+        return {"name": run.name, "status": "changed" if status else "not run"}
 
     def to_do(self, retry: Sequence[str] | None = None) -> list[Run]:
         """The runs that are neither done nor failed; or, to be tried again, those that failed.
@@ -133,7 +135,7 @@ class Batch:
         links = " ".join(self._link(path, word) for word, path in files.items() if path.exists())
         return (
             f'<tr style="vertical-align:top"><td>{name}<br><small>{escape(own)}</small></td>'
-            f'<td style="color:{COLOURS.get(state, "inherit")}">{state}{took}</td>'
+            f'<td style="white-space:nowrap;color:{COLOURS.get(state, "inherit")}">{state}{took}</td>'
             f'<td style="white-space:pre-wrap;overflow-wrap:anywhere">{said}</td><td>{links}</td></tr>'
         )
 

@@ -347,6 +347,16 @@ class TestRun:
         assert 'tiny-n=2: {"n": 2}' in capsys.readouterr().out and not (folder / "runs").exists()
         assert run_command(path, workers=0) == 2
 
+    def test_a_run_that_was_tried_with_other_parameters_or_left_a_torn_status(self, folder):
+        path = table(folder, "notebook: tiny.ipynb\nruns: [{name: a}, {name: b}]\n")
+        batch = Batch(read_table(path))
+        for name, text in (("a", '{"fingerprint": "other", "status": "done"}'), ("b", '{"fingerpr')):
+            (folder / "runs" / name).mkdir(parents=True)
+            (folder / "runs" / name / "status.json").write_text(text)
+        assert [batch.status(run)["status"] for run in batch.table.runs] == ["changed", "not run"]
+        assert batch.to_do() == list(batch.table.runs) and batch.to_do(retry=[]) == []
+        assert "1 changed, 1 not run" in batch.write_index().read_text()
+
     def test_an_output_folder_that_cannot_be_made(self, folder, capsys):
         path = table(folder, "notebook: tiny.ipynb\n")
         (folder / "file").touch()
