@@ -1,6 +1,8 @@
-"""Command line: python -m capkit show captions.jsonl"""
+"""Command line: python -m capkit show captions.jsonl, batch runs.yaml, doctor"""
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
 
@@ -9,10 +11,37 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the captions in a store, and where everything is")
     show.add_argument("store", type=Path, help="captions.jsonl")
+    _add_batch(commands)
+    commands.add_parser("doctor", help="say what is installed, what is missing or conflicts, and what to do")
     arguments = parser.parse_args()
+    if arguments.command == "batch":
+        sys.exit(_batch(arguments))
+    if arguments.command == "doctor":
+        from capkit.doctor import run_command
+
+        sys.exit(run_command())
     if not arguments.store.is_file():
         parser.error(f"{arguments.store}: no such file")
     _show(arguments.store)
+
+
+def _add_batch(commands) -> None:
+    batch = commands.add_parser("batch", help="run a table of notebooks, each once")
+    batch.add_argument("table", type=Path, help="runs.yaml or runs.csv; relative paths in it begin at its folder")
+    batch.add_argument("--output-dir", type=Path, help="where the runs' folders go, instead of where the table says")
+    batch.add_argument("--workers", type=int, metavar="N", help="runs at a time")
+    batch.add_argument("--gpus", default="", metavar="0,1", help="a GPU for each worker")
+    batch.add_argument("--retry", nargs="*", metavar="NAME", help="run again what failed, or of it only these runs")
+    batch.add_argument("--dry-run", action="store_true", help="check the table and say what would be run")
+
+
+def _batch(arguments) -> int:
+    from capkit.batch import run_command
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    gpus = [name for name in arguments.gpus.split(",") if name]
+    a = arguments
+    return run_command(a.table, a.output_dir, a.workers, a.retry, gpus, a.dry_run)
 
 
 def _show(path: Path) -> None:

@@ -14,24 +14,12 @@ from typing import Any
 from PIL import Image
 
 from capkit.display import HTML, MUTED, card, picture, to_webp
+from capkit.files import write_page
 from capkit.records import CaptionStore
 
 STRIP_BYTES = 19_000  # a larger strip is made smaller, so that 1000 of them stay under 30 MB as text
 SHOWN_IN_NOTEBOOK = 20
 STATUSES = ("ok", "error")
-
-# Cards out of sight are neither laid out nor painted, so that thousands open at once. The policy forbids scripts and
-# the network, whatever a caption says.
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark }}
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 1em auto; padding: 0 12px }}
-article {{ content-visibility: auto; contain-intrinsic-size: auto 330px }}
-article img {{ height: auto }}
-</style></head><body><h1>{title}</h1>{body}</body></html>
-"""
 
 
 class Gallery(HTML):
@@ -56,13 +44,9 @@ class Gallery(HTML):
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write one page with all of them, pictures included; returns where it is."""
-        path = Path(path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:  # making strips smaller takes time
             cards = "\n".join(f"<article>{one}</article>" for one in pool.map(self._card, self.records))
-        page = _PAGE.format(title=escape(self.title), body=f"{self._heading()}\n{cards}")
-        path.write_text(page, encoding="utf-8")
-        return path
+        return write_page(Path(path).expanduser(), self.title, f"{self._heading()}\n{cards}")
 
     def _heading(self):
         return f'<p style="{MUTED}">{escape(self.told)}</p>'
