@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +61,7 @@ class Layout:
         hint = '; the cleaning rule "lines" would make them spaces' if breaks else ""
         if len(found) != 1:
             return f"has line breaks: {self.trainer} would read {len(found)} captions here{hint}"
-        return f"{self.trainer} would read {shorten(found[0])} here{hint}"
+        return f"{self.trainer} would read {shorten(str(found[0]))} here{hint}"
 
     def unfit_root(self, root: Path) -> str:
         """Why no export can stand in this folder, or ""."""
@@ -90,12 +89,9 @@ class Layout:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, without changing line ends, and wait until it is on disk."""
+    """Write a file in UTF-8, without changing line ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def shorten(text: str, limit: int = 60) -> str:

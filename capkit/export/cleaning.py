@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,5 +89,6 @@ def sentence_ends(text: str) -> list[int]:
 
 def trim_to_sentence(text: str, limit: int, count: Callable[[str], int]) -> str:
     """The longest beginning of whole sentences with at most `limit` tokens; "" if not even the first has so few."""
-    fitting = [end for end in sentence_ends(text) if count(text[:end]) <= limit]
-    return text[: fitting[-1]] if fitting else ""
+    ends = sentence_ends(text)
+    num_fitting = bisect_right(ends, limit, key=lambda end: count(text[:end]))
+    return text[: ends[num_fitting - 1]] if num_fitting else ""

@@ -179,7 +179,8 @@ def _fit_text(row: dict[str, Any], kind: Layout, budget: _Budget) -> str:
             why = "" if budget.on_too_long == "refuse" else "; not even its first sentence fits"
             return f"has {num_tokens} T5 tokens ({budget.how}), more than {budget.threshold}{why}"
         row["changed_by"].append("trimmed")
-    row["caption"], row["num_t5_tokens"] = text, budget.count(text)
+        num_tokens = budget.count(text)
+    row["caption"], row["num_t5_tokens"] = text, num_tokens
     row["text"] = text if kind.adds_trigger else budget.before + text
     return kind.unfit(row["text"])
 
