@@ -37,7 +37,7 @@ def export_dataset(
     output_dir: str | os.PathLike,
     *,
     choose: Choice | Sequence[Choice] = (),
-    cleaning: Sequence[str] = (),
+    cleaning: str | Sequence[str] = (),
     token_limit: int = COGVIDEOX_1_5_T5_LIMIT,
     trigger_word: str = "",
     on_too_long: str = "report",
@@ -56,7 +56,7 @@ def export_dataset(
         layout: a name of LAYOUTS.
         output_dir: the trainer's root; must be new, empty, or hold the same export.
         choose: which of several captions of a clip, see `choose_records`.
-        cleaning: names of CLEANING; none unless chosen. White space around a caption never counts.
+        cleaning: a name of CLEANING, or several; none unless chosen. White space around a caption never counts.
         token_limit: T5 tokens that the trainer keeps, `</s>` included; 224 is safe for every CogVideoX.
         trigger_word: goes before every caption and is counted; written only where the trainer cannot add it itself.
         on_too_long: "report", "trim" at the end of a sentence, or "refuse".
@@ -70,6 +70,7 @@ def export_dataset(
             something else, latents among it, which trainers would use for the new clips.
         ExportError: it could not be written, or not read back.
     """
+    cleaning = [cleaning] if isinstance(cleaning, str) and cleaning else cleaning
     kind = _check(layout, cleaning, on_too_long, clips, token_limit)
     root = Path(os.path.abspath(Path(output_dir).expanduser()))
     if reason := kind.unfit_root(root):
@@ -127,8 +128,8 @@ def _check(layout, cleaning, on_too_long, clips, token_limit) -> Layout:
     for name, (value, values) in known.items():
         if value not in values:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, values))}")
-    if isinstance(cleaning, str) or set(cleaning) - set(CLEANING):
-        raise ValueError(f"cleaning={cleaning!r}: must be a list of {', '.join(map(repr, CLEANING))}")
+    if set(cleaning) - set(CLEANING):
+        raise ValueError(f"cleaning={cleaning!r}: must be of {', '.join(map(repr, CLEANING))}")
     if token_limit < 2:
         raise ValueError(f"token_limit={token_limit!r}: must be at least 2, one of them for </s>")
     return LAYOUTS[layout]
