@@ -1,15 +1,20 @@
 """Exports: what trainers read is what was captioned, or it is refused with the reason."""
 
+import csv
 import itertools
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 
 from capkit import CaptionStore
-from capkit.export import CLEANING, LAYOUTS, export_dataset
+from capkit.export import CLEANING, LAYOUTS, ExportError, export_dataset
 from capkit.export.base import LINE_SEPARATORS
 from capkit.records import _sha256 as sha256_of
 
@@ -301,7 +306,7 @@ class TestWhichCaption:
             done["late.mp4"].text == "The whole dog." and done["good copy.mp4"].same_file_as == done["good.mp4"].video
         )
         told = json.loads(report.path.read_text())
-        assert len(told["clips"]) == 10 and told["clips"][6]["original"] == "A \ud800 dog."
+        assert len(told["clips"]) == 10 and told["clips"][6]["original"] == r"A \ud800 dog."
         assert "1 clips are copies of another" in str(report) and "good" not in report._repr_html_()
 
     def test_wrong_arguments_are_named(self, make_store, tmp_path):

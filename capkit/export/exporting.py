@@ -140,11 +140,13 @@ def _check(layout, cleaning, on_too_long, clips, token_limit) -> Layout:
 
 def _row(chosen: Chosen, cleaning: Sequence[str]) -> dict[str, Any]:
     record = chosen.record or {}
-    original = record.get("edited_text", record.get("text")) or ""
+    said = record.get("edited_text", record.get("text")) or ""
+    original = said.encode("utf-8", "backslashreplace").decode()  # tables and files hold no half surrogate pairs
     text, changed_by = clean(original.strip(), record, cleaning)
     return {
         **{"clip": chosen.clip, "video": str(chosen.clip), "file": "", "text": text, "original": original},
         **{"edited": "edited_text" in record, "changed_by": changed_by, "sha256": ""},
+        "is_text": original == said,
         **{"store": str(chosen.store or ""), "request": record.get("request", ""), "num_t5_tokens": None},
     }
 
@@ -169,9 +171,7 @@ def _fit_text(row: dict[str, Any], kind: Layout, budget: _Budget) -> str:
     text = row["text"]
     if not text:
         return "the caption is empty"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not row["is_text"]:
         return "the caption has half a surrogate pair in it, which no file in UTF-8 can hold"
     num_tokens = budget.count(text)
     if num_tokens > budget.threshold and budget.on_too_long != "report":

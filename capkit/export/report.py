@@ -87,7 +87,7 @@ class ExportReport:
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1)
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            part.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a surrogate becomes JSON's own escape
+            part.write_bytes(text.encode())
             os.replace(part, self.path)
         finally:
             part.unlink(missing_ok=True)
