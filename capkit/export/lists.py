@@ -44,7 +44,10 @@ def _lines(file) -> list[str]:
 
 
 class CogVideo(TwoLists):
-    """zai-org/CogVideo, `finetune/`. Latents and first frames are kept by the clip's stem."""
+    """zai-org/CogVideo, `finetune/`: a line for each clip in `prompts.txt` and `videos.txt`, the clips in `videos/`.
+
+    Captions have no line breaks of their own. Latents and first frames are kept by the clip's stem.
+    """
 
     name = "cogvideo"
     trainer = "CogVideo's finetune/"
@@ -60,7 +63,10 @@ class CogVideo(TwoLists):
 
 
 class Diffusers(TwoLists):
-    """diffusers, `examples/cogvideo`. It adds `--id_token` without a space: the space must be in the token."""
+    """diffusers, `examples/cogvideo`: a line for each clip in `prompts.txt` and `videos.txt`, the clips in `videos/`.
+
+    Captions have no line breaks of their own. `--id_token` is put before them without a space: it must have one itself.
+    """
 
     name = "diffusers"
     trainer = "diffusers' train_cogvideox_lora.py"
@@ -78,7 +84,10 @@ class Diffusers(TwoLists):
 
 
 class CogVideoXFactory(TwoLists):
-    """cogvideox-factory, now finetrainers' `examples/_legacy`. Its own preparation keeps latents beside the clips."""
+    """cogvideox-factory, now finetrainers' `examples/_legacy`: two lists as for CogVideo's `finetune/`.
+
+    Its own preparation keeps latents beside the folder of clips.
+    """
 
     name = "cogvideox-factory"
     trainer = "cogvideox-factory"

@@ -141,6 +141,7 @@ class CogKitImageToVideo(CogKit):
     by position, not by key: the ids must be the same."""
 
     name = "cogkit-i2v"
+    trainer = "CogKit (image to video)"
     clip_folder = "train/videos"
     model = "--model_path THUDM/CogVideoX1.5-5B-I2V --model_name cogvideox1.5-i2v --model_type i2v"
 
