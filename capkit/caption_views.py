@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from capkit.cogvlm2.processing import pixels_to_frames, preprocess_frames
-from capkit.diagnostics import COGVIDEOX_T5_LIMIT, estimate_t5_tokens
 from capkit.display import (
     BLUE,
     CARD,
@@ -31,6 +29,7 @@ from capkit.frames import Clip
 from capkit.generation import Caption
 from capkit.grounding import Grounding, token_texts
 from capkit.records import STRIP_FRAME_PIXELS
+from capkit.t5 import COGVIDEOX_T5_LIMIT, t5_counter
 from capkit.views import frame_label, numbers_warning, prompt_numbers
 
 LEANS_FROM_NATS = 0.5  # a word leans on a frame without which it would be this much less likely: exp(0.5), 1.6 times
@@ -118,18 +117,9 @@ def t5_kept(text: str, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LI
         text: a caption.
         t5_tokenizer, t5_limit: as in `show_caption`.
     """
-    if isinstance(t5_tokenizer, str | os.PathLike):
-        from transformers import AutoTokenizer
-
-        t5_tokenizer = AutoTokenizer.from_pretrained(t5_tokenizer, local_files_only=True)
-
-    def num_tokens(end):
-        if t5_tokenizer is None:
-            return estimate_t5_tokens(text[:end])
-        return len(t5_tokenizer(text[:end], verbose=False).input_ids)  # else it warns of texts beyond its limit
-
+    count = t5_counter(t5_tokenizer)
     ends = [word.end() for word in re.finditer(r"\S+", text)]
-    fitting = bisect_right(ends, t5_limit, key=num_tokens)
+    fitting = bisect_right(ends, t5_limit, key=lambda end: count(text[:end]))
     return len(text) if fitting == len(ends) else ends[fitting - 1] if fitting else 0
 
 

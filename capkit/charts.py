@@ -105,3 +105,25 @@ def _numbers(table, value, *others):
 
 def _short(name, width=LABEL_WIDTH):
     return textwrap.shorten(str(name), width, placeholder=" ...") or str(name)[:width]
+
+
+def token_histogram(num_tokens: pd.Series, limit: int, threshold: int | None = None) -> Chart:
+    """How many captions have how many T5 tokens, with the limit beyond which training cuts them off.
+
+    Args:
+        num_tokens: a number for each caption; missing ones are left out.
+        limit: tokens that the trainer keeps.
+        threshold: where captions count as too long, if that is not at the limit.
+    """
+    counts = num_tokens.dropna().astype(int)
+    figure = Chart(figsize=(8.5, 2.6), layout="constrained")
+    axes = figure.subplots()
+    width = max(1, -(-max([limit, *counts]) // 50))
+    axes.hist(counts, bins=range(0, max([limit, *counts]) + 2 * width, width), color=BLUE)
+    axes.axvline(limit, color=RED, label=f"{limit} tokens are kept")
+    if threshold is not None and threshold != limit:
+        axes.axvline(threshold, color=RED, linestyle="--", label=f"{threshold}: too long, if the estimate is low")
+    axes.set(xlabel="T5 tokens", ylabel="captions")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    return figure

@@ -8,21 +8,17 @@ reward the reference's wording and suit long captions badly. The lists of phrase
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-# T5 tokens that the trainers keep, `</s>` included; what is longer they cut off without a word.
-COGVIDEOX_T5_LIMIT = 226  # CogVideoX 2B and 5B
-COGVIDEOX_1_5_T5_LIMIT = 224  # CogVideoX1.5
+from capkit.t5 import COGVIDEOX_T5_LIMIT, t5_counter
 
 # An opening is one of OPENINGS, or "the" or "this", a subject and a verb: "The video begins with", "This clip shows".
 OPENINGS = """in this video, in the video, in this clip, in the clip, in this scene, in the scene, in this image,
@@ -64,13 +60,13 @@ _CHARACTERS_AS_WORDS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003
 _COMBINING_MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0eff"
 _LETTER = rf"(?:(?![{_CHARACTERS_AS_WORDS}])[\w{_COMBINING_MARKS}])"
 _WORD = re.compile(rf"[{_CHARACTERS_AS_WORDS}]|{_LETTER}+(?:(?:['-]|(?<=\d)[.,:](?=\d)){_LETTER}+)*")
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?:\s+|$)|[。！？؟।]+|\n+")
+SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?:\s+|$)|[。！？؟।]+|\n+")
 _STARTS_SENTENCE = re.compile(r"[^\W\d_]")
-_OPENING = re.compile(
+OPENING = re.compile(
     rf"\W*((?:{_either(OPENINGS)})(?!\w)"
-    rf"|th(?:e|is) (?:\w+ )?(?:{OPENING_SUBJECTS})(?: clip| sequence)? (?:{OPENING_VERBS})\b(?: with\b)?)"
+    rf"|th(?:e|is) (?:\w+ )?(?:{OPENING_SUBJECTS})(?: clip| sequence)? (?:{OPENING_VERBS})\b(?: with\b)?)",
+    re.IGNORECASE,
 )
-_T5_PARTS = re.compile(r"(?P<word>[0-9A-Za-z\xc0-\u024f]+)|(?P<mark>[\0-\u024f\u2010-\u2027])|(?P<other>[^\0-\u024f]+)")
 
 _NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty""".split()
@@ -92,7 +88,7 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
     New columns:
         num_words, num_sentences: a Chinese or Japanese character is a word.
         num_t5_tokens: `</s>` included. A trigger word that a trainer puts before the caption comes on top.
-        t5_is_estimate: no tokenizer was given, see `estimate_t5_tokens`.
+        t5_is_estimate: no tokenizer was given, see `capkit.t5.estimate_t5_tokens`.
         over_t5_limit: T5 tokens beyond `t5_limit` are cut off in training.
         stopped_by_length: `finish_reason` is "length"; NA where it is unknown.
         repeated_4grams: share of the runs of four words that were there before: 1 - distinct / all; 0 under four words.
@@ -109,7 +105,7 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
             or "stopped"), `duration_seconds` (of the clip or window) and `reference`.
         t5_tokenizer: folder of a T5 tokenizer, such as `tokenizer/` of a CogVideoX checkpoint, or a transformers
             tokenizer. Nothing is downloaded.
-        t5_limit: `COGVIDEOX_T5_LIMIT` or, safe for every CogVideoX trainer, `COGVIDEOX_1_5_T5_LIMIT`.
+        t5_limit: `capkit.t5.COGVIDEOX_T5_LIMIT` or, safe for every CogVideoX trainer, `COGVIDEOX_1_5_T5_LIMIT`.
 
     Returns:
         A new table with the same index.
@@ -127,14 +123,14 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
     described = captions.copy()
     described["num_words"] = _each(len, words, "Int64")
     described["num_sentences"] = _each(_num_sentences, texts, "Int64")
-    described["num_t5_tokens"] = _num_t5_tokens(texts, t5_tokenizer)
+    described["num_t5_tokens"] = _each(t5_counter(t5_tokenizer), texts, "Int64")
     described["t5_is_estimate"] = _each(lambda _: t5_tokenizer is None, texts, "boolean")
     described["over_t5_limit"] = described["num_t5_tokens"] > t5_limit
     stopped = known["finish_reason"].eq("length").astype("boolean")
     described["stopped_by_length"] = stopped.mask(known["finish_reason"].isna() | described["num_words"].isna())
     described["repeated_4grams"] = _each(lambda w: 1 - _distinct_share([w], 4) if len(w) > 3 else 0, words, "float64")
     described["longest_repeat_words"] = _each(_longest_repeat, words, "Int64")
-    described["boilerplate_opening"] = _each(lambda text: (_OPENING.match(text) or ["", ""])[1], lowered, "string")
+    described["boilerplate_opening"] = _each(lambda text: (OPENING.match(text) or ["", ""])[1], lowered, "string")
     for name, phrases in (("hedges", HEDGES), ("mood_words", MOOD_WORDS), ("meta_words", META_WORDS)):
         listed = re.compile(rf"\b(?:{_either(phrases)})(?!\w)")
         described[f"num_{name}"] = _each(lambda text, listed=listed: len(listed.findall(text)), lowered, "Int64")
@@ -179,7 +175,7 @@ def describe_set(captions: pd.DataFrame, by: str | Sequence[str], clip: str = "v
     for key, group in described.groupby(by, sort=False, dropna=False):
         spoken = group[[isinstance(text, str) for text in group["text"]]]
         words = [_words(text) for text in spoken["text"]]
-        duplicates = _near_duplicates(words, list(spoken[clip]) if clip in spoken else range(len(spoken)))
+        duplicates = near_duplicates(spoken["text"], list(spoken[clip]) if clip in spoken else range(len(spoken)))
         shares = _distinct_share(words, 1), _distinct_share(words, 2), pd.Series(duplicates, dtype=float).mean()
         rows.append([*key, len(spoken), len(group) - len(spoken), *shares, *averaged.loc[group.index].mean()])
     columns = ["num_captions", "num_failed", "distinct_1", "distinct_2", "share_near_duplicates"]
@@ -237,23 +233,35 @@ def agreement(
     return pd.DataFrame(results, index=captions.index, columns=list(columns)).astype(columns)
 
 
-def estimate_t5_tokens(text: str) -> int:
-    """Guess how many T5 tokens an English text has, `</s>` included.
+def near_duplicates(texts: Sequence[str], clips: Sequence) -> np.ndarray:
+    """Which texts nearly repeat one of another clip: the same words, or distinct runs of five words with a Jaccard
+    index of at least 0.8. Thousands of texts take seconds, whatever they say.
 
-    One for each word and mark, one more for "a" and "he" (which T5 has no whole piece for), a quarter for each letter
-    beyond a word's sixth. Within 6% on four published counts of 33 to 190 tokens, within 3 tokens on shorter ones, all
-    plainly worded; rare words and names need more. Read a number within a tenth of the limit as undecided.
-    T5 hardly knows other scripts than Latin; a run of their letters counts as one unknown token.
+    Args:
+        texts: captions.
+        clips: of what; captions of one clip are not compared with each other.
+
+    Returns:
+        bool (N,).
     """
-    total = 1.0
-    for chunk in text.split():
-        parts = list(_T5_PARTS.finditer(chunk))
-        # A space is part of the word that follows, a token of its own before a lone mark or an unknown script.
-        total += parts[0].lastgroup == "other" or parts[0].lastgroup == "mark" and len(parts) == 1
-        for part in parts:
-            extra_letters = max(len(part[0]) - 6, 0) if part.lastgroup == "word" else 0
-            total += 1 + (part[0] in ("a", "he")) + extra_letters / 4
-    return math.ceil(total)
+    grams = [set(_ngrams(words, 5)) or {tuple(words)} for words in map(_words, texts)]
+    numbers: dict[tuple, int] = {}
+    columns = [numbers.setdefault(gram, len(numbers)) for gram in chain.from_iterable(grams)]
+    sizes = np.array([len(gram_set) for gram_set in grams], np.float32)
+    has = csr_array(
+        (np.ones(len(columns), np.float32), columns, np.append(0, sizes.cumsum(dtype=int))), (len(texts), len(numbers))
+    ).tocsc()
+    # Runs that few texts have make small sparse products; the others are few, and quick as a dense product.
+    num_texts = np.diff(has.indptr)
+    rare, common = has[:, (num_texts > 1) & (num_texts <= 200)].tocsr(), has[:, num_texts > 200].toarray()
+    clip_numbers = pd.factorize(pd.Series(clips))[0]
+    found = np.zeros(len(texts), bool)
+    for start in range(0, len(texts), 500):
+        rows = slice(start, start + 500)
+        num_shared = common[rows] @ common.T + (rare[rows] @ rare.T).toarray()
+        is_near = num_shared / (sizes[rows, None] + sizes - num_shared) >= NEAR_DUPLICATE_JACCARD
+        found[rows] = (is_near & (clip_numbers[rows, None] != clip_numbers)).any(axis=1)
+    return found
 
 
 # ---- a caption -----------------------------------------------------------------------------------------------------
@@ -278,20 +286,7 @@ def _words(text: str) -> list[str]:
 
 
 def _num_sentences(text: str) -> int:
-    return sum(bool(_STARTS_SENTENCE.search(part)) for part in _SENTENCE_END.split(text))
-
-
-def _num_t5_tokens(texts: list[str | None], tokenizer: Any) -> pd.arrays.IntegerArray:
-    if tokenizer is None:
-        return _each(estimate_t5_tokens, texts, "Int64")
-    if isinstance(tokenizer, str | os.PathLike):
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(Path(tokenizer).expanduser(), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{tokenizer} is no folder with a T5 tokenizer's files: {error}") from error
-    return _each(lambda text: len(tokenizer(text, verbose=False)["input_ids"]), texts, "Int64")
+    return sum(bool(_STARTS_SENTENCE.search(part)) for part in SENTENCE_END.split(text))
 
 
 def _ngrams(words: list[str], n: int) -> Iterable[tuple[str, ...]]:
@@ -362,25 +357,3 @@ def _content_words(text: str) -> dict[str, str]:
         if word not in STOP_WORDS:
             stems.setdefault(re.sub(r"(?<=\w{3})(?:'s|ing|ed|es|(?<!s)s|e)$", "", word), word)
     return stems
-
-
-def _near_duplicates(texts: list[list[str]], clips: Sequence) -> np.ndarray:
-    """Which texts nearly repeat one of another clip, bool (N,). Thousands of texts take seconds, whatever they say."""
-    grams = [set(_ngrams(words, 5)) or {tuple(words)} for words in texts]
-    numbers: dict[tuple, int] = {}
-    columns = [numbers.setdefault(gram, len(numbers)) for gram in chain.from_iterable(grams)]
-    sizes = np.array([len(gram_set) for gram_set in grams], np.float32)
-    has = csr_array(
-        (np.ones(len(columns), np.float32), columns, np.append(0, sizes.cumsum(dtype=int))), (len(texts), len(numbers))
-    ).tocsc()
-    # Runs that few texts have make small sparse products; the others are few, and quick as a dense product.
-    num_texts = np.diff(has.indptr)
-    rare, common = has[:, (num_texts > 1) & (num_texts <= 200)].tocsr(), has[:, num_texts > 200].toarray()
-    clip_numbers = pd.factorize(pd.Series(clips))[0]
-    found = np.zeros(len(texts), bool)
-    for start in range(0, len(texts), 500):
-        rows = slice(start, start + 500)
-        num_shared = common[rows] @ common.T + (rare[rows] @ rare.T).toarray()
-        is_near = num_shared / (sizes[rows, None] + sizes - num_shared) >= NEAR_DUPLICATE_JACCARD
-        found[rows] = (is_near & (clip_numbers[rows, None] != clip_numbers)).any(axis=1)
-    return found

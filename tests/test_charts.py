@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capkit.charts import forest_plot, heat_map, scatter
+from capkit.charts import forest_plot, heat_map, scatter, token_histogram
 
 TABLE = pd.DataFrame(
     {
@@ -69,3 +69,11 @@ def test_columns_that_are_no_numbers_are_named(column):
     for draw in (lambda: heat_map(TABLE, column), lambda: scatter(TABLE, column, "seconds")):
         with pytest.raises(ValueError, match=column):
             draw()
+
+
+def test_token_histogram_marks_the_limit_and_counts_every_caption():
+    figure = token_histogram(pd.Series([30, 31, pd.NA, 400], dtype="Int64"), 224, 201)
+    (axes,) = figure.axes
+    assert sum(bar.get_height() for bar in axes.patches) == 3
+    assert [line.get_xdata()[0] for line in axes.lines] == [224, 201]
+    assert len(token_histogram(pd.Series([5]), 224).axes[0].lines) == 1

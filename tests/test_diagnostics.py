@@ -7,14 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capkit.diagnostics import (
-    COGVIDEOX_1_5_T5_LIMIT,
-    COGVIDEOX_T5_LIMIT,
-    agreement,
-    describe,
-    describe_set,
-    estimate_t5_tokens,
-)
+from capkit.diagnostics import agreement, describe, describe_set
+from capkit.t5 import COGVIDEOX_1_5_T5_LIMIT, COGVIDEOX_T5_LIMIT, estimate_t5_tokens
 
 
 def described(text, **columns):

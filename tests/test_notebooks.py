@@ -148,6 +148,33 @@ def test_playground_headless_shows_its_static_twins(tmp_path):
     assert "1 pair left" in shown and "jupyter.widget" not in shown
 
 
+def test_export_as_it_stands_and_of_a_store_with_hand_edits(tmp_path):
+    done, shown = run("05", tmp_path)
+    folder = tmp_path / "runs" / "export"
+    captions = (folder / "cogvideo" / "prompts.txt").read_text().splitlines()
+    store = capkit.CaptionStore(folder / "captions.jsonl")
+    records = store.current()
+    assert len(captions) == 3 and captions == [" ".join(record["text"].split()) for record in records]
+    assert {path.name for path in folder.iterdir()} == {
+        *("captions.jsonl", "captions_strips", "cogvideo", "cogvideo.export.json", "export.csv", "tokens.png")
+    }
+    assert "3 clips exported for cogvideo" in shown and "all 3 pairs are right" in shown
+    assert f"--data_root {folder / 'cogvideo'} --caption_column prompts.txt" in shown
+    assert shown.count("data:image/webp;base64,") == 3 and "0 of 3 clips refused" in shown
+    assert sum("image/png" in str(cell.get("outputs")) for cell in done.cells) >= 1
+    store.edit(records[0]["request"], "A dog runs.\nIt barks.")
+    store.edit(records[1]["request"], "A <b>dog</b> runs.")
+    settings = {"stores": str(store.path), "layout": "diffusers", "export_dir": "data/dogs", "output_dir": "again"}
+    done, shown = run("05", tmp_path, **settings, trigger_word="ZORP")
+    assert "2 clips exported for diffusers" in shown and "1 of 3 clips refused" in shown
+    assert "has line breaks: diffusers" in shown and "--id_token 'ZORP '" in shown
+    outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
+    html = "".join(output.get("data", {}).get("text/html", "") for output in outputs)
+    assert "A &lt;b&gt;dog&lt;/b&gt; runs." in html and "<b>dog</b>" not in html
+    assert (tmp_path / "data" / "dogs" / "prompts.txt").read_text().startswith("A <b>dog</b> runs.\n")
+    assert (tmp_path / "again" / "export.csv").is_file()
+
+
 def test_train_demo_model_smoke_run(tmp_path):
     """Three steps: everything is drawn, trained, plotted, written and evaluated."""
     settings = {"steps": 3, "vision_steps": 2, "batch_size": 4, "num_clips": 12, "num_held_out": 4, "num_evaluated": 2}

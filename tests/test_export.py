@@ -1,0 +1,522 @@
+"""Exports: what trainers read is what was captioned, or it is refused with the reason."""
+
+import csv
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from capkit import CaptionStore
+from capkit.export import CLEANING, LAYOUTS, ExportError, export_dataset
+from capkit.export.base import LINE_SEPARATORS
+from capkit.records import _sha256 as sha256_of
+
+TEXTS = {
+    "plain": " A dog runs.",
+    "quotes": '"A" \'dog\', """says""" “woof” `now`; it\'s "',
+    "commas": "a, b,, c,",
+    "starts like a comment": "# not a comment, %s {format} \\n \\u0041 $HOME",
+    "emoji": "🐕‍🦺 runs 👩‍👩‍👧 🇸🇪 fast 🏃🏽‍♀️",
+    "right to left": "שלום a dog \u202eback مرحبا",
+    "accents": unicodedata.normalize("NFD", "Café à la crème"),
+    "byte order mark": "\ufeffA dog runs.",
+    "no-break spaces": "A\xa0dog\u2003runs\u3000now",
+    "long": "The small dog runs over the green lawn and back again now. " * 91,
+    "empty": "",
+    "blank": " \n\t\u2028 ",
+    "like a number": "007",
+    "like a truth": "True",
+    "like nothing": "None",
+    "like a date": "2024-05-17",
+    "like bytes": "b'A dog'",
+    "like JSON": '{"caption": ["A dog", null]}',
+    "zero": "A\0dog",
+    "tab": "A\tdog",
+    **{f"separator {ord(letter):#x}": f"A dog runs.{letter}It barks." for letter in LINE_SEPARATORS},
+    "both line ends": "one\r\n\r\ntwo\n\nthree",
+}
+NAMES = [
+    *("dog.mp4", " a dog .mp4", "dog.v1.mp4.mp4", 'it\'s "a", dog.mp4', "собака\t🐕.mp4", "DOG.MP4"),
+    *("test_1.mp4", "b-train-2 videos.mp4"),
+]
+
+
+def write_store(path, folder, captions):
+    """A store with records of files that hold something each; captions: {clip name: text or fields}."""
+    records = []
+    for number, (clip, fields) in enumerate(captions.items()):
+        file = folder / clip
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(f"not a video: {clip}".encode())
+        records.append(a_record(f"{path.stem} {number}", file, fields))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return CaptionStore(path)
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    """make_store({clip name: text or fields}, name): a store, its clips in clips/."""
+    return lambda captions, name="captions.jsonl": write_store(tmp_path / name, tmp_path / "clips", captions)
+
+
+def a_record(request, path, fields):
+    record = {"request": request, "video": str(path), "status": "ok", "error": None, "finish_reason": "eos"}
+    record |= {"prompt": "Describe.", "template": "chat", "decoding": {"temperature": 0.0}, "sample": 0}
+    record |= {"start_seconds": 0.0, "end_seconds": None, "video_sha256": sha256_of(str(path))}
+    return (
+        record
+        | {"created": f"2026-01-01T00:00:{int(request.split()[-1]) % 60:02}+00:00"}
+        | ({"text": fields} if isinstance(fields, str) else fields)
+    )
+
+
+# ---- the trainers' own ways of reading, written down a second time from their sources ------------------------------
+
+
+def read_lists(root):
+    with open(root / "prompts.txt", encoding="utf-8") as file:
+        prompts = [line.strip() for line in file.readlines() if len(line.strip()) > 0]
+    with open(root / "videos.txt", encoding="utf-8") as file:
+        videos = [root / line.strip() for line in file.readlines() if len(line.strip()) > 0]
+    assert len(prompts) == len(videos) and all(video.is_file() for video in videos)
+    return zip(videos, prompts, strict=True)
+
+
+def read_sat(root):
+    for folder, _, files in os.walk(root):
+        for name in files:
+            if name.endswith(".mp4"):
+                video = os.path.join(folder, name)
+                caption = video.replace(".mp4", ".txt").replace("videos", "labels")
+                yield Path(video), open(caption).read().splitlines()[0] if os.path.exists(caption) else ""
+
+
+def read_sidecars(root):
+    for caption in sorted(root.glob("*.txt")):
+        (video,) = [file for kind in ("mp4", "mov") if (file := caption.with_suffix(f".{kind}")).exists()]
+        yield video, open(caption).read().strip()
+
+
+def read_videox_fun(root):
+    with open(root / "metadata.json") as file:
+        return [(root / row["file_path"], row["text"]) for row in json.load(file) if row.get("type") == "video"]
+
+
+def load(kind, **settings):
+    """Rows as `load_dataset` makes them, clips as paths; the hub is not asked."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.load_dataset(kind, split="train", **settings)
+    if "video" in rows.column_names:
+        rows = rows.cast_column("video", datasets.Video(decode=False))
+    return rows
+
+
+def read_video_folder(root, column, **cache):
+    return [(Path(row["video"]["path"]), row[column]) for row in load("videofolder", data_dir=str(root), **cache)]
+
+
+def read_cogkit_i2v(root, **cache):
+    captions = load("json", data_files=str(root / "train" / "metadata.jsonl"), **cache).sort("id")
+    videos = load("videofolder", data_dir=str(root / "train" / "videos"), **cache).sort("id")
+    assert len(captions) == len(videos)
+    return [(Path(row["video"]["path"]), captions[number]["prompt"]) for number, row in enumerate(videos)]
+
+
+READERS = {
+    **dict.fromkeys(("cogvideo", "diffusers", "cogvideox-factory"), read_lists),
+    **{"sat": read_sat, "sidecar": read_sidecars, "videox-fun": read_videox_fun},
+}
+HUGGING_FACE = {
+    "cogkit": lambda root, **cache: read_video_folder(root / "train", "prompt", **cache),
+    "cogkit-i2v": read_cogkit_i2v,
+    "finetrainers": lambda root, **cache: read_video_folder(root, "caption", **cache),
+    "metadata-jsonl": lambda root, **cache: read_video_folder(root, "text", **cache),
+    "metadata-csv": lambda root, **cache: read_video_folder(root, "prompt", **cache),
+}
+assert READERS.keys() | HUGGING_FACE.keys() == LAYOUTS.keys()
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+def assert_pairs_are_right(root, layout, report, tmp_path):
+    if layout in READERS:
+        found = list(READERS[layout](root))
+    else:
+        found = HUGGING_FACE[layout](root, cache_dir=str(tmp_path / "cache of datasets"))
+    wanted = {(row.video, row.text) for row in report.exported.itertuples()}
+    assert {(os.path.realpath(clip), text) for clip, text in found} == wanted
+    assert len(found) == len(report.exported) == len({clip for clip, _ in found})
+
+
+BREAKS = {name for name in TEXTS if name.startswith("separator") or name == "both line ends"}
+NOT_IN = {
+    **dict.fromkeys(
+        ("cogvideo", "diffusers", "cogvideox-factory"), {"separator 0xa", "separator 0xd", "both line ends"}
+    ),
+    "sat": BREAKS,
+    "sidecar": {"separator 0xd", "both line ends"},
+    **dict.fromkeys(("cogkit", "cogkit-i2v", "metadata-jsonl"), {"like a date"}),
+    "finetrainers": {"like a date", "like bytes"},
+    "metadata-csv": {"like a number", "like a truth", "like nothing"},
+    "videox-fun": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def cross_product(tmp_path_factory):
+    """A store with every text for a clip of every name, in folders of their own, so that many stems are equal."""
+    folder = tmp_path_factory.mktemp("cross product")
+    pairs = itertools.product(enumerate(TEXTS.values()), NAMES)
+    captions = {f"my videos/{number}/{name}": text for (number, text), name in pairs}
+    return write_store(folder / "captions.jsonl", folder, captions)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+class TestEveryCaptionAndEveryName:
+    """The cross product of nasty texts and nasty names: read back right, or refused for a reason, never mispaired."""
+
+    def of(self, row):
+        return list(TEXTS)[int(Path(row.video).parent.name)]
+
+    def test_without_cleaning(self, cross_product, tmp_path, layout):
+        report = export_dataset(cross_product, layout, tmp_path / "out", token_limit=10_000)
+        refused = {self.of(row) for row in report.refused.itertuples()}
+        assert refused == NOT_IN[layout] | {"empty", "blank"}
+        assert all(report.refused["reason"]) and not any(report.exported["reason"])
+        assert len(report.exported) == (len(TEXTS) - len(refused)) * len(NAMES)
+        for row in report.exported.itertuples():
+            assert row.text == TEXTS[self.of(row)].strip() and row.original == TEXTS[self.of(row)]
+        assert_pairs_are_right(tmp_path / "out", layout, report, tmp_path)
+
+    def test_with_every_rule_and_a_trigger_word(self, cross_product, tmp_path, layout):
+        settings = {"cleaning": list(CLEANING), "trigger_word": "ZORP", "on_too_long": "trim", "clips": "hardlink"}
+        report = export_dataset(cross_product, layout, tmp_path / "out", **settings)
+        refused = {self.of(row) for row in report.refused.itertuples()}
+        assert refused - {"empty", "blank"} <= {"like a date", "like bytes", "like a number", "like a truth"} | {
+            "like nothing"
+        }
+        assert report.exported["num_t5_tokens"].max() <= report.threshold < 224
+        written = [row.text for row in report.exported.itertuples()]
+        assert all(text.startswith("ZORP ") != LAYOUTS[layout].adds_trigger for text in written)
+        assert not any(letter in text for text in written for letter in LINE_SEPARATORS + "\t")
+        assert ("ZORP" in report.command) == LAYOUTS[layout].adds_trigger
+        clips = [path for path in (tmp_path / "out").rglob("*.mp4")]
+        assert len(clips) == len(report.exported) and not any(clip.is_symlink() for clip in clips)
+        by_content = {sha256_of(str(clip)): clip for clip in clips}
+        for row in report.exported.itertuples():
+            assert by_content[sha256_of(row.video)] == tmp_path / "out" / row.file
+
+
+# ---- one caption a clip --------------------------------------------------------------------------------------------
+
+
+class TestWhichCaption:
+    def test_several_captions_of_a_clip_need_a_choice(self, make_store, tmp_path):
+        store = make_store({"a.mp4": "A dog.", "b.mp4": "A cat."})
+        more = {"text": "A small dog.", "prompt": "Briefly.", "decoding": {"temperature": 0.5, "seed": 1}}
+        store.append(a_record("more 30", tmp_path / "clips" / "a.mp4", more))
+        with pytest.raises(ValueError) as error:
+            export_dataset(store, "cogvideo", tmp_path / "out")
+        told = str(error.value)
+        assert "1 clips have several captions, the first" in told and "a.mp4" in told and "template" not in told
+        assert '\n  prompt: "Describe." | "Briefly."' in told and '"seed": 1' in told
+        assert not (tmp_path / "out").exists()
+        for number, (choose, text, num_refused) in enumerate(
+            [
+                ("latest", "A small dog.", 0),
+                ({"prompt": "Briefly."}, "A small dog.", 1),
+                ([{"prompt": "Briefly."}, {"prompt": "Describe."}], "A small dog.", 0),
+                ([{"prompt": "Describe."}, {"prompt": "Briefly."}], "A dog.", 0),
+                ({"decoding": {"seed": 1}}, "A small dog.", 1),
+                ({"decoding": {"temperature": 0.0}, "template": "chat"}, "A dog.", 0),
+            ]
+        ):
+            report = export_dataset(store, "cogvideo", tmp_path / str(number), choose=choose)
+            assert report.exported["text"].iloc[0] == text and len(report.refused) == num_refused
+            assert all(report.refused["reason"] == "none of its 1 captions is as chosen")
+        store.edit("captions 0", "Our dog.")
+        report = export_dataset(store, "cogvideo", tmp_path / "edited", choose=["edited", "latest"])
+        assert list(report.exported["text"]) == ["Our dog.", "A cat."]
+        for choose, told in (("newest", "'newest'"), ({"promt": "x"}, "unknown field 'promt'")):
+            with pytest.raises(ValueError, match=told):
+                export_dataset(store, "cogvideo", tmp_path / "wrong", choose=choose)
+
+    def test_hand_edits_win_and_no_rule_changes_their_words(self, make_store, tmp_path):
+        store = make_store({"a.mp4": {"text": "The video shows a dog. It", "finish_reason": "length"}})
+        store.edit("captions 0", " The video shows\nOUR dog, and ")
+        report = export_dataset(store, "cogvideo", tmp_path / "out", cleaning=list(CLEANING))
+        row = report.table.iloc[0]
+        assert row["text"] == "The video shows OUR dog, and" and row["edited"] and row["changed_by"] == "lines"
+        assert row["original"] == " The video shows\nOUR dog, and " and row["boilerplate_opening"] == "the video shows"
+        store.edit("captions 0", "")
+        with pytest.raises(ValueError, match="nothing to export.*\n.*the caption is empty"):
+            export_dataset(store, "cogvideo", tmp_path / "empty")
+
+    def test_a_later_attempt_and_a_second_store(self, make_store, tmp_path):
+        """The same settings again: the later one counts, and the one edited by hand before it."""
+        first = make_store({"a.mp4": "Old.", "b.mp4": "A cat."})
+        later = {"text": "New.", "created": "2027-01-01T00:00:00+00:00"}
+        second = make_store({"a.mp4": later, "c.mp4": "A cow."}, "second.jsonl")
+        (tmp_path / "link.mp4").symlink_to(tmp_path / "clips" / "b.mp4")
+        second.append(a_record("link 1", tmp_path / "link.mp4", {"text": "A cat."}))  # the same clip by another name
+        report = export_dataset([first, second.path], "cogvideo", tmp_path / "out")
+        assert list(report.exported["text"]) == ["New.", "A cat.", "A cow."]
+        assert list(report.table["store"].map(os.path.basename)) == ["second.jsonl", "second.jsonl", "second.jsonl"]
+        first.edit("captions 0", "By hand.")
+        report = export_dataset([first, second], "cogvideo", tmp_path / "edited")
+        assert report.exported["text"].iloc[0] == "By hand."
+
+    def test_what_cannot_be_exported_is_refused_clip_by_clip(self, make_store, tmp_path):
+        names = ("good", "part", "late", "error", "gone", "changed", "half", "mkv")
+        captions = {f"{name}.mp4": "A dog." for name in names} | {"film.mkv": "A film.", "good copy.mp4": "A dog."}
+        captions["part.mp4"] = {"text": "A dog.", "start_seconds": 2.0, "end_seconds": 5.5}
+        captions["late.mp4"] = {"text": "A dog.", "end_seconds": 5.0}
+        captions["error.mp4"] = {"text": None, "status": "error", "error": "the file is empty"}
+        captions["half.mp4"] = "A \ud800 dog."
+        store = make_store(captions)
+        whole = {"text": "The whole dog."}  # of a clip that has a caption of a part as well
+        store.append(a_record("whole 20", tmp_path / "clips" / "late.mp4", whole))
+        (tmp_path / "clips" / "gone.mp4").unlink()
+        (tmp_path / "clips" / "changed.mp4").write_text("another film")
+        (tmp_path / "clips" / "good copy.mp4").write_bytes((tmp_path / "clips" / "good.mp4").read_bytes())
+        store.append(a_record("captions 9", tmp_path / "clips" / "good copy.mp4", "A dog."))
+        report = export_dataset(store, "sat", tmp_path / "out")
+        reasons = {Path(row.video).name: row.reason for row in report.refused.itertuples()}
+        assert "captions of parts only (2 to 5.5 s)" in reasons.pop("part.mp4")
+        assert reasons.pop("error.mp4") == "not captioned: the file is empty"
+        assert "cannot be read: No such file" in reasons.pop("gone.mp4")
+        assert "changed since it was captioned" in reasons.pop("changed.mp4")
+        assert "surrogate" in reasons.pop("half.mp4")
+        assert reasons.pop("film.mkv") == "SAT takes only .mp4, not .mkv" and not reasons
+        done = {Path(row.video).name: row for row in report.exported.itertuples()}
+        assert done.keys() == {"good.mp4", "late.mp4", "mkv.mp4", "good copy.mp4"}
+        assert (
+            done["late.mp4"].text == "The whole dog." and done["good copy.mp4"].same_file_as == done["good.mp4"].video
+        )
+        told = json.loads(report.path.read_text())
+        assert len(told["clips"]) == 10 and told["clips"][6]["original"] == r"A \ud800 dog."
+        assert "1 clips are copies of another" in str(report) and "good" not in report._repr_html_()
+
+    def test_wrong_arguments_are_named(self, make_store, tmp_path):
+        store = make_store({"a.mp4": "A dog."})
+        wrong = {"layout": "cogvide", "on_too_long": "cut", "clips": "move", "cleaning": ["line"], "token_limit": 1}
+        for name, value in wrong.items():
+            settings = {"layout": "sidecar", name: value}
+            with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))}: must be"):
+                export_dataset(store, settings.pop("layout"), tmp_path / "out", **settings)
+        with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
+            export_dataset([store, tmp_path / "nowhere.jsonl"], "sidecar", tmp_path / "out")
+        with pytest.raises(ValueError, match="no folder with a T5 tokenizer"):
+            export_dataset(store, "sidecar", tmp_path / "out", tokenizer=tmp_path)
+        assert not (tmp_path / "out").exists()
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_harmless_unique_and_do_not_depend_on_the_others(make_store, tmp_path):
+    store = make_store({f"{folder}/{name}": "A dog." for folder in ("one", "two") for name in NAMES})
+    report = export_dataset(store, "cogvideo", tmp_path / "all")
+    stems = [Path(row.file).stem for row in report.exported.itertuples()]
+    assert len({stem.lower() for stem in stems}) == len(stems) == 2 * len(NAMES)
+    assert all(re.fullmatch("[A-Za-z0-9_-]+", stem) and stem[0] not in "-_" and "videos" not in stem for stem in stems)
+    alone = make_store({"one/dog.mp4": "A dog.", "one/test_1.mp4": "A test."}, "alone.jsonl")
+    report = export_dataset(alone, "cogvideo", tmp_path / "alone")
+    assert list(report.exported["file"]) == ["videos/dog.mp4", "videos/testclip_1.mp4"]
+    backwards = make_store({f"{folder}/dog.mp4": "A dog." for folder in ("two", "one")}, "backwards.jsonl")
+    names = dict(export_dataset(backwards, "cogvideo", tmp_path / "backwards").exported[["video", "file"]].to_numpy())
+    forwards = make_store({f"{folder}/dog.mp4": "A dog." for folder in ("one", "two")}, "forwards.jsonl")
+    assert names == dict(export_dataset(forwards, "cogvideo", tmp_path / "f").exported[["video", "file"]].to_numpy())
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer with one token a word, and </s>."""
+
+    def __call__(self, text, verbose=True):
+        return type("Encoding", (), {"input_ids": [0] * (len(text.split()) + 1)})
+
+
+class TestLimit:
+    @pytest.fixture
+    def store(self, make_store):
+        long = 'One two "three four." Mr. Five e.g. six! Seven eight nine, ten. Eleven'
+        return make_store({"long.mp4": long, "short.mp4": "One two.", "endless.mp4": "word " * 50})
+
+    def test_report_trim_and_refuse(self, store, tmp_path):
+        settings = {"token_limit": 9, "tokenizer": Words(), "trigger_word": "ZORP"}
+        report = export_dataset(store, "cogvideo", tmp_path / "report", **settings)
+        assert list(report.table["num_t5_tokens"]) == [15, 4, 52] and list(report.table["over_limit"]) == [1, 0, 1]
+        assert "2 captions have more than 9 T5 tokens" in str(report) and not report.table["t5_is_estimate"].any()
+        report = export_dataset(store, "cogvideo", tmp_path / "trim", **settings, on_too_long="trim")
+        assert list(report.exported["text"]) == ['ZORP One two "three four."', "ZORP One two."]
+        assert list(report.exported["changed_by"]) == ["trimmed", ""] and report.exported["num_t5_tokens"].max() == 6
+        assert "has 52 T5 tokens (counted), more than 9; not even its first" in report.refused["reason"].iloc[0]
+        report = export_dataset(store, "diffusers", tmp_path / "refuse", **settings, on_too_long="refuse")
+        assert list(report.refused["reason"]) == [f"has {n} T5 tokens (counted), more than 9" for n in (15, 52)]
+        assert report.exported["text"].item() == "One two." and "--id_token 'ZORP '" in report.command
+
+    def test_an_abbreviation_ends_no_sentence(self, store, tmp_path):
+        report = export_dataset(store, "sat", tmp_path / "out", token_limit=10, tokenizer=Words(), on_too_long="trim")
+        assert report.exported["text"].iloc[0] == 'One two "three four." Mr. Five e.g. six!'
+
+    def test_estimates_count_as_too_long_a_tenth_before_the_limit(self, make_store, tmp_path):
+        store = make_store({"a.mp4": "dog " * 205})
+        report = export_dataset(store, "cogvideo", tmp_path / "out")
+        assert report.table["num_t5_tokens"].item() == 206 and report.threshold == 201
+        assert "more than 201 T5 tokens (estimated)" in str(report) and report.table["t5_is_estimate"].all()
+
+
+class TestCleaning:
+    @pytest.mark.parametrize(
+        "rule, text, cleaned",
+        [
+            ("openings", "The video shows a dog.", "A dog."),
+            ("openings", "In this video, we see  that a dog runs.", "A dog runs."),
+            ("openings", "The video begins with: “a dog”.", "“a dog”."),
+            ("openings", "The viewer is taken to a beach.", "The viewer is taken to a beach."),
+            ("openings", "The video shows", "The video shows"),
+            ("openings", "A video shop opens.", "A video shop opens."),
+            ("lines", " a\r\n\u2028\t b\x1cc ", "a b c"),
+            ("fragments", "A dog runs. It bar", "A dog runs."),
+            ("fragments", "A dog runs and", "A dog runs and"),
+            ("fragments", "A dog at 3.5 m. “It barks.” Then", "A dog at 3.5 m. “It barks.”"),
+            ("nfc", "Cafe\u0301", "Caf\xe9"),
+        ],
+    )
+    def test_rules(self, rule, text, cleaned):
+        assert CLEANING[rule](text, {"finish_reason": "length"}) == cleaned
+
+    def test_fragments_stay_where_the_caption_ended_by_itself(self):
+        assert CLEANING["fragments"]("A dog runs. It bar", {"finish_reason": "eos"}) == "A dog runs. It bar"
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------
+
+
+class TestFolder:
+    @pytest.fixture
+    def store(self, make_store):
+        return make_store({"a.mp4": "A dog.", "b.mp4": "A cat."})
+
+    @pytest.mark.parametrize("layout, latents", [(name, kind.latents[0]) for name, kind in LAYOUTS.items()])
+    def test_again_changed_and_beside_latents(self, store, tmp_path, layout, latents):
+        root = tmp_path / "deep" / "out"
+        export_dataset(store, layout, root)
+        before = {path: path.lstat().st_mtime_ns for path in root.rglob("*")}
+        export_dataset(store, layout, root)  # the same again: nothing is written
+        assert before == {path: path.lstat().st_mtime_ns for path in root.rglob("*")}
+        store.edit("captions 0", "Our dog.")
+        with pytest.raises(ValueError, match=r"holds other captions; choose another folder, or overwrite=True"):
+            export_dataset(store, layout, root)
+        report = export_dataset(store, layout, root, overwrite=True)
+        assert report.exported["text"].iloc[0] == "Our dog." and "all 2 pairs are right" in report.read_back
+        assert {path.name for path in root.parent.iterdir()} == {"out", "out.export.json"}
+        (root / latents).mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"holds {latents}/, what a trainer has made of clips"):
+            export_dataset(store, layout, root, overwrite=True)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_foreign_files_are_never_replaced(self, store, tmp_path, layout):
+        root = tmp_path / "out"
+        export_dataset(store, layout, root)
+        (root / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match="holds 'notes.txt', which is no part of such an export"):
+            export_dataset(store, layout, root, overwrite=True)
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="is a file"):
+            export_dataset(store, layout, tmp_path / "file", overwrite=True)
+        assert (root / "notes.txt").read_text() == "mine"
+
+    def test_another_layout_is_not_replaced(self, store, tmp_path):
+        export_dataset(store, "cogvideo", tmp_path / "out")
+        with pytest.raises(ValueError, match="which is no part of such an export"):
+            export_dataset(store, "cogkit", tmp_path / "out", overwrite=True)
+
+    def test_what_sat_would_look_for_elsewhere(self, store, tmp_path):
+        for folder in ("my_videos_2024", "a.mp4.d"):
+            with pytest.raises(ValueError, match="SAT would look for the captions elsewhere"):
+                export_dataset(store, "sat", tmp_path / folder / "out")
+            export_dataset(store, "cogvideo", tmp_path / folder / "out")
+
+    def test_links_copies_and_hard_links(self, store, tmp_path):
+        for clips in ("link", "copy", "hardlink"):
+            export_dataset(store, "finetrainers", tmp_path / clips, clips=clips)
+            clip = tmp_path / clips / "a.mp4"
+            assert clip.read_bytes() == (tmp_path / "clips" / "a.mp4").read_bytes()
+            assert clip.is_symlink() == (clips == "link")
+            assert clip.samefile(tmp_path / "clips" / "a.mp4") == (clips != "copy")
+
+    def test_what_reads_otherwise_never_gets_its_name(self, store, tmp_path, monkeypatch):
+        """A layout that writes two captions in the wrong order."""
+        kind = LAYOUTS["cogvideo"]
+        write = type(kind).write
+        monkeypatch.setattr(kind, "write", lambda root, pairs: (write(kind, root, pairs), swap(root)), raising=False)
+
+        def swap(root):
+            (root / "prompts.txt").write_text("A cat.\nA dog.\n")
+
+        with pytest.raises(ExportError, match="a.mp4 has the caption 'A cat.', not 'A dog.'; nothing is left"):
+            export_dataset(store, "cogvideo", tmp_path / "out")
+        monkeypatch.setattr(kind, "write", lambda root, pairs: None, raising=False)
+        with pytest.raises(ExportError, match="it stops: .*prompts.txt"):
+            export_dataset(store, "cogvideo", tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir()} == {"clips", "captions.jsonl"}
+
+    def test_a_disk_that_is_full_leaves_nothing(self, store, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("shutil.copyfile", full)
+        with pytest.raises(ExportError, match="No space left on device; nothing is left of it"):
+            export_dataset(store, "cogvideo", tmp_path / "out", clips="copy")
+        assert {path.name for path in tmp_path.iterdir()} == {"clips", "captions.jsonl"}
+
+    @pytest.mark.parametrize("moment", ["write", "read"])
+    def test_killed_on_the_way_no_export_is_there(self, store, tmp_path, moment):
+        code = f"""
+import os, signal, sys
+from capkit.export import LAYOUTS, export_dataset
+kind = LAYOUTS["sidecar"]
+done = kind.{moment}
+def {moment}(*arguments):
+    done(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+kind.{moment} = {moment}
+export_dataset(sys.argv[1], "sidecar", sys.argv[2])
+"""
+        root = tmp_path / "out"
+        killed = subprocess.run([sys.executable, "-c", code, store.path, root], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not root.exists() and [path.name for path in tmp_path.glob(".out.part-*")]
+        assert len(export_dataset(store, "sidecar", root).exported) == 2
+
+
+def test_report_of_a_set_that_says_the_same_of_everything(make_store, tmp_path):
+    words = [f"The video shows a small dog that runs over the lawn, number {n}." for n in range(5)]
+    captions = {f"{n}.mp4": text for n, text in enumerate(words)} | {"other.mp4": "Rain falls."}
+    report = export_dataset(make_store(captions), "metadata-csv", tmp_path / "out", trigger_word="ZORP")
+    assert report.shared_openings.to_dict("records") == [{"opening": "the video shows a", "num_captions": 5}]
+    assert list(report.table["boilerplate_opening"]) == ["the video shows"] * 5 + [""]
+    told = json.loads(report.path.read_text())
+    assert told["shared_openings"] == report.shared_openings.to_dict("records") and told["layout"] == "metadata-csv"
+    assert [row["original"] for row in told["clips"]] == list(captions.values())
+    with open(tmp_path / "out" / "metadata.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[5] == {"file_name": "other.mp4"} | dict.fromkeys(("caption", "prompt", "text"), "ZORP Rain falls.")
+    exact = export_dataset(make_store({f"{n}.mp4": "A dog runs." for n in range(3)}, "b.jsonl"), "sat", tmp_path / "b")
+    assert exact.table["near_duplicate"].all() and "3 captions nearly repeat another clip's" in str(exact)
