@@ -48,7 +48,9 @@ def encode_video(path: str | Path, num_minutes: int, height: int = 480, width: i
     return path
 
 
-def measure_reading(num_minutes: int, num_frames: int, repeats: int) -> list[dict[str, Any]]:
+def measure_reading(
+    num_minutes: int, num_frames: int, repeats: int, height: int = 480, width: int = 854
+) -> list[dict[str, Any]]:
     """Rows of the benchmark: seconds and megabytes for `num_frames` frames spread over a video, beside decord's own
     `get_batch` of the same frames.
 
@@ -59,7 +61,7 @@ def measure_reading(num_minutes: int, num_frames: int, repeats: int) -> list[dic
     import decord  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
-        path = encode_video(Path(folder) / "video.mp4", num_minutes)
+        path = encode_video(Path(folder) / "video.mp4", num_minutes, height, width)
         indices = _in_child("capkit", path, num_frames)["indices"]
         ways = {"decord": ("decord", path, indices), "capkit": ("capkit", path, num_frames)}
         ways |= {"watched": ("watched", path, num_frames)}
@@ -73,7 +75,7 @@ def measure_reading(num_minutes: int, num_frames: int, repeats: int) -> list[dic
     }
     equal = all(run["digest"] == runs["decord"][0]["digest"] for some in runs.values() for run in some)
     equal = f"{num_frames if equal else 'not all'} of {num_frames} frames"
-    what = f"{num_frames} frames of {num_minutes} min at 854 x 480"
+    what = f"{num_frames} frames of {num_minutes} min at {width} x {height}"
     told = [
         (f"read {what}", "capkit", "seconds", "s"),
         ("the same, in a process that can be killed (the default)", "watched", "seconds", "s"),
@@ -100,12 +102,12 @@ def _in_child(*arguments) -> dict[str, Any]:
 def _read(way: str, path: str, wanted: str) -> dict[str, Any]:
     """What a child does."""
     import hashlib
-    import resource
+
+    import av  # noqa: F401
+    import decord
 
     indices = None
     if way == "decord":
-        import decord
-
         started = time.perf_counter()
         frames = decord.VideoReader(path).get_batch(json.loads(wanted)).asnumpy()
     else:
@@ -116,13 +118,22 @@ def _read(way: str, path: str, wanted: str) -> dict[str, Any]:
         clip = load_clip(path, FrameSampling("uniform", int(wanted)), timeout_seconds=limit)
         frames, indices = clip.frames, clip.frame_indices
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "seconds": seconds,
-        "peak_mb": peak / (1e6 if sys.platform == "darwin" else 1e3),
+        "peak_mb": _peak_mb(),
         "digest": hashlib.sha256(frames.tobytes()).hexdigest(),
         "indices": indices,
     }
+
+
+def _peak_mb() -> float:
+    """This process's resident memory at its highest."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage() would count what the parent held when it started this process
+        return next(float(line.split()[1]) / 1e3 for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 if __name__ == "__main__":

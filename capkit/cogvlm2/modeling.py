@@ -23,6 +23,8 @@ from capkit.cogvlm2.configuration import CogVLM2VideoConfig
 from capkit.cogvlm2.linear import use_onednn
 from capkit.cogvlm2.vision import PatchEmbedding, VisionTower
 
+FRAMES_TOGETHER = 64  # in the vision tower, so that its memory does not grow with clips and batches
+
 
 class _SplitQueryKeyValue(ConversionOps):
     """Rows of the published fused weight: all query heads, then the key heads, then the value heads."""
@@ -153,7 +155,8 @@ class CogVLM2VideoModel(_CogVLM2VideoPreTrainedModel, LlamaModel):
         Returns:
             (N, tokens_per_frame, hidden_size), in the model's dtype.
         """
-        return self.vision(pixel_values_videos.to(self.vision.boi.dtype))
+        some = pixel_values_videos.split(FRAMES_TOGETHER)
+        return torch.cat([self.vision(frames.to(self.vision.boi.dtype)) for frames in some])
 
     def embed(
         self,
