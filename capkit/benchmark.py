@@ -33,6 +33,7 @@ from capkit.benchmark_models import (
     plain_caption,
     plain_pixels,
 )
+from capkit.benchmark_results import as_markdown, describe
 from capkit.benchmark_video import measure_reading
 from capkit.branches import SharedVideo
 from capkit.caches import RoomyCache, read_ids
@@ -122,6 +123,7 @@ class Benchmark:
             "model": {
                 "parameters": parameters,
                 "dtype": self.captioner.dtype,
+                "num_tokens": self.size.num_tokens,
                 "prompt_positions": len(self._ids()),
                 "bytes_read_per_token": self._bytes_per_step(0),
             },
@@ -281,7 +283,7 @@ class Benchmark:
             stages = {
                 "vision tower": partial(model.model.get_video_features, pixels),
                 "prefill": partial(_prefill, model, cache, ids, features),
-                f"decoding step of {PROFILED_ROWS}": partial(_step, model, filled),
+                f"decoding {PROFILED_ROWS} together": partial(_decode, model, filled),
             }
             for stage, function in stages.items():
                 self.profile += [{"stage": stage, "way": way, **one} for one in profile_of(function, self.device)]
@@ -331,10 +333,11 @@ def _prefill(model, cache_class, ids, features):
     return cache.layers[-1].values
 
 
-def _step(model, cache):
-    """One token more for each row; its place does not matter to the time it takes."""
+def _decode(model, cache):
+    """Ten tokens more for each row; which places they are at does not matter to the time."""
     ids = torch.zeros(PROFILED_ROWS, 1, dtype=torch.long, device=model.device)
-    model(input_ids=ids, position_ids=ids + 100, past_key_values=cache, use_cache=True)
+    for _ in range(10):
+        model(input_ids=ids, position_ids=ids + 100, past_key_values=cache, use_cache=True)
 
 
 def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -349,29 +352,6 @@ def _peak_mb(function, device) -> float:
 
 def _num_equal(found: list[list[int]], expected: list[list[int]]) -> str:
     return f"{sum(map(list.__eq__, found, expected))} of {len(expected)} captions"
-
-
-def describe(row: dict[str, Any]) -> str:
-    """A row as a line of text."""
-    values = [f"{row[name]:.3g} {row['unit']}" for name in ("baseline_value", "value")]
-    more = {"captions_an_hour": "{:.0f} captions an hour", "tokens_per_second": "{:.0f} tokens a second"}
-    more |= {"share_of_bandwidth": "{:.0%} of the memory's rate", "share_of_matmul": "{:.0%} of the matrix rate"}
-    told = [text.format(row[name]) for name, text in more.items() if name in row]
-    told += [f"equal: {row['equal']}"] if row["equal"] else []
-    return f"{row['name']}: {values[1]} against {values[0]}, x {row['ratio']:.2f}; {', '.join(told)}".rstrip("; ")
-
-
-def as_markdown(results: dict[str, Any]) -> str:
-    """The rows as a table for a README, with the command that makes them and what they were made on."""
-    machine = results["machine"]
-    on = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
-    lines = [f"`{results['command']}`: {on}, {results['model']['dtype']}, {versions}", ""]
-    lines += ["| | plain | capkit | ratio | equal |", "|---|---|---|---|---|"]
-    for row in results["rows"]:
-        values = [f"{row[name]:.3g} {row['unit']}" for name in ("baseline_value", "value")]
-        lines.append(f"| {row['name']} | {' | '.join(values)} | {row['ratio']:.2f} | {row['equal']} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
