@@ -110,14 +110,14 @@ def test_a_part_without_its_library_is_left_out_and_said_to_be(monkeypatch, caps
 
 def test_reading_beside_decord_gives_the_same_frames():
     pytest.importorskip("decord")
-    rows = measure_reading(2, 5, 1, height=32, width=48)
+    rows = measure_reading(2, 5, 1, height=96, width=128)
     assert [row["unit"] for row in rows] == ["s", "s", "MB"] and {row["equal"] for row in rows} == {"5 of 5 frames"}
 
 
 def test_a_repeated_minute_is_a_video_of_that_length(tmp_path):
     from capkit import load_clip
 
-    info = load_clip(encode_video(tmp_path / "v.mp4", 3, 32, 48), timeout_seconds=None).info
+    info = load_clip(encode_video(tmp_path / "v.mp4", 3, 96, 128), timeout_seconds=None).info
     assert info.num_frames == 3 * 60 * 25 and info.duration_seconds == pytest.approx(180)
 
 
