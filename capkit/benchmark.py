@@ -78,7 +78,7 @@ class Benchmark:
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
         self.profile: list[dict[str, Any]] = []
-        self._plain: tuple[list[list[int]], float, float] | None = None
+        self._captioned = None  # by _both_ways
 
     def parts(self) -> dict[str, Callable[[], None]]:
         """What can be measured, by name, in a sensible order."""
@@ -160,8 +160,7 @@ class Benchmark:
         told = f"{len(frames)} frames of {width} x {height}"
         against, equal = "normalised at full size", f"to {difference:.0e}"
         self._add(f"preprocess {told}", against, "s", seconds["plain"], seconds["capkit"], equal)
-        if min(memory.values()) > 0:
-            self._add("extra memory to preprocess them", against, "MB", memory["plain"], memory["capkit"], equal)
+        self._add_memory("extra memory to preprocess them", against, memory["plain"], memory["capkit"], equal)
 
     def _stages(self):
         pixels = preprocess_frames(self.clips[0].frames, self.processor.image_size).to(self.device)
@@ -188,28 +187,18 @@ class Benchmark:
             self._add(name, "the same model in transformers", "s", *seconds.values(), equal, **more)
 
     def _captions(self):
-        tokens, baseline, step = self._plain_captions()
-        num_tokens, clip = self.size.num_tokens, self.clips[0]
-        self.captioner.caption(clip, decoding=Decoding(max_new_tokens=2))
-        with StepTimes(self.captioner.model) as steps:
-            runs = [self._timed_batch([clip]) for clip in self.clips]
-        seconds = statistics.median(seconds for seconds, _ in runs)
-        equal = _num_equal([captions[0].token_ids for _, captions in runs], tokens)
-        more = {"num_tokens": sum(len(captions[0].token_ids) for _, captions in runs), "num_captions": len(runs)}
-        more |= {"captions_an_hour": 3600 / seconds}
+        (tokens, baseline, step), (found, seconds, steps) = self._both_ways()
+        num_tokens, clip, equal = self.size.num_tokens, self.clips[0], _num_equal(found, tokens)
+        more = {"num_tokens": sum(map(len, found)), "num_captions": len(found), "captions_an_hour": 3600 / seconds}
         self._add(f"one caption of {num_tokens} tokens", PLAIN, "s", baseline, seconds, equal, **more)
         first = statistics.median(seconds_of(self._first_words, self.device)[0] for _ in range(self.size.repeats))
         self._add("its first words, as a stream", "the whole caption: nothing shows before", "s", baseline, first)
         self._add_decoding(1, step, steps, equal)
-        decoding = Decoding(max_new_tokens=num_tokens)
-        plain = partial(plain_caption, self.plain, self.processor, clip, PROMPTS[0], decoding)
-        quick = partial(self.captioner.caption, clip, decoding=decoding)
-        memory = (_peak_mb(plain, self.device), _peak_mb(quick, self.device))
-        if min(memory) > 1:  # less fits into what the process holds already, and is not seen
-            self._add("extra memory for one caption", PLAIN, "MB", *memory, equal)
+        memory = [_peak_mb(partial(way, clip), self.device) for way in (self._plain_caption, self._quick_caption)]
+        self._add_memory("extra memory for one caption", PLAIN, *memory, equal)
 
     def _batches(self):
-        tokens, baseline, step = self._plain_captions()
+        (tokens, baseline, step), _ = self._both_ways()
         for count in self.size.batches:
             clips = [self.clips[number % NUM_CLIPS] for number in range(count)]
             with StepTimes(self.captioner.model) as steps, PeakMemory(self.device) as memory:
@@ -221,14 +210,14 @@ class Benchmark:
             more |= {"captions_an_hour": 3600 * count / seconds, "peak_mb": memory.num_bytes / 1e6}
             name = f"{count} clips in a batch, {self.size.num_tokens} tokens each"
             self._add(name, f"{count} x {PLAIN}", "s", count * baseline, seconds, equal, **more)
-            self._add_decoding(count, step, steps, equal)
+            self._add_decoding(count, step, steps.seconds, equal)
 
-    def _add_decoding(self, count, plain_step, steps, equal):
-        rate = count / steps.seconds
+    def _add_decoding(self, count, plain_step, step, equal):
+        rate = count / step
         limit = count * self.limits["copied_gb_per_second"] * 1e9 / self._bytes_per_step(count)
         more = {"tokens_per_second": rate, "limit_tokens_per_second": limit, "share_of_bandwidth": rate / limit}
         name = f"a token while decoding, {count} together"
-        self._add(name, "plain, one clip", "s", plain_step, steps.seconds / count, equal, **more)
+        self._add(name, "plain, one clip", "s", plain_step, step / count, equal, **more)
 
     def _sweeps(self):
         decodings = [Decoding(max_new_tokens=self.size.num_sweep_tokens, **settings) for settings in DECODINGS]
@@ -290,18 +279,29 @@ class Benchmark:
 
     # ---- what they share ---------------------------------------------------------------------------------------------
 
-    def _plain_captions(self) -> tuple[list[list[int]], float, float]:
-        """Tokens of each clip the plain way, median seconds a caption, and median seconds a token while decoding."""
-        if self._plain is None:
-            decoding, plain = Decoding(max_new_tokens=self.size.num_tokens), (self.plain, self.processor)
-            plain_caption(*plain, self.clips[0], PROMPTS[0], Decoding(max_new_tokens=2))
-            with StepTimes(self.plain) as steps:
-                runs = [
-                    seconds_of(partial(plain_caption, *plain, clip, PROMPTS[0], decoding), self.device)
-                    for clip in self.clips
-                ]
-            self._plain = [ids for _, ids in runs], statistics.median(seconds for seconds, _ in runs), steps.seconds
-        return self._plain
+    def _both_ways(self) -> list[tuple[list[list[int]], float, float]]:
+        """The clips captioned the plain way and capkit's, in turns; of each way the tokens, median seconds a caption,
+        and median seconds a token while decoding."""
+        if self._captioned is None:
+            ways = (self._plain_caption, self._quick_caption)
+            steps = (StepTimes(self.plain), StepTimes(self.captioner.model))
+            runs = [], []
+            for clip in [self.clips[0], *self.clips]:
+                for way, times, some in zip(ways, steps, runs, strict=True):
+                    with times:
+                        some.append(seconds_of(partial(way, clip), self.device))
+            self._captioned = [
+                ([ids for _, ids in some[1:]], statistics.median(seconds for seconds, _ in some[1:]), times.seconds)
+                for some, times in zip(runs, steps, strict=True)
+            ]
+        return self._captioned
+
+    def _plain_caption(self, clip):
+        decoding = Decoding(max_new_tokens=self.size.num_tokens)
+        return plain_caption(self.plain, self.processor, clip, PROMPTS[0], decoding)
+
+    def _quick_caption(self, clip):
+        return self.captioner.caption(clip, decoding=Decoding(max_new_tokens=self.size.num_tokens)).token_ids
 
     def _timed_batch(self, clips):
         decoding = Decoding(max_new_tokens=self.size.num_tokens)
@@ -311,6 +311,12 @@ class Benchmark:
         stream = self.captioner.stream(self.clips[0], decoding=Decoding(max_new_tokens=self.size.num_tokens))
         next(stream)
         stream.stop()
+
+    def _add_memory(self, name, baseline, baseline_mb, mb, equal):
+        if min(baseline_mb, mb) > 1:  # less fits into what the process holds already, and is not seen
+            self._add(name, baseline, "MB", baseline_mb, mb, equal)
+            return
+        self.skipped.append({"part": name, "why": f"too little to be seen ({baseline_mb:.1f} and {mb:.1f} MB)"})
 
     def _ids(self):
         return self.processor.prompt_ids(self.clips[0], PROMPTS[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import platform
@@ -70,6 +72,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return self
+        with contextlib.suppress(OSError, AttributeError):  # Linux; else freed memory is taken again unseen
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self._resident = psutil.Process().memory_info
         self._before = self._peak = self._resident().rss
         self._done = threading.Event()
