@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
+from capkit.caches import RoomyCache, crop, read_ids
 from capkit.captioner import Captioner
 from capkit.cogvlm2 import loading
-from capkit.cogvlm2.modeling import image_mask, place_features, rotary_position_ids
+from capkit.cogvlm2.modeling import rotary_position_ids
 from capkit.cogvlm2.processing import check_settings, preprocess_frames
 from capkit.decoding import Decoding
 from capkit.frames import Clip
@@ -115,12 +115,12 @@ class SharedVideo:
             self._features = encode_frames(self.captioner, self.clip.frames)
         return self._features
 
-    def _video_cache(self, video_ids: list[int]) -> DynamicCache:
+    def _video_cache(self, video_ids: list[int]) -> RoomyCache:
         """Keys and values of bos, frames and their numbers; one set at a time is kept."""
         if self._ids != video_ids:
             self._ids, self._cache = None, None
-            cache = DynamicCache(config=self.captioner.model.config)
-            read_video(self.captioner.model, cache, video_ids, self.features)
+            cache = RoomyCache(self.captioner.model.config)
+            read_ids(self.captioner.model, cache, video_ids, self.features)
             self._ids, self._cache = video_ids, cache
         return self._cache
 
@@ -138,32 +138,6 @@ def encode_frames(captioner: Captioner, frames: np.ndarray) -> torch.Tensor:
     return captioner.model.model.get_video_features(pixels.to(captioner.model.device))
 
 
-def read_video(model, cache: DynamicCache, video_ids: list[int], features: torch.Tensor) -> None:
-    """Add to the cache what it lacks of a video's keys and values.
-
-    Args:
-        model: the model.
-        cache: holds those of the first ids, or nothing.
-        video_ids: bos, frames and their numbers.
-        features: of the frames that the cache lacks, from the model's `get_video_features`.
-    """
-    ids = torch.tensor([video_ids], device=model.device)
-    there, image = cache.get_seq_length(), image_mask(ids, model.config.video_token_id)
-    model.model(
-        inputs_embeds=place_features(model.model.embed_tokens(ids[:, there:]), image[:, there:], features),
-        attention_mask=torch.ones_like(ids),
-        position_ids=rotary_position_ids(ids, model.config.video_token_id)[:, there:],
-        past_key_values=cache,
-        use_cache=True,
-    )
-
-
-def crop(cache: DynamicCache, length: int) -> None:
-    """Forget all but the first positions."""
-    if added := cache.get_seq_length() - length:
-        cache.crop(-added)
-
-
 class SharedRow:
     """One row of tokens in which each part sees the video, itself and the part it follows on from.
 
@@ -173,7 +147,7 @@ class SharedRow:
         video_ids: of what the cache holds.
     """
 
-    def __init__(self, model, cache: DynamicCache, video_ids: list[int]):
+    def __init__(self, model, cache: RoomyCache, video_ids: list[int]):
         self.model, self.cache, self.device = model, cache, model.device
         positions = rotary_position_ids(torch.tensor([video_ids]), model.config.video_token_id)
         self.next_position = int(positions[0, -1]) + 1

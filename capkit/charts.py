@@ -92,6 +92,39 @@ def forest_plot(comparison: pd.DataFrame, measure: str, baseline: str) -> Chart:
     return figure
 
 
+def ratio_bars(table: pd.DataFrame) -> Chart:
+    """How many times better than the baseline, a bar for each row; to the left of 1 it is worse.
+
+    Args:
+        table: of `capkit.benchmark_results.to_frame`.
+    """
+    figure = Chart(figsize=(9.5, 1.0 + 0.32 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    colours = [BLUE if ratio >= 1 else RED for ratio in table["ratio"]]
+    bars = axes.barh(range(len(table)), table["ratio"] - 1, left=1, color=colours, height=0.7)
+    axes.bar_label(bars, [f"x {ratio:.2f}" for ratio in table["ratio"]], padding=3, fontsize=8)
+    axes.axvline(1, color=GREY, linewidth=1)
+    axes.set_yticks(range(len(table)), [_short(name, 60) for name in table["name"]], fontsize=8)
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set(xscale="log", xlabel="baseline / capkit, in time or memory (logarithmic)")
+    axes.margins(x=0.12)
+    return figure
+
+
+def split_bars(table: pd.DataFrame, unit: str = "seconds") -> Chart:
+    """A bar for each row, cut into a piece for each column."""
+    figure = Chart(figsize=(9, 1.1 + 0.5 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    before = np.zeros(len(table))
+    for column, colour in zip(table.columns, (BLUE, "#e69f00", "#009e73", "#cc79a7", GREY), strict=False):
+        axes.barh(list(table.index), table[column], left=before, label=column, color=colour)
+        before += table[column].to_numpy()
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
+    return figure
+
+
 def _numbers(table, value, *others):
     """The table without rows where the column has no number."""
     for name in (value, *others):

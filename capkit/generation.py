@@ -21,6 +21,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from capkit.caches import RoomyCache, read_rows
 from capkit.cogvlm2.modeling import rotary_position_ids
 from capkit.decoding import Decoding
 
@@ -86,8 +87,14 @@ class Request:
         chooser = Chooser([decoding], prompt_length)
         beams = decoding.num_beams > 1
         config = model.config
+        if len(self.prompts) > 1 and not beams:
+            known = {"past_key_values": read_rows(model, inputs)}
+        else:
+            known = {"past_key_values": RoomyCache(config), "pixel_values_videos": inputs["pixel_values_videos"]}
         new_ids = model.generate(
-            **inputs,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            **known,
             # Made afresh: a generation_config.json beside the weights would set what nobody here asked for.
             generation_config=GenerationConfig(
                 max_new_tokens=decoding.max_new_tokens,

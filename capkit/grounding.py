@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
-from capkit.branches import SharedRow, crop, encode_frames, read_video
+from capkit.branches import SharedRow, encode_frames
+from capkit.caches import RoomyCache, crop, read_ids
 from capkit.captioner import Captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT
 from capkit.cogvlm2.modeling import image_mask
@@ -192,11 +192,11 @@ def _score_all_ways(model, video_ids, texts, seen, grey, leave_one_out):
             for states, (_, new_ids) in zip(hidden, texts, strict=True)
         ]
 
-    cache = DynamicCache(config=model.config)
-    read_video(model, cache, video_ids, grey.expand_as(seen))
+    cache = RoomyCache(model.config)
+    read_ids(model, cache, video_ids, grey.expand_as(seen))
     without = scored(cache)
-    cache = DynamicCache(config=model.config)
-    read_video(model, cache, video_ids, seen)
+    cache = RoomyCache(model.config)
+    read_ids(model, cache, video_ids, seen)
     ways = [scored(cache), without]
     if not leave_one_out:
         return ways
@@ -204,7 +204,7 @@ def _score_all_ways(model, video_ids, texts, seen, grey, leave_one_out):
     by_frame = []
     for frame in reversed(range(len(seen))):  # from the last, so that what stands before a frame is as it was
         crop(cache, at[frame])
-        read_video(model, cache, video_ids, torch.cat([grey, seen[frame + 1 :]]))
+        read_ids(model, cache, video_ids, torch.cat([grey, seen[frame + 1 :]]))
         by_frame.append(scored(cache))
     return [*ways, *reversed(by_frame)]
 

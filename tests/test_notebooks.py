@@ -175,6 +175,36 @@ def test_export_as_it_stands_and_of_a_store_with_hand_edits(tmp_path):
     assert (tmp_path / "again" / "export.csv").is_file()
 
 
+class TestBenchmark:
+    def test_measures_writes_and_shows_again(self, tmp_path):
+        parts = ["stages", "captions", "profiling"]
+        done, shown = run("06", tmp_path, parts=parts, device="cpu")
+        folder = tmp_path / "runs" / "benchmark"
+        assert {path.name for path in folder.iterdir()} == {
+            *("results.json", "results.csv", "results.md", "ratios.png", "profile.csv"),
+            *("parts_of_a_caption.csv", "parts_of_a_caption.png"),
+        }
+        assert sum("image/png" in str(cell.get("outputs")) for cell in done.cells) == 2
+        assert "one caption of 8 tokens" in shown and "8 of 8 captions" in shown and "\r" not in shown
+        results = str(folder / "results.json")
+        _, again = run("06", tmp_path, results_file=results, output_dir="again")
+        assert (tmp_path / "again" / "results.md").read_text() == (folder / "results.md").read_text()
+        assert "8 of 8 captions" in again
+
+    @pytest.mark.parametrize(
+        "parameters, told",
+        [
+            ({"sizes": "tiny"}, "unknown parameter 'sizes'; did you mean 'size'?"),
+            ({"size": "huge"}, "size='huge': must be one of 'tiny', 'small', 'full'"),
+            ({"results_file": "nowhere.json"}, "nowhere.json: not results"),
+        ],
+    )
+    def test_wrong_parameters_are_named(self, tmp_path, parameters, told):
+        with pytest.raises(papermill.PapermillExecutionError) as error:
+            run("06", tmp_path, **parameters)
+        assert told in error.value.evalue
+
+
 def test_train_demo_model_smoke_run(tmp_path):
     """Three steps: everything is drawn, trained, plotted, written and evaluated."""
     settings = {"steps": 3, "vision_steps": 2, "batch_size": 4, "num_clips": 12, "num_held_out": 4, "num_evaluated": 2}

@@ -20,7 +20,10 @@ from transformers.utils import is_accelerate_available
 
 from capkit.cogvlm2 import loading
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig
+from capkit.cogvlm2.linear import use_onednn
 from capkit.cogvlm2.vision import PatchEmbedding, VisionTower
+
+FRAMES_TOGETHER = 64  # in the vision tower, so that its memory does not grow with clips and batches
 
 
 class _SplitQueryKeyValue(ConversionOps):
@@ -152,7 +155,8 @@ class CogVLM2VideoModel(_CogVLM2VideoPreTrainedModel, LlamaModel):
         Returns:
             (N, tokens_per_frame, hidden_size), in the model's dtype.
         """
-        return self.vision(pixel_values_videos.to(self.vision.boi.dtype))
+        some = pixel_values_videos.split(FRAMES_TOGETHER)
+        return torch.cat([self.vision(frames.to(self.vision.boi.dtype)) for frames in some])
 
     def embed(
         self,
@@ -344,7 +348,7 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
             )
             if info["missing_keys"] or info["mismatched_keys"] or info["error_msgs"]:
                 raise loading.CheckpointError(folder, f"weights were not all loaded: {info}")
-            return model if "device_map" in kwargs else model.to(device)
+            return use_onednn(model if "device_map" in kwargs else model.to(device))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: str | int = "5GB", **kwargs):
         """Write the published layout: `config.json`, safetensors shards under the published names, their index.

@@ -1,0 +1,89 @@
+"""What `capkit.benchmark` found, as lines, tables and a README's table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+_MORE = {
+    "captions_an_hour": "{:.0f} captions an hour",
+    "tokens_per_second": "{:.0f} tokens a second",
+    "share_of_bandwidth": "{:.0%} of the memory's rate",
+    "share_of_matmul": "{:.0%} of the matrix units' rate",
+}
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """The results in a file that `Benchmark.run` wrote.
+
+    Raises:
+        ValueError: no such file, or another kind of file.
+    """
+    try:
+        results = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        missing = {"size", "machine", "limits", "rows", "profile", "command"} - set(results)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not results of python -m capkit.benchmark: {error}") from error
+    if missing:
+        raise ValueError(f"{path}: not results of python -m capkit.benchmark: has no {', '.join(sorted(missing))}")
+    return results
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row as a line of text."""
+    told = [text.format(row[name]) for name, text in _MORE.items() if name in row]
+    told += [f"equal: {row['equal']}"] if row["equal"] else []
+    baseline, value = (f"{row[name]:.3g} {row['unit']}" for name in ("baseline_value", "value"))
+    return f"{row['name']}: {value} against {baseline}, x {row['ratio']:.2f}" + (f"; {', '.join(told)}" if told else "")
+
+
+def to_frame(results: dict[str, Any]) -> pd.DataFrame:
+    """One row a figure: `part`, `name`, `baseline`, `unit`, `baseline_value`, `value`, `ratio`, `equal`, and more."""
+    return pd.DataFrame(results["rows"])
+
+
+def profile_table(results: dict[str, Any]) -> pd.DataFrame:
+    """The operations that took the most time of each stage, plain beside capkit: share in %, calls, operation."""
+    rows = []
+    for one in results["profile"]:
+        told = f"{one['share']:.0%} {one['operation'].split('::')[-1].removeprefix('_')} ({one['calls']} calls)"
+        rows.append({"stage": one["stage"], "way": one["way"], "told": told})
+    table = pd.DataFrame(rows, columns=["stage", "way", "told"])
+    table["place"] = table.groupby(["stage", "way"]).cumcount() + 1
+    return table.pivot(index=["stage", "place"], columns="way", values="told")[["plain", "capkit"]]
+
+
+def parts_of_a_caption(results: dict[str, Any]) -> pd.DataFrame:
+    """Seconds that one caption spends in each stage, by column; a row for each way, "plain" and "capkit".
+
+    Raises:
+        ValueError: the stages or the captions were not measured.
+    """
+    starts = {"vision tower": "vision tower", "prefill": "prefill", "decoding": "a token while decoding, 1 "}
+    starts["the rest"] = "one caption"
+    found = {}
+    for stage, start in starts.items():
+        rows = [row for row in results["rows"] if row["name"].startswith(start)]
+        if not rows:
+            raise ValueError(f"{stage} was not measured; parts must include stages and captions")
+        found[stage] = {"plain": rows[0]["baseline_value"], "capkit": rows[0]["value"]}
+    table = pd.DataFrame(found)
+    table["decoding"] *= results["model"]["num_tokens"] - 1
+    table["the rest"] = (table["the rest"] - table.drop(columns="the rest").sum(axis="columns")).clip(lower=0)
+    return table
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    """The rows as a table for a README, with the command that makes them and what they were made on."""
+    machine = results["machine"]
+    on = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
+    lines = [f"`{results['command']}`: {on}, {results['model']['dtype']}, {versions}", ""]
+    lines += ["| | plain | capkit | ratio | equal |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        values = [f"{row[name]:.3g} {row['unit']}" for name in ("baseline_value", "value")]
+        lines.append(f"| {row['name']} | {' | '.join(values)} | {row['ratio']:.2f} | {row['equal']} |")
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""A cache with room to grow in holds what transformers' own would."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from capkit import Decoding
+from capkit.caches import ROOM, RoomyCache, crop, read_rows
+from capkit.cogvlm2.configuration import CogVLM2VideoConfig
+
+pytestmark = pytest.mark.golden  # on the oldest transformers too
+CONFIG = CogVLM2VideoConfig(num_hidden_layers=2)
+
+
+def grow(caches, length, random, rows=2):
+    """The same keys and values for all; what each hands back to attention."""
+    for layer in range(2):
+        new = torch.randn(2, rows, 3, length, 4, generator=random)
+        handed = [cache.update(*new, layer) for cache in caches]
+        for keys, values in handed:
+            assert torch.equal(keys, handed[0][0]) and torch.equal(values, handed[0][1])
+
+
+def check_same(caches):
+    assert len({cache.get_seq_length() for cache in caches}) == 1
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+
+
+def test_holds_what_a_dynamic_cache_holds():
+    caches, random = (DynamicCache(config=CONFIG), RoomyCache(CONFIG)), torch.Generator().manual_seed(0)
+    for length in (7, 1, 1, ROOM, 1, 3 * ROOM):
+        grow(caches, length, random)
+        check_same(caches)
+    for cache in caches:
+        crop(cache, 5)
+    grow(caches, 2, random)
+    check_same(caches)
+    for cache in caches:  # beam search
+        cache.reorder_cache(torch.tensor([1, 1]))
+    grow(caches, 1, random)
+    check_same(caches)
+    for cache in caches:
+        cache.batch_repeat_interleave(3)
+    grow(caches, 1, random, rows=6)
+    check_same(caches)
+
+
+def test_a_step_does_not_copy_the_cache():
+    cache, random = RoomyCache(CONFIG), torch.Generator().manual_seed(0)
+    grow([cache], 9, random)
+    before = cache.layers[0].keys.data_ptr()
+    for _ in range(ROOM):
+        grow([cache], 1, random)
+    assert cache.layers[0].keys.data_ptr() == before
+    grow([cache], 1, random)
+    assert cache.layers[0].keys.data_ptr() != before and cache.get_seq_length() == 9 + ROOM + 1
+
+
+def test_rows_of_different_length_are_read_as_if_alone(captioner, random_clip):
+    clips, prompts = [random_clip(4, 1), random_clip(1, 2), random_clip(2, 3)], ["Why?", "Who is there?", "Where?"]
+    inputs = captioner.processor(clips, prompts)
+    with torch.inference_mode():
+        together = read_rows(captioner.model, inputs)
+        for row, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
+            alone = read_rows(captioner.model, captioner.processor([clip], [prompt]))
+            length = alone.get_seq_length()
+            for whole, one in zip(together.layers, alone.layers, strict=True):
+                assert torch.equal(whole.keys[row, :, -length:], one.keys[0])
+                assert torch.equal(whole.values[row, :, -length:], one.values[0])
+
+
+@pytest.mark.parametrize("template", ["chat", "vqa", "base"])
+def test_batches_of_any_mix_say_what_each_clip_says_alone(captioner, random_clip, template):
+    clips, few = [random_clip(count, count) for count in (1, 5, 2, 3)], Decoding(max_new_tokens=8)
+    together = captioner.caption_batch(clips, "What happens?", template, decoding=few)
+    alone = [captioner.caption(clip, "What happens?", template, decoding=few) for clip in clips]
+    assert [caption.token_ids for caption in together] == [caption.token_ids for caption in alone]
