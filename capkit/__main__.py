@@ -1,7 +1,10 @@
-"""Command line: python -m capkit show captions.jsonl"""
+"""Command line: python -m capkit show captions.jsonl; caption-shard and merge are in shard_commands."""
 
 import argparse
+import sys
 from pathlib import Path
+
+from capkit.shard_commands import add_commands
 
 
 def main() -> None:
@@ -9,7 +12,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the captions in a store, and where everything is")
     show.add_argument("store", type=Path, help="captions.jsonl")
+    add_commands(commands)
     arguments = parser.parse_args()
+    if "run" in arguments:
+        sys.exit(arguments.run(arguments))
     if not arguments.store.is_file():
         parser.error(f"{arguments.store}: no such file")
     _show(arguments.store)

@@ -278,7 +278,11 @@ def _read(path, sampling, start_seconds, end_seconds):
 
 
 class ReaderLost(VideoError):
-    """A file that the process reading it did not survive: it hung and was killed, or died."""
+    """A file that the process reading it did not survive."""
+
+
+class ReaderHung(ReaderLost):
+    """It took too long and was killed."""
 
 
 class ClipReader:
@@ -311,7 +315,7 @@ class ClipReader:
         try:
             answer = self._child.call(path, sampling, start_seconds, end_seconds, timeout_seconds=timeout_seconds)
         except TimeoutError as error:
-            raise ReaderLost(path, f"reading {error} (timeout_seconds)") from None
+            raise ReaderHung(path, f"reading {error} (timeout_seconds)") from None
         except ChildProcessError as error:
             if "bad_alloc" not in str(error):
                 raise ReaderLost(path, f"the process that was reading it {error}") from None
