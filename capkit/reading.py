@@ -84,6 +84,22 @@ def read_frames(path, choose):
     return frames, chosen, times[chosen], replace(info, height=frames.shape[1], width=frames.shape[2])
 
 
+def timestamps_or_error(path):
+    """timestamps_seconds, float64 (n,), of all the frames that a file shows and its `VideoInfo`, or a `VideoError`.
+
+    Nothing is decoded; height and width are as stored, before rotation.
+    """
+    import av
+
+    try:
+        listing = _list_frames(path)
+    except VideoError as error:
+        return error.with_traceback(None)
+    except av.error.FFmpegError as error:
+        return VideoError(path, f"damaged: reading it ends in {error.strerror!r}")
+    return listing.timestamps_seconds, listing.info
+
+
 def _open(path):
     """PyAV's container and its main video stream, the one that decord chooses too."""
     import av

@@ -57,7 +57,7 @@ def read_ahead(
         room.wait(number)
         reader = idle.popleft()
         try:
-            clip = _read(settings, timeout_seconds, reader, quarantine)
+            clip = read_clip(settings, timeout_seconds, reader, quarantine)
         finally:
             idle.append(reader)
         if prepare is not None and isinstance(clip, Clip):
@@ -110,7 +110,10 @@ def _num_bytes(clip):
     return clip.frames.nbytes if isinstance(clip, Clip) else 0
 
 
-def _read(settings, timeout_seconds, reader, quarantine):
+def read_clip(
+    settings: dict[str, Any], timeout_seconds: float | None, reader: ClipReader, quarantine: Quarantine | None
+) -> Clip | Exception:
+    """The clip of a request, or the error in reading it. Arguments as in `read_ahead`, with the `reader` to use."""
     video, window = settings["video"], (settings["start_seconds"], settings["end_seconds"])
     again = True  # what a process died of once may have come from outside: somebody who kills, memory that others take
     while True:
@@ -141,11 +144,12 @@ class Quarantine:
 
     Args:
         path: the file; made with the first line.
+        also: files of others, only to be read.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, also: Iterable[Path] = ()):
         self.path, self._lock, self._reasons = Path(path), threading.Lock(), {}
-        for line in read_lines(self.path):
+        for line in (line for each in {self.path, *also} for line in read_lines(each)):
             self._reasons[line["video"], line["size"], line["mtime_ns"]] = line["reason"]
 
     def check(self, video: str) -> None:

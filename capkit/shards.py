@@ -6,17 +6,19 @@ A shard is idempotent: killed and started again, it does what is missing. All th
     shard-00000-of-00008.plan.json         what it has to do
     shard-00000-of-00008.heartbeat.json    how far it is
     shard-00000-of-00008.quarantine.jsonl  clips that the process reading them did not survive
+    ray-....jsonl                          the store of a captioner on Ray
     captions_strips/                       the frames of all clips as the model saw them
     captions.jsonl                         all captions, once `merge` has found them complete
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,16 +132,16 @@ def caption_shard(
     folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     items = list(dict.fromkeys(items))
-    paths = {kind: folder / f"{shard.name}.{kind}" for kind in ("lock", "jsonl", "plan.json", "heartbeat.json")}
-    with _only_one(paths["lock"], paths["heartbeat.json"]):
+    with hold_shard(folder, shard) as heartbeat:
         quarantined = folder / f"{shard.name}.quarantine.jsonl"
         if retry_quarantined and quarantined.exists():
             os.replace(quarantined, f"{quarantined}.old")
         captioner = load()
         planned = plan_clips(captioner, shard.of(items), **asked)
-        _write_plan(paths["plan.json"], shard, items, planned)
-        store = CaptionStore(paths["jsonl"], folder / "captions_strips")
-        others = [CaptionStore(path) for path in _stores(folder) if not path.stem.endswith(f"-of-{shard.count:05}")]
+        write_plan(folder, shard, items, planned)
+        store = CaptionStore(folder / f"{shard.name}.jsonl", folder / "captions_strips")
+        same_run = f"-of-{shard.count:05}.jsonl"  # its other shards have other clips
+        others = [CaptionStore(path) for path in shard_stores(folder) if not path.name.endswith(same_run)]
         caption_planned(
             captioner,
             planned,
@@ -149,7 +151,7 @@ def caption_shard(
             timeout_seconds,
             other_stores=others,
             quarantine=Quarantine(quarantined),
-            heartbeat=paths["heartbeat.json"],
+            heartbeat=heartbeat,
             label="" if shard.count == 1 else f"shard {shard}: ",
             num_readers=num_readers,
             memory_bytes=memory_bytes,
@@ -158,39 +160,46 @@ def caption_shard(
     return [current[settings["request"]] for settings in planned]
 
 
-class _only_one:
-    """Holds a lock file that the system lets go when the process ends, however it ends."""
+@contextlib.contextmanager
+def hold_shard(folder: Path, shard: Shard) -> Iterator[Path]:
+    """Hold a shard's lock, which the system lets go when the process ends, however it ends; gives its heartbeat file.
 
-    def __init__(self, path, heartbeat):
-        self.path, self.heartbeat, self.lock = path, heartbeat, FileLock(path, timeout=0)
-
-    def __enter__(self):
-        self.path.touch()  # an error that says what is wrong with the folder, where something is
+    Raises:
+        ShardBusy: somebody else holds it.
+        OSError: the folder cannot be written.
+    """
+    path, heartbeat = folder / f"{shard.name}.lock", folder / f"{shard.name}.heartbeat.json"
+    path.touch()  # an error that says what is wrong with the folder, where something is
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
         try:
-            self.lock.acquire()
-        except Timeout:
-            try:
-                beat = json.loads(self.heartbeat.read_text())
-                holder = f"process {beat['pid']} on {beat['host']}, which last showed life at {beat['updated']}"
-            except (OSError, ValueError, KeyError):
-                holder = "another process"
-            raise ShardBusy(f"{self.path}: {holder} is at work on this shard; wait for it, or end it") from None
-
-    def __exit__(self, *exception):
-        self.lock.release()
+            beat = json.loads(heartbeat.read_text())
+            holder = f"process {beat['pid']} on {beat['host']}, which last showed life at {beat['updated']}"
+        except (OSError, ValueError, KeyError):
+            holder = "another process"
+        raise ShardBusy(f"{path}: {holder} is at work on this shard; wait for it, or end it") from None
+    try:
+        yield heartbeat
+    finally:
+        lock.release()
 
 
-def _write_plan(path, shard, items, planned):
+def write_plan(folder: Path, shard: Shard, items: Sequence[Item], planned: Sequence[dict[str, Any]]) -> None:
+    """Write down what a shard has to do, for `merge`."""
     digest = hashlib.sha256(json.dumps([astuple(item) for item in items]).encode()).hexdigest()[:20]
     of_run = {"num_shards": shard.count, "num_items": len(items), "items": digest, "written": now()}
     settings = {name: planned[0][name] for name in SETTINGS_OF_RUN} if planned else None
     clips = [[settings["request"], settings["video"]] for settings in planned]
     plan = of_run | {"settings": settings, "shard": shard.index, "clips": clips}
-    write_whole(path, json.dumps(plan, ensure_ascii=False))
+    write_whole(folder / f"{shard.name}.plan.json", json.dumps(plan, ensure_ascii=False))
 
 
-def _stores(folder):
-    return sorted(path for path in folder.glob("shard-*.jsonl") if not path.name.endswith(".quarantine.jsonl"))
+def shard_stores(folder: Path) -> list[Path]:
+    """The stores in a folder: of all shards of whatever run, of captioners on Ray, and what was merged before."""
+    found = [path for pattern in ("shard-*.jsonl", "ray-*.jsonl", MERGED) for path in folder.glob(pattern)]
+    return sorted(path for path in found if not path.name.endswith(".quarantine.jsonl"))
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,7 @@ def merge(output_dir: str | os.PathLike) -> Merged:
     """
     folder = Path(output_dir).expanduser()
     plans, problems = _plans(folder)
-    found = _latest_lines(_stores(folder))
+    found = _latest_lines(shard_stores(folder))
     merged = CaptionStore(folder / MERGED)
     lines, count = [], {"ok": 0, "error": 0}
     width = max(len(plan["clips"]) for plan in plans.values())
@@ -291,7 +300,7 @@ def _latest_lines(paths) -> dict[str, _Line]:
 
 
 def _write_merged(path, kept, lines):
-    files = {line.path: open(line.path, "rb") for line in lines}
+    files = {each: open(each, "rb") for each in {line.path for line in lines}}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(partial, "wb") as target:
