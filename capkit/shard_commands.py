@@ -34,6 +34,9 @@ def add_commands(commands) -> None:
     add.add_argument("--frame-sampling", default="chat", help="chat, base, uniform or fps")
     add.add_argument("--num-frames", type=int, default=24)
     add.add_argument("--frames-per-second", type=float, help="with --frame-sampling fps")
+    add.add_argument("--window-seconds", type=float, help="caption long videos in windows of this length")
+    add.add_argument("--trainer", help="caption only the part that cogvideo, cogkit, diffusers or sat looks at")
+    add.add_argument("--trainer-num-frames", type=int, default=49, help="how many frames that trainer is set to")
     add.add_argument("--decoding", type=json.loads, default={}, help="JSON, such as '{\"max_new_tokens\": 300}'")
     add.add_argument("--batch-size", type=int, default=8, help="clips that go through the model together")
     add.add_argument("--num-readers", type=int, default=2, help="clips that are read at the same time")
@@ -70,7 +73,7 @@ def caption_shard_command(arguments: argparse.Namespace) -> int:
 
         names = ("batch_size", "num_readers", "timeout_seconds", "retry_errors", "retry_quarantined")
         how = {name: getattr(arguments, name) for name in names}
-        records = caption_shard(load, items, arguments.output, shard, **how, **asked)
+        records = caption_shard(load, items, arguments.output, shard, cut=_cut(arguments), **how, **asked)
     except (ValueError, ImportError) as error:
         return _fail(2, error)
     except CheckpointError as error:
@@ -92,6 +95,22 @@ def _asked(arguments):
     asked = {name: value for name, value in given.items() if value is not None}
     sampling = FrameSampling(arguments.frame_sampling, arguments.num_frames, arguments.frames_per_second)
     return asked | {"frame_sampling": sampling, "decoding": Decoding.of(arguments.decoding)}
+
+
+def _cut(arguments):
+    """From items to the parts of them that are asked for."""
+    from capkit.windows import into_windows, trainer_indices, trainer_windows
+
+    if arguments.window_seconds is not None and arguments.trainer:
+        raise ValueError("--window-seconds and --trainer: a trainer looks at whole files, so choose one of them")
+    if arguments.window_seconds is not None:
+        into_windows([], arguments.window_seconds)  # nonsense is told before anything starts
+        return lambda items: into_windows(items, arguments.window_seconds, arguments.timeout_seconds)
+    if arguments.trainer:
+        trainer_indices(arguments.trainer, 1, 1.0, arguments.trainer_num_frames)
+        rest = (arguments.trainer, arguments.trainer_num_frames, arguments.timeout_seconds)
+        return lambda items: trainer_windows(items, *rest)
+    return list
 
 
 def local_device() -> str:

@@ -106,6 +106,7 @@ def caption_shard(
     timeout_seconds: float | None = 60.0,
     num_readers: int = 2,
     memory_bytes: int | None = None,
+    cut: Callable[[list[Item]], list[Item]] = list,
     **asked: Any,
 ) -> list[dict[str, Any]]:
     """Caption one shard of the items into its own store in a folder that all shards share; do only what is missing.
@@ -118,10 +119,11 @@ def caption_shard(
         retry_errors: try again what failed before, but for clips in quarantine.
         retry_quarantined: also these; the shard's quarantine file is renamed to `....old`.
         batch_size, timeout_seconds, num_readers, memory_bytes: as in `caption_planned`.
+        cut: from the shard's items to parts of them: see `capkit.windows`.
         asked: prompt, template, history, frame_numbers, decoding, frame_sampling, as in `caption_clips`.
 
     Returns:
-        The current record of each of the shard's items, in order.
+        The current record of each of the shard's items, or of their parts, in order.
 
     Raises:
         ShardBusy: another process is at work on this shard; a dead one's lock does not count.
@@ -137,7 +139,7 @@ def caption_shard(
         if retry_quarantined and quarantined.exists():
             os.replace(quarantined, f"{quarantined}.old")
         captioner = load()
-        planned = plan_clips(captioner, shard.of(items), **asked)
+        planned = plan_clips(captioner, cut(shard.of(items)), **asked)
         write_plan(folder, shard, items, planned)
         store = CaptionStore(folder / f"{shard.name}.jsonl", folder / "captions_strips")
         same_run = f"-of-{shard.count:05}.jsonl"  # its other shards have other clips

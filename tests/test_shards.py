@@ -465,11 +465,14 @@ class TestCommandLine:
             (2, "shard 5/4", (eight_clips, "--output", tmp_path, "--shard", "5/4")),
             (2, "no videos found", (tmp_path / "*.mp4", "--output", tmp_path / "o")),
             (2, "unknown frame sampling", (eight_clips, "--output", tmp_path / "o", "--frame-sampling", "all")),
+            (2, "window_seconds=-1", (eight_clips, "--output", tmp_path / "o", "--window-seconds", "-1")),
+            (2, "unknown trainer", (eight_clips, "--output", tmp_path / "o", "--trainer", "sora")),
             (2, "top_q", (eight_clips, "--output", tmp_path / "o", "--decoding", '{"top_q": 1}')),
             (1, "no/model", (eight_clips, "--output", tmp_path / "o", "--model", "no/model/here")),
             (1, str(tmp_path / "file"), (eight_clips, "--output", tmp_path / "file" / "o", *few)),
         ):
-            assert self.run(monkeypatch, capsys, "caption-shard", *arguments)[0] == code, word
+            ended, told = self.run(monkeypatch, capsys, "caption-shard", *arguments)
+            assert ended == code and word in told and "Traceback" not in told, told
         assert self.run(monkeypatch, capsys, "merge", tmp_path / "nowhere")[0] == 2
 
     def test_one_process_for_each_device(self, monkeypatch, capsys, eight_clips, tmp_path):
