@@ -93,7 +93,7 @@ def caption_on_ray(
     with hold_shard(folder, SHARD) as heartbeat:
         who = ray.get(ray.remote(**resources)(_describe).remote(*settings))
         planned = plan_clips(SimpleNamespace(**who), items, **asked)
-        write_plan(folder, SHARD, items, planned)
+        write_plan(folder, SHARD, items, planned, asked)
         todo = missing(
             planned, [CaptionStore(path) for path in shard_stores(folder)], retry_errors or retry_quarantined
         )

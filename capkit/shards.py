@@ -140,7 +140,7 @@ def caption_shard(
             os.replace(quarantined, f"{quarantined}.old")
         captioner = load()
         planned = plan_clips(captioner, cut(shard.of(items)), **asked)
-        write_plan(folder, shard, items, planned)
+        write_plan(folder, shard, items, planned, asked)
         store = CaptionStore(folder / f"{shard.name}.jsonl", folder / "captions_strips")
         same_run = f"-of-{shard.count:05}.jsonl"  # its other shards have other clips
         others = [CaptionStore(path) for path in shard_stores(folder) if not path.name.endswith(same_run)]
@@ -188,11 +188,13 @@ def hold_shard(folder: Path, shard: Shard) -> Iterator[Path]:
         lock.release()
 
 
-def write_plan(folder: Path, shard: Shard, items: Sequence[Item], planned: Sequence[dict[str, Any]]) -> None:
-    """Write down what a shard has to do, for `merge`."""
+def write_plan(
+    folder: Path, shard: Shard, items: Sequence[Item], planned: Sequence[dict[str, Any]], asked: Any
+) -> None:
+    """Write down what a shard has to do, for `merge`. `asked`: as in `caption_shard`."""
     digest = hashlib.sha256(json.dumps([astuple(item) for item in items]).encode()).hexdigest()[:20]
     of_run = {"num_shards": shard.count, "num_items": len(items), "items": digest, "written": now()}
-    settings = {name: planned[0][name] for name in SETTINGS_OF_RUN} if planned else None
+    settings = planned and {name: planned[0][name] for name in SETTINGS_OF_RUN} | {"prompt": asked.get("prompt")}
     clips = [[settings["request"], settings["video"]] for settings in planned]
     plan = of_run | {"settings": settings, "shard": shard.index, "clips": clips}
     write_whole(folder / f"{shard.name}.plan.json", json.dumps(plan, ensure_ascii=False))
@@ -235,7 +237,7 @@ def merge(output_dir: str | os.PathLike) -> Merged:
     """
     folder = Path(output_dir).expanduser()
     plans, problems = _plans(folder)
-    found = _latest_lines(shard_stores(folder))
+    found, edits = _latest_lines(shard_stores(folder))
     merged = CaptionStore(folder / MERGED)
     lines, count = [], {"ok": 0, "error": 0}
     width = max(len(plan["clips"]) for plan in plans.values())
@@ -243,6 +245,7 @@ def merge(output_dir: str | os.PathLike) -> Merged:
         plan["clips"][row] for row in range(width) for _, plan in sorted(plans.items()) if row < len(plan["clips"])
     )
     kept = [line for line in merged.lines() if line.get("request") not in planned]
+    kept += [edit for edit in edits if edit not in kept]
     for request, video in planned.items():
         if request in found:
             lines.append(found[request])
@@ -266,7 +269,7 @@ def _plans(folder):
             if plan["items"] != last["items"]:
                 problems.append(f"shard {plan['shard']}/{plan['num_shards']} was made from another list of clips")
             elif plan["settings"] and last["settings"] and plan["settings"] != last["settings"]:
-                other = [name for name in SETTINGS_OF_RUN if plan["settings"][name] != last["settings"][name]]
+                other = [name for name in last["settings"] if plan["settings"][name] != last["settings"][name]]
                 told = f"differ in {', '.join(other)} from those of shard {last['shard']}"
                 problems.append(f"settings of shard {plan['shard']}/{plan['num_shards']} {told}")
     never = [index for index in range(last["num_shards"]) if index not in of_run]
@@ -282,23 +285,29 @@ class _Line:
     created: str
 
 
-def _latest_lines(paths) -> dict[str, _Line]:
-    """Where the current record of each request stands: one that is ok before an error, the later before the earlier."""
+def _latest_lines(paths) -> tuple[dict[str, _Line], list[dict[str, Any]]]:
+    """Where the current record of each request stands: one that is ok before an error, the later before the earlier.
+
+    And the edits by hand, which are few.
+    """
     latest: dict[str, _Line] = {}
+    edits = []
     for path in paths:
         offset = 0
         with open(path, "rb") as file:
             for content in file:
                 try:
-                    record = json.loads(content)
-                    line = _Line(path, offset, record["status"], record["created"])
-                except (ValueError, KeyError):  # torn, or an edit
+                    record = json.loads(content) if content.endswith(b"\n") else {}
+                except ValueError:  # torn
                     record = {}
-                offset += len(content)
-                if "request" in record:
+                if "edits" in record:
+                    edits.append(record)
+                elif "request" in record:
+                    line = _Line(path, offset, record["status"], record.get("created", ""))
                     before = latest.get(record["request"], line)
                     latest[record["request"]] = max(before, line, key=lambda x: (x.status == "ok", x.created, x.offset))
-    return latest
+                offset += len(content)
+    return latest, edits
 
 
 def _write_merged(path, kept, lines):

@@ -337,9 +337,9 @@ class TestCaptionShard:
         items = find_clips(f"{eight_clips}/good*")
         in_shards(captioner, items, tmp_path, "0/3")
         in_shards(captioner, items[:3], tmp_path, "1/3")
-        in_shards(captioner, items, tmp_path, "2/3", template="vqa")
+        in_shards(captioner, items, tmp_path, "2/3", template="vqa", prompt="Why?")
         told = "\n".join(merge(tmp_path).problems)
-        assert "another list of clips" in told and "differ in template" in told
+        assert "another list of clips" in told and "differ in template, prompt from" in told
         for name in ("shard-00000-of-00003.jsonl", "captions.jsonl"):
             (tmp_path / name).unlink()
         assert f"no record of {items[0].video}" in str(merge(tmp_path))
