@@ -82,7 +82,8 @@ def caption_on_ray(
     folder = Path(output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     items = list(dict.fromkeys(items))
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
     if gpus_per_captioner is None:
         gpus_per_captioner = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     if retry_quarantined:

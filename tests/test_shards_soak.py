@@ -122,7 +122,7 @@ def test_reading_processes_killed(many, tmp_path):
     assert process.returncode == 0, told
     counts = check_all_accounted_for(tmp_path, NUM_CLIPS)
     print(f"\n{kills} reading processes killed:", counts)
-    assert kills and counts == {"ok": NUM_CLIPS, "errors": 0}
+    assert kills and counts["errors"] <= kills // 2  # a clip is given up when its second process is killed too
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts")
