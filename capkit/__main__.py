@@ -1,9 +1,11 @@
-"""Command line: python -m capkit show captions.jsonl, batch runs.yaml, doctor"""
+"""Command line: python -m capkit show captions.jsonl, batch runs.yaml, doctor, caption-shard, merge."""
 
 import argparse
 import signal
 import sys
 from pathlib import Path
+
+from capkit.shard_commands import add_commands
 
 
 def main() -> None:
@@ -12,14 +14,12 @@ def main() -> None:
     show = commands.add_parser("show", help="print the captions in a store, and where everything is")
     show.add_argument("store", type=Path, help="captions.jsonl")
     _add_batch(commands)
-    commands.add_parser("doctor", help="say what is installed, what is missing or conflicts, and what to do")
+    doctor = commands.add_parser("doctor", help="say what is installed, what is missing or conflicts, and what to do")
+    doctor.set_defaults(run=_doctor)
+    add_commands(commands)
     arguments = parser.parse_args()
-    if arguments.command == "batch":
-        sys.exit(_batch(arguments))
-    if arguments.command == "doctor":
-        from capkit.doctor import run_command
-
-        sys.exit(run_command())
+    if "run" in arguments:
+        sys.exit(arguments.run(arguments))
     if not arguments.store.is_file():
         parser.error(f"{arguments.store}: no such file")
     _show(arguments.store)
@@ -33,6 +33,7 @@ def _add_batch(commands) -> None:
     batch.add_argument("--gpus", default="", metavar="0,1", help="a GPU for each worker")
     batch.add_argument("--retry", nargs="*", metavar="NAME", help="run again what failed, or of it only these runs")
     batch.add_argument("--dry-run", action="store_true", help="check the table and say what would be run")
+    batch.set_defaults(run=_batch)
 
 
 def _batch(arguments) -> int:
@@ -42,6 +43,12 @@ def _batch(arguments) -> int:
     gpus = [name for name in arguments.gpus.split(",") if name]
     a = arguments
     return run_command(a.table, a.output_dir, a.workers, a.retry, gpus, a.dry_run)
+
+
+def _doctor(arguments) -> int:
+    from capkit.doctor import run_command
+
+    return run_command()
 
 
 def _show(path: Path) -> None:

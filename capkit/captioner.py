@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ class Captioner:
     ):
         self.model, self.processor = model, processor
         self.name, self.fingerprint, self.quantization = name, fingerprint, quantization
+        self._num_frames_too_many = math.inf  # in a batch, each clip counted as long as the longest
 
     def __repr__(self) -> str:
         return f"Captioner({self.name!r}, {self.dtype} on {self.model.device})"
@@ -140,7 +142,8 @@ class Captioner:
     ) -> list[Caption]:
         """Caption many clips together; each gets what it would get alone (token for token in float32).
 
-        Clips may differ in length and prompts in text. When memory runs out, the batch is halved and goes on.
+        Clips may differ in length and prompts in text. When memory runs out, the batch is halved and goes on,
+        and batches as large are halved from then on.
 
         Args:
             clips: as in `caption`.
@@ -160,6 +163,9 @@ class Captioner:
             raise ValueError(f"batch_size={batch_size!r}: must be at least 1, or None for all clips together")
         settings = (template, history, frame_numbers, decoding)
         size, captions = batch_size or max(len(clips), 1), []
+        longest = max(map(len, clips), default=1)
+        while size > 1 and size * longest >= self._num_frames_too_many:
+            size //= 2
         while len(captions) < len(clips):
             rows = slice(len(captions), len(captions) + size)
             try:
@@ -167,7 +173,9 @@ class Captioner:
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not loading.is_out_of_memory(error):
                     raise
-                size = min(size, len(clips) - len(captions)) // 2 or 1
+                size = min(size, len(clips) - len(captions))
+                self._num_frames_too_many = min(self._num_frames_too_many, size * longest)
+                size = size // 2 or 1
                 error.__traceback__ = None  # it holds the frames whose tensors are to be freed
             else:
                 continue

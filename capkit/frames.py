@@ -4,27 +4,19 @@ The index functions are pure: they take times and return positions; `load_clip` 
 a child process that can be killed.
 """
 
-import json
 import math
 import os
-import pickle
-import signal
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 import numpy as np
 
+from capkit.child import Child
 from capkit.reading import VideoError, VideoInfo, read_frames
 
 STRATEGIES = ("chat", "base", "uniform", "fps")
 MINUTE = 60  # "base" looks at the first minute (CogVideo tools/caption)
-LAST_RESORT_SECONDS = 5  # a child whose parent is gone ends itself this long after its limit
-CHILD = (
-    "import json, sys; r = json.load(sys.stdin); sys.path[:] = r['sys_path']; import capkit.frames as f; f._serve(r)"
-)
 
 
 # ---- which frames --------------------------------------------------------------------------------------------------
@@ -236,7 +228,9 @@ class Clip:
         return [round(time - self.start_seconds) for time in self.timestamps_seconds] == list(range(len(self)))
 
 
-def load_clip(path, frame_sampling="chat", start_seconds=0.0, end_seconds=None, timeout_seconds=60.0) -> Clip:
+def load_clip(
+    path, frame_sampling="chat", start_seconds=0.0, end_seconds=None, timeout_seconds=60.0, reader=None
+) -> Clip:
     """Read the frames that `frame_sampling` chooses between `start_seconds` (included) and `end_seconds` (not).
 
     decord reads where it is exact, PyAV everything else: the same frames under the same numbers.
@@ -247,9 +241,11 @@ def load_clip(path, frame_sampling="chat", start_seconds=0.0, end_seconds=None, 
         end_seconds: None for the end of the video.
         timeout_seconds: reading happens in a child process that is killed after this long, because decord can loop for
             ever where no signal reaches it. None reads in this process, without a limit.
+        reader: a `ClipReader`, to read many clips in one child process; None starts one for this clip.
 
     Raises:
-        VideoError: the file cannot be read, not all chosen frames can be decoded, or the window holds no frame.
+        VideoError: the file cannot be read, not all chosen frames can be decoded, or the window holds no frame;
+            its subclass `ReaderLost` where reading hung or crashed.
         ValueError: an argument that makes no sense.
     """
     sampling = FrameSampling.of(frame_sampling)
@@ -262,7 +258,8 @@ def load_clip(path, frame_sampling="chat", start_seconds=0.0, end_seconds=None, 
     window = (float(start_seconds), end_seconds)
     if timeout_seconds is None:
         return _read(path, sampling, *window)
-    return _read_in_child(path, sampling, *window, float(timeout_seconds))
+    with ClipReader() if reader is None else nullcontext(reader) as reader:
+        return reader.read(path, sampling, *window, float(timeout_seconds))
 
 
 def _read(path, sampling, start_seconds, end_seconds):
@@ -280,53 +277,67 @@ def _read(path, sampling, start_seconds, end_seconds):
 # ---- the child process ---------------------------------------------------------------------------------------------
 
 
-def _read_in_child(path, sampling, start_seconds, end_seconds, timeout_seconds):
-    """`_read` in a process that can be killed. Not multiprocessing, which would run the user's script once more."""
-    request = {"arguments": [path, asdict(sampling), start_seconds, end_seconds], "timeout_seconds": timeout_seconds}
-    request["sys_path"] = [os.path.abspath(entry) for entry in sys.path]
-    command = [sys.executable, "-I", "-c", CHILD]  # isolated: no json.py from the working directory
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # numpy starts quicker
-    with tempfile.TemporaryFile() as result:
+class ReaderLost(VideoError):
+    """A file that the process reading it did not survive."""
+
+
+class ReaderHung(ReaderLost):
+    """It took too long and was killed."""
+
+
+class ClipReader:
+    """A child process that reads clips, kept from one to the next: `load_clip(..., reader=reader)`.
+
+    Starting one takes about 0.2 s. A process that hangs or dies over a clip is replaced for the next. Not for several
+    threads at once.
+
+    Args:
+        memory_bytes: most memory that reading a clip may take (POSIX); one that needs more is a `VideoError`.
+    """
+
+    def __init__(self, memory_bytes: int | None = None):
+        self._memory_bytes = memory_bytes
+        self._child = Child(__name__, "_read_or_error", memory_bytes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, None while there is none."""
+        return self._child.pid
+
+    def read(self, path, sampling, start_seconds, end_seconds, timeout_seconds) -> Clip:
+        """What `load_clip` does once it has checked its arguments."""
         try:
-            child = subprocess.run(
-                command,
-                input=json.dumps(request).encode(),
-                stdout=result,
-                stderr=subprocess.PIPE,
-                timeout=timeout_seconds,
-                env=environment,
-            )
-        except subprocess.TimeoutExpired:
-            raise VideoError(path, f"reading took more than {timeout_seconds:g} seconds (timeout_seconds)") from None
-        if child.returncode:
-            raise VideoError(path, _last_words(child.returncode, child.stderr[-400:].decode(errors="replace").strip()))
-        result.seek(0)
-        answer = pickle.load(result)
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+            answer = self._child.call(path, sampling, start_seconds, end_seconds, timeout_seconds=timeout_seconds)
+        except TimeoutError as error:
+            raise ReaderHung(path, f"reading {error} (timeout_seconds)") from None
+        except ChildProcessError as error:
+            if "bad_alloc" not in str(error):
+                raise ReaderLost(path, f"the process that was reading it {error}") from None
+            answer = MemoryError()  # decord's way to say so
+        if isinstance(answer, MemoryError):
+            limit = "there is" if self._memory_bytes is None else f"{self._memory_bytes / 2**30:.1f} GiB"
+            raise VideoError(path, f"reading it takes more memory than {limit}; ask for fewer frames")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """Kill the process, if there is one."""
+        self._child.close()
 
 
-def _last_words(returncode, complaints):
-    cause = f"exit code {returncode}"
-    if returncode < 0:
-        cause = f"{signal.strsignal(-returncode)}{', for want of memory perhaps' if returncode == -9 else ''}"
-    return f"the process that was reading it died ({cause})" + (f": {complaints}" if complaints else "")
-
-
-def _serve(request):
-    """What the child does: read a clip, and write it, or the error, to the standard output."""
-    if hasattr(signal, "setitimer"):  # should the parent be killed, nobody else would end a reader that hangs
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, request["timeout_seconds"] + LAST_RESORT_SECONDS)
-    with os.fdopen(os.dup(1), "wb") as result:
-        os.dup2(2, 1)  # C libraries print; none of that may end up in the result
-        path, sampling, *window = request["arguments"]
-        try:
-            answer = _read(path, FrameSampling.of(sampling), *window)
-        except (VideoError, ImportError) as error:
-            answer = error
-        pickle.dump(answer, result, protocol=5)
+def _read_or_error(*arguments):
+    """What the child does."""
+    try:
+        return _read(*arguments)
+    except (VideoError, ImportError, MemoryError) as error:
+        return error.with_traceback(None)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------

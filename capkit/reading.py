@@ -4,6 +4,7 @@ decord reads where it is exact, PyAV everything else: the same frames under the 
 (nor is torch) until a file is read, so that a process made to read one starts fast.
 """
 
+import errno
 import os
 from bisect import bisect_right
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ def read_frames(path, choose):
 
     Raises:
         VideoError: the file cannot be read, or not all frames wanted can be decoded.
+        MemoryError: not enough memory.
     """
     import av
 
@@ -76,8 +78,26 @@ def read_frames(path, choose):
         if frames is None:
             frames = _frames_by_av(listing, chosen)
     except av.error.FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error
         raise VideoError(path, f"damaged: reading it ends in {error.strerror!r}") from error
     return frames, chosen, times[chosen], replace(info, height=frames.shape[1], width=frames.shape[2])
+
+
+def timestamps_or_error(path):
+    """timestamps_seconds, float64 (n,), of all the frames that a file shows and its `VideoInfo`, or a `VideoError`.
+
+    Nothing is decoded; height and width are as stored, before rotation.
+    """
+    import av
+
+    try:
+        listing = _list_frames(path)
+    except VideoError as error:
+        return error.with_traceback(None)
+    except av.error.FFmpegError as error:
+        return VideoError(path, f"damaged: reading it ends in {error.strerror!r}")
+    return listing.timestamps_seconds, listing.info
 
 
 def _open(path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ class CaptionStore:
     with a warning; until then readers skip it.
 
     Args:
-        path: the file, such as `runs/captions.jsonl`; its folder is made with the first record. Strips go to
-            `<name>_strips/` beside it.
+        path: the file, such as `runs/captions.jsonl`; its folder is made with the first record.
+        strips: folder of the picture strips; None: `<name>_strips/` beside the file. Several stores may share one.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, strips: str | os.PathLike | None = None):
         self.path = Path(path).expanduser()
-        self.strips = self.path.with_name(self.path.stem + "_strips")
+        self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
         self._checked = False
 
     def __repr__(self) -> str:
@@ -55,15 +56,11 @@ class CaptionStore:
         """
         if "request" not in record and "edits" not in record:
             raise ValueError("a record needs its `request`: make it with new_record()")
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         if not self._checked:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._set_torn_line_aside()
             self._checked = True
-        with open(self.path, "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, record)
 
     def _set_torn_line_aside(self) -> None:
         if not self.path.exists():
@@ -81,15 +78,7 @@ class CaptionStore:
 
     def lines(self) -> list[dict[str, Any]]:
         """Every readable line in order: attempts and edits. A line that is not is skipped with a warning."""
-        found = []
-        if self.path.exists():
-            with open(self.path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        found.append(json.loads(line))
-                    except ValueError:
-                        warnings.warn(f"{self.path}, line {number} is not a whole record; skipped", stacklevel=2)
-        return found
+        return list(read_lines(self.path))
 
     def current(self) -> list[dict[str, Any]]:
         """The latest attempt at each request, in the order in which requests were first tried.
@@ -119,7 +108,7 @@ class CaptionStore:
         """
         if all(line.get("request") != request for line in self.lines()):
             raise ValueError(f"{self.path} has no request {request!r} to edit")
-        self.append({"edits": request, "text": text, "created": _now()})
+        self.append({"edits": request, "text": text, "created": now()})
 
     def strip_path(self, record: dict[str, Any]) -> Path:
         """Where the picture of a record's frames is; captions of the same frames share one."""
@@ -138,8 +127,55 @@ class CaptionStore:
             small = Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS)
             strip.paste(small, (index % columns * pitch, index // columns * pitch))
         self.strips.mkdir(parents=True, exist_ok=True)
-        strip.save(path, quality=60)
+        picture = io.BytesIO()
+        strip.save(picture, "webp", quality=60)
+        write_whole(path, picture.getvalue())
         return path
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line of JSON to a file and wait until it is on disk.
+
+    Raises:
+        ValueError: it holds what JSON cannot.
+        OSError: with the file's name, on a full disk for example; what was written of the line is taken back.
+    """
+    content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of JSON lines, if it is there. One that is not whole is skipped with a warning."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                warnings.warn(f"{path}, line {number} is not a whole record; skipped", stacklevel=4)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that nobody ever sees half-written, not even after a power cut."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def request_settings(
@@ -198,19 +234,20 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
     """A whole record: what was asked (`request_settings`) and what came of it.
 
     Args:
-        settings: from `request_settings`.
+        settings: from `request_settings`; with `video_sha256` where that is known.
         outcome: the caption, or the error that stood in its way.
         clip: the frames that were seen, where it came so far.
     """
     names = ("video_sha256", "duration_seconds", "frame_indices", "timestamps_seconds")
     record = settings | dict.fromkeys(names)
+    digest = settings.get("video_sha256")
     if clip is not None:
         end = clip.info.duration_seconds if clip.end_seconds is None else clip.end_seconds
         record["duration_seconds"] = round(min(end, clip.info.duration_seconds) - clip.start_seconds, 3)
         record["frame_indices"] = list(clip.frame_indices)
         record["timestamps_seconds"] = np.asarray(clip.timestamps_seconds).round(6).tolist()
     if isinstance(outcome, Caption):
-        record["video_sha256"] = _sha256(settings["video"])
+        record["video_sha256"] = digest or file_sha256(settings["video"])
         record |= {
             "text": outcome.text,
             "num_tokens": len(outcome.token_ids),
@@ -223,14 +260,15 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
     else:
         empty = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds")
         record |= dict.fromkeys(empty) | {"status": "error", "error": str(outcome) or repr(outcome)}
-    return record | {"capkit_version": __version__, "created": _now()}
+    return record | {"capkit_version": __version__, "created": now()}
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _sha256(path: str) -> str | None:
+def file_sha256(path: str) -> str | None:
+    """In hexadecimal digits; None for a file that is no longer there."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -241,5 +279,6 @@ def _sha256(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def _now() -> str:
+def now() -> str:
+    """The time as records have it, in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

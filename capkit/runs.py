@@ -2,49 +2,179 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
+import socket
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm.auto import tqdm
 
 from capkit.cogvlm2.processing import check_settings
-from capkit.frames import Clip, VideoError, load_clip
+from capkit.frames import Clip, ClipReader, ReaderHung, ReaderLost, VideoError, load_clip
+from capkit.records import append_line, now, read_lines, write_whole
 
 LINE_SECONDS = 10.0  # at most so often a line of progress where there is no bar
+BEAT_SECONDS = 5.0
 
 
 def read_ahead(
-    todo: Iterable[dict[str, Any]], timeout_seconds: float | None, num_ahead: int
-) -> Iterator[tuple[dict[str, Any], Clip | Exception]]:
+    todo: Iterable[dict[str, Any]],
+    timeout_seconds: float | None,
+    num_ahead: int,
+    num_readers: int = 2,
+    memory_bytes: int | None = None,
+    quarantine: Quarantine | None = None,
+    prepare: Callable[[dict[str, Any], Clip], None] | None = None,
+) -> Generator[tuple[dict[str, Any], Clip | Exception]]:
     """Each request with its clip, or with the error in reading it; others are read while one is captioned.
 
     Args:
         todo: from `request_settings`.
-        timeout_seconds: longest time to read one clip; None for no limit.
+        timeout_seconds: longest time to read one clip; None for no limit, and for reading in this process.
         num_ahead: requests that are read, or being read, beyond the one at hand.
+        num_readers: how many are read at the same time, each in a child process that is kept.
+        memory_bytes: while clips that wait take this much, no further one is begun; nor may one take more, or a process
+            that reads it (POSIX). None: `memory_budget()`.
+        quarantine: clips not to be read, and where those go that the process reading them did not survive.
+        prepare: called with each request and its clip, in a thread, once it is read.
     """
+    memory_bytes = memory_bytes or memory_budget()
+    readers = [ClipReader(memory_bytes) for _ in range(num_readers)]
+    idle, room = deque(readers), _Room(memory_bytes)
 
-    def read(settings):
+    def read(number, settings):
+        room.wait(number)
+        reader = idle.popleft()
+        try:
+            clip = read_clip(settings, timeout_seconds, reader, quarantine)
+        finally:
+            idle.append(reader)
+        if prepare is not None and isinstance(clip, Clip):
+            prepare(settings, clip)
+        room.take(clip)
+        return clip
+
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(num_readers)
+    try:
+        for number, settings in enumerate(todo):
+            waiting.append((settings, pool.submit(read, number, settings)))
+            if len(waiting) > num_ahead:
+                yield room.leave(waiting.popleft())
+        while waiting:
+            yield room.leave(waiting.popleft())
+    finally:
+        room.limit = math.inf
+        pool.shutdown(cancel_futures=True)
+        for reader in readers:
+            reader.close()
+
+
+class _Room:
+    """Bytes that clips take between being read and being handed over; the next to be handed over always finds room."""
+
+    def __init__(self, limit: float):
+        self.limit, self.taken, self.next_number, self._changed = limit, 0, 0, threading.Condition()
+
+    def wait(self, number):
+        with self._changed:
+            while not (self.taken < self.limit or number == self.next_number):
+                self._changed.wait(1)  # looks again, because the limit is lifted without a word
+
+    def take(self, clip):
+        with self._changed:
+            self.taken += _num_bytes(clip)
+
+    def leave(self, waited):
+        settings, future = waited
+        clip = future.result()
+        with self._changed:
+            self.taken -= _num_bytes(clip)
+            self.next_number += 1
+            self._changed.notify_all()
+        return settings, clip
+
+
+def _num_bytes(clip):
+    return clip.frames.nbytes if isinstance(clip, Clip) else 0
+
+
+def read_clip(
+    settings: dict[str, Any], timeout_seconds: float | None, reader: ClipReader, quarantine: Quarantine | None
+) -> Clip | Exception:
+    """The clip of a request, or the error in reading it. Arguments as in `read_ahead`, with the `reader` to use."""
+    video, window = settings["video"], (settings["start_seconds"], settings["end_seconds"])
+    again = True  # what a process died of once may have come from outside: somebody who kills, memory that others take
+    while True:
         try:
             check_settings(settings["prompt"])
-            window = (settings["start_seconds"], settings["end_seconds"])
-            return load_clip(settings["video"], settings["frame_sampling"], *window, timeout_seconds=timeout_seconds)
+            if quarantine is not None:
+                quarantine.check(video)
+            return load_clip(video, settings["frame_sampling"], *window, timeout_seconds, reader)
+        except ReaderLost as error:
+            if not again or isinstance(error, ReaderHung):
+                if quarantine is not None:
+                    quarantine.add(video, error.reason)
+                return error
+            again = False
         except (VideoError, ValueError) as error:
             return error
 
-    waiting: deque = deque()
-    with ThreadPoolExecutor(2) as pool:
-        for settings in todo:
-            waiting.append((settings, pool.submit(read, settings)))
-            if len(waiting) > num_ahead:
-                settings, future = waiting.popleft()
-                yield settings, future.result()
-        for settings, future in waiting:
-            yield settings, future.result()
+
+def memory_budget() -> int:
+    """Bytes that clips may take by default: half of what is free, at most 8 GiB."""
+    return min(psutil.virtual_memory().available // 2, 2**33)
+
+
+class Quarantine:
+    """Clips that the process reading them did not survive: a line each in a file (JSON Lines). No later run reads them.
+
+    A clip is known by its path, size and time of modification: once replaced, it is read again.
+
+    Args:
+        path: the file; made with the first line.
+        also: files of others, only to be read.
+    """
+
+    def __init__(self, path: str | os.PathLike, also: Iterable[Path] = ()):
+        self.path, self._lock, self._reasons = Path(path), threading.Lock(), {}
+        for line in (line for each in {self.path, *also} for line in read_lines(each)):
+            self._reasons[line["video"], line["size"], line["mtime_ns"]] = line["reason"]
+
+    def check(self, video: str) -> None:
+        """Raises:
+        VideoError: this clip is in quarantine.
+        """
+        if self._reasons and (reason := self._reasons.get(self._key(video))):
+            told = f"{reason}; not read again, because it stands in {self.path}"
+            raise VideoError(video, told)
+
+    def add(self, video: str, reason: str) -> None:
+        """Note a clip, durably."""
+        key = self._key(video)
+        with self._lock:
+            self._reasons[key] = reason
+            told = dict(zip(("video", "size", "mtime_ns"), key, strict=True)) | {"reason": reason, "added": now()}
+            append_line(self.path, told)
+
+    @staticmethod
+    def _key(video):
+        try:
+            status = os.stat(video)
+        except OSError:
+            return video, None, None
+        return video, status.st_size, status.st_mtime_ns
 
 
 class Progress:
@@ -54,13 +184,21 @@ class Progress:
         noun: what is counted, such as "clips".
         total: how many there are to do.
         num_done_before: only to be told.
+        heartbeat: a file (JSON) rewritten every few seconds, for who watches from elsewhere: `pid`, `host`, `state`
+            ("running", "finished" or "failed"), `total`, `done`, `errors`, `done_before`, `per_minute`, `seconds_left`,
+            `last_video`, `started`, `updated`. Never seen half-written.
+        label: what lines of progress begin with.
     """
 
-    def __init__(self, noun: str, total: int, num_done_before: int):
-        self.noun, self.total, self.count, self.errors = noun, total, 0, 0
+    def __init__(self, noun: str, total: int, num_done_before: int, heartbeat: Path | None = None, label: str = ""):
+        self.label, self.noun, self.total, self.count, self.errors = label, noun, total, 0, 0
+        self.heartbeat, self.beaten = heartbeat, float("-inf")
+        self.told_always = {"pid": os.getpid(), "host": socket.gethostname(), "total": total}
+        self.told_always |= {"done_before": num_done_before, "started": now()}
         self.started = self.told = time.monotonic()
-        print(f"{total} {noun} to caption, {num_done_before} done before")
+        print(f"{label}{total} {noun} to caption, {num_done_before} done before", flush=True)
         self.bar = tqdm(total=total, unit=noun.removesuffix("s")) if total and someone_watches() else None
+        self._beat("running")
 
     def update(self, record: dict[str, Any]) -> None:
         """Count a record that is done."""
@@ -69,21 +207,45 @@ class Progress:
         self.errors += failed
         if failed:
             tqdm.write(f"error: {record['error']}")
+        if time.monotonic() - self.beaten >= BEAT_SECONDS:
+            self._beat("running", record["video"])
         if self.bar is not None:
             self.bar.update()
             return
-        now = time.monotonic()
-        if now - self.told >= LINE_SECONDS or self.count == self.total:
-            rate = self.count / (now - self.started)
-            left = (self.total - self.count) / rate
-            told = f"{self.count}/{self.total} {self.noun}, {self.errors} errors"
-            print(f"{told}, {rate * 60:.1f} a minute, {left:.0f} s left")
-            self.told = now
+        if time.monotonic() - self.told >= LINE_SECONDS or self.count == self.total:
+            rate = self.per_second
+            left = timedelta(seconds=round((self.total - self.count) / rate))
+            told = f"{self.label}{self.count}/{self.total} {self.noun}, {self.errors} errors"
+            print(f"{told}, {rate * 60:.1f} a minute, {left} left", flush=True)
+            self.told = time.monotonic()
 
-    def close(self) -> None:
+    @property
+    def per_second(self) -> float:
+        """On average since the start."""
+        return self.count / max(time.monotonic() - self.started, 1e-9)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        self.close("finished" if kind is None else "failed")
+
+    def close(self, state: str = "finished") -> None:
         """Leave the bar as it stands."""
+        with contextlib.suppress(OSError if state == "failed" else ()):  # what failed may be the disk
+            self._beat(state)
         if self.bar is not None:
             self.bar.close()
+
+    def _beat(self, state, last_video=None):
+        if self.heartbeat is None:
+            return
+        rate = self.per_second
+        left = round((self.total - self.count) / rate) if rate else None
+        told = {"done": self.count, "errors": self.errors, "per_minute": round(rate * 60, 2), "seconds_left": left}
+        told |= {"state": state, "last_video": last_video, "updated": now()}
+        write_whole(self.heartbeat, json.dumps(self.told_always | told, indent=1, ensure_ascii=False) + "\n")
+        self.beaten = time.monotonic()
 
 
 def someone_watches() -> bool:

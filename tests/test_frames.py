@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from video_factory import cut, encode_clip, encode_sound, packets, read_numbers,
 import capkit.frames
 from capkit.frames import (
     Clip,
+    ClipReader,
     FrameSampling,
+    ReaderLost,
     VideoError,
     VideoInfo,
     base_indices,
@@ -585,10 +588,44 @@ def test_a_hang_is_ended(clips, tmp_path, monkeypatch):
     assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
+def test_one_reader_reads_many_clips_and_outlives_bad_ones(clips, tmp_path, monkeypatch):
+    path, text = clips("plain.mp4"), tmp_path / "text.mp4"
+    text.write_text("not frames")
+    monkeypatch.syspath_prepend(fake_decord(tmp_path, "os.stat(path.replace('plain', 'other')); " + HANG))
+    with ClipReader() as reader:
+        assert "not a video" in reason(load_clip, text, reader=reader)
+        pid = reader.pid
+        with pytest.raises(ReaderLost, match="(?s)reading it died .*FileNotFoundError"):
+            load_clip(path, reader=reader)
+        assert not is_alive(pid)
+        shutil.copy(path, path.with_name("other.mp4"))
+        with pytest.raises(ReaderLost, match="reading took more than 2 seconds"):
+            load_clip(path, timeout_seconds=2, reader=reader)
+    monkeypatch.undo()
+    with ClipReader() as reader:
+        pids = set()
+        for second in range(2):
+            clip = load_clip(path, FrameSampling("uniform", 2), second, second + 1, reader=reader)
+            assert read_numbers(clip.frames) == clip.frame_indices == [25 * second, 25 * second + 24]
+            pids.add(reader.pid)
+        os.kill(reader.pid, signal.SIGTERM)
+        assert wait_until(lambda: not is_alive(reader.pid), 10)
+        assert len(load_clip(path, reader=reader)) == 3 and reader.pid not in pids and len(pids) == 1
+    assert reader.pid is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX only")
+def test_a_clip_that_needs_more_memory_than_it_may_take(clips):
+    path = clips("wide.mp4", numbers=range(24), size=(1080, 1920), fps=1)
+    with ClipReader(memory_bytes=2**28) as reader:
+        assert "takes more memory than 0.2 GiB" in reason(load_clip, path, reader=reader)
+        assert len(load_clip(clips("plain.mp4"), reader=reader)) == 3
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX only")
 def test_a_hang_ends_even_if_the_parent_is_killed(clips, tmp_path, monkeypatch):
     folder = fake_decord(tmp_path, HANG)
-    script = f"import sys; sys.path[:0] = {[folder, str(ROOT)]}; import capkit.frames as f; f.LAST_RESORT_SECONDS = 1; "
+    script = f"import sys; sys.path[:0] = {[folder, str(ROOT)]}; import capkit.frames as f; "
     script += f"f.load_clip({str(clips('plain.mp4'))!r}, timeout_seconds=2)"
     parent = subprocess.Popen([sys.executable, "-c", script])
     try:
