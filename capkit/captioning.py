@@ -14,7 +14,7 @@ from capkit.cogvlm2.processing import check_settings
 from capkit.decoding import Decoding
 from capkit.frames import Clip, FrameSampling
 from capkit.manifest import Item
-from capkit.records import CaptionStore, file_sha256, new_record, request_settings
+from capkit.records import CaptionStore, new_record, request_settings, sha256_if_there
 from capkit.runs import Progress, Quarantine, memory_budget, read_ahead
 
 BATCHES_TO_CHOOSE_FROM = 4  # so many batches of clips are held, to find those of like length
@@ -144,7 +144,7 @@ def missing(planned: Iterable[dict[str, Any]], stores: Iterable[CaptionStore], r
 def prepare_clip(settings: dict[str, Any], clip: Clip, store: CaptionStore, image_size: int) -> None:
     """What a record needs of a clip and takes time, so that it is done while the model is at work: strip and digest."""
     store.save_strip(settings, clip, image_size)
-    settings["video_sha256"] = file_sha256(settings["video"])
+    settings["video_sha256"] = sha256_if_there(settings["video"])
 
 
 def caption_batch_into(captioner: Captioner, batch: list, store: CaptionStore) -> list[dict[str, Any]]:

@@ -1,10 +1,14 @@
-"""Files that others read while they are written: whole or not at all."""
+"""Files that others read while they are written: whole or not at all; and what is in a file."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
+from typing import BinaryIO
 
 # The policy forbids scripts and the network, whatever the body holds. Articles out of sight are neither laid out nor
 # painted, so that thousands open at once.
@@ -20,20 +24,51 @@ article img {{ height: auto }}
 """
 
 
-def write_whole(path: str | os.PathLike, text: str) -> Path:
-    """Write a text file in UTF-8, so that nobody ever reads half of it; returns where it is. Its folder is made.
+@contextmanager
+def writing_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write bytes to, which gets its name once all is on disk: nobody ever reads half of it, not even after a
+    power cut. Its folder is made.
+
+    Raises:
+        OSError: naming the path; what was there before is still there.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> Path:
+    """Write a file as `writing_whole` does, text in UTF-8; returns where it is.
 
     What UTF-8 cannot hold (half a pair, out of a damaged file) is written as an escape that JSON reads.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    return path
+    with writing_whole(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+    return Path(path)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """The digest of a file's content in hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_page(path: str | os.PathLike, title: str, body: str) -> Path:

@@ -20,6 +20,7 @@ from capkit import __version__
 from capkit.captioner import Captioner
 from capkit.cogvlm2.processing import pixels_to_frames, preprocess_frames
 from capkit.decoding import Decoding
+from capkit.files import file_sha256, write_whole
 from capkit.frames import Clip, FrameSampling
 from capkit.generation import Caption
 
@@ -164,20 +165,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 warnings.warn(f"{path}, line {number} is not a whole record; skipped", stacklevel=4)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that nobody ever sees half-written, not even after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def request_settings(
     captioner: Captioner,
     video: str | os.PathLike,
@@ -247,7 +234,7 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
         record["frame_indices"] = list(clip.frame_indices)
         record["timestamps_seconds"] = np.asarray(clip.timestamps_seconds).round(6).tolist()
     if isinstance(outcome, Caption):
-        record["video_sha256"] = digest or file_sha256(settings["video"])
+        record["video_sha256"] = digest or sha256_if_there(settings["video"])
         record |= {
             "text": outcome.text,
             "num_tokens": len(outcome.token_ids),
@@ -267,16 +254,12 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def file_sha256(path: str) -> str | None:
-    """In hexadecimal digits; None for a file that is no longer there."""
-    digest = hashlib.sha256()
+def sha256_if_there(path: str) -> str | None:
+    """None for a file taken away since it was read: its caption is worth keeping all the same."""
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError:  # taken away since it was read: its caption is worth keeping all the same
+        return file_sha256(path)
+    except OSError:
         return None
-    return digest.hexdigest()
 
 
 def now() -> str:

@@ -21,8 +21,9 @@ import psutil
 from tqdm.auto import tqdm
 
 from capkit.cogvlm2.processing import check_settings
+from capkit.files import write_whole
 from capkit.frames import Clip, ClipReader, ReaderHung, ReaderLost, VideoError, load_clip
-from capkit.records import append_line, now, read_lines, write_whole
+from capkit.records import append_line, now, read_lines
 
 LINE_SECONDS = 10.0  # at most so often a line of progress where there is no bar
 BEAT_SECONDS = 5.0

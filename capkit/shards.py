@@ -13,12 +13,12 @@ A shard is idempotent: killed and started again, it does what is missing. All th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from filelock import FileLock, Timeout
 
 from capkit.captioner import Captioner
 from capkit.captioning import caption_clips, caption_planned, plan_clips
+from capkit.files import write_whole, writing_whole
 from capkit.manifest import COLUMNS, DEMO_CLIPS, VIDEO_SUFFIXES, Item, find_clips
-from capkit.records import CaptionStore, now, write_whole
+from capkit.records import CaptionStore, now
 from capkit.runs import Quarantine
 
 __all__ = ["COLUMNS", "DEMO_CLIPS", "VIDEO_SUFFIXES", "Item", "Shard", "ShardBusy", "caption_clips", "caption_shard"]
@@ -162,7 +163,7 @@ def caption_shard(
     return [current[settings["request"]] for settings in planned]
 
 
-@contextlib.contextmanager
+@contextmanager
 def hold_shard(folder: Path, shard: Shard) -> Iterator[Path]:
     """Hold a shard's lock, which the system lets go when the process ends, however it ends; gives its heartbeat file.
 
@@ -311,19 +312,11 @@ def _latest_lines(paths) -> tuple[dict[str, _Line], list[dict[str, Any]]]:
 
 
 def _write_merged(path, kept, lines):
-    files = {each: open(each, "rb") for each in {line.path for line in lines}}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as target:
-            for line in kept:
-                target.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            for line in lines:
-                files[line.path].seek(line.offset)
-                target.write(files[line.path].readline())
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-        for file in files.values():
-            file.close()
+    with ExitStack() as stack:
+        files = {each: stack.enter_context(open(each, "rb")) for each in {line.path for line in lines}}
+        target = stack.enter_context(writing_whole(path))
+        for line in kept:
+            target.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        for line in lines:
+            files[line.path].seek(line.offset)
+            target.write(files[line.path].readline())

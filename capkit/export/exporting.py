@@ -19,7 +19,8 @@ from capkit.export.naming import name_clips
 from capkit.export.report import COLUMNS, ExportReport, shared_openings
 from capkit.export.sidecars import SAT, Sidecars
 from capkit.export.tables import CogKit, CogKitImageToVideo, Finetrainers, VideoFolder, VideoFolderCSV, VideoXFun
-from capkit.export.writing import is_there, sha256, write_export
+from capkit.export.writing import is_there, write_export
+from capkit.files import file_sha256
 from capkit.t5 import COGVIDEOX_1_5_T5_LIMIT, t5_counter
 
 _KINDS = (CogVideo, CogKit, CogKitImageToVideo, Diffusers, Finetrainers, Sidecars, VideoFolder, VideoFolderCSV)
@@ -157,7 +158,7 @@ def _unfit_clip(kind: Layout, chosen: Chosen, row: dict[str, Any]) -> str:
     if kind.clip_suffixes and suffix not in kind.clip_suffixes:
         return f"{kind.trainer} takes only {', '.join(sorted(kind.clip_suffixes))}, not {suffix or 'no suffix at all'}"
     try:
-        row["sha256"] = sha256(chosen.clip)
+        row["sha256"] = file_sha256(chosen.clip)
     except OSError as error:
         return f"the clip cannot be read: {error.strerror or error}"
     captioned = chosen.record.get("video_sha256")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from capkit import __version__
+from capkit.files import write_whole
 
 OPENING_WORDS = 4
 COLUMNS = (
@@ -84,14 +84,7 @@ class ExportReport:
             "clips": [{k: None if v is pd.NA else v for k, v in row.items()} for row in self.table.to_dict("records")],
             **{"capkit_version": __version__, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")},
         }
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1)
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(text.encode())
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
-        return self.path
+        return write_whole(self.path, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1))
 
     def __str__(self) -> str:
         return "\n".join(self._told())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from capkit.export.base import Layout, Pair, shorten
+from capkit.files import file_sha256
 
 
 class ExportError(RuntimeError):
@@ -108,15 +108,6 @@ def _differences(kind: Layout, root: Path, pairs: list[Pair]) -> list[str]:
             told.append(f"{clip.name} is not expected, or twice")
         elif text != pair.text:
             told.append(f"{clip.name} has the caption {shorten(str(text))}, not {shorten(pair.text)}")
-        elif not (clip.exists() and (clip.samefile(pair.clip) or sha256(clip) == sha256(pair.clip))):
+        elif not (clip.exists() and (clip.samefile(pair.clip) or file_sha256(clip) == file_sha256(pair.clip))):
             told.append(f"{clip.name} is not {pair.clip}")
     return told + [f"{clip.name} is missing" for clip in wanted]
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file's content."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
