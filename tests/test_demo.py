@@ -19,7 +19,7 @@ from capkit.demo.scenes import COLOURS
 from capkit.demo.wording import make_example
 from capkit.grounding import ground
 
-LEAST = {"background": 0.9, "count": 0.7, "colour": 0.7, "shape": 0.7, "motion": 0.4, "events": 0.3}
+LEAST = {"background": 0.95, "count": 0.85, "colour": 0.8, "shape": 0.75, "motion": 0.7, "events": 0.5}
 
 
 @pytest.fixture(scope="module")
