@@ -31,7 +31,7 @@ from capkit.views import show_clip
 pytestmark = pytest.mark.needs_browser
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "runs" / "browser"
-PATIENCE_SECONDS = 300  # the machine may have other things to do
+PATIENCE_SECONDS = 150  # the machine may have other things to do
 NASTY = '<script>alert(1)</script> <img src=x onerror=alert(2)> "quoted" שלום עולם 🌟'
 NASTY_NAME = 'it\'s "quoted" <img src=x onerror=alert(3)>.mp4'
 
@@ -219,6 +219,8 @@ def test_playground_by_hand(lab, open_page):
     expect(page.get_by_text("frame 2 of ")).to_be_visible()
     first = panel.caption()
     panel.control("prompt").fill("Describe this video in one sentence.")
+    panel.control("prompt").press("Tab")
+    expect(panel.control("preset")).to_have_value("sentence")  # the kernel knows of it; a click may overtake a text
     second = panel.caption()
     print(f"\nfrom click to first word: {first:.2f} s, then {second:.2f} s")
     records = panel.store.current()
@@ -245,7 +247,7 @@ def test_playground_by_hand(lab, open_page):
     expect(panel.cards()).to_have_count(0)  # the panel anew, with the first clip
     expect(panel.button("Caption")).to_be_enabled()
     panel.control("clip").select_option("green_cross_grows.mp4")
-    expect(panel.cards()).to_have_count(3)
+    expect(panel.cards()).to_have_count(len(texts))  # one for each way of asking, the latest
     shown = " ".join(" ".join(panel.cards().all_inner_texts()).split())
     assert all(text in shown for text in texts)
     panel.screenshot("panel_reloaded", showing=panel.cards().first)
@@ -275,6 +277,7 @@ def stop_half_way(panel):
     panel.screenshot("panel_while", showing=panel.button("Stop"))
     panel.button("Stop").click()
     expect(panel.cards()).to_have_count(3)
+    page.wait_for_function("window.seen.end")
     seen = page.evaluate("window.seen")
     print(f"slowed to 0.05 s a token, first word: {(seen['word'] - seen['Caption']) / 1000:.2f} s", end=", ")
     print(f"from Stop to stopped: {(seen['end'] - seen['Stop']) / 1000:.2f} s")
@@ -289,7 +292,7 @@ def rate_a_pair(panel):
     pairs = left.inner_text()
     panel.screenshot("blind", showing=panel.button("tie"))
     panel.button("A is better").click()
-    expect(left).not_to_have_text(pairs)
+    expect(panel.page.get_by_text(pairs)).to_have_count(0)
     (rating,) = map(json.loads, (panel.folder / "runs/playground/ratings.jsonl").read_text().splitlines())
     assert rating["outcome"] == "first" and rating["clip"].endswith("green_cross_grows.mp4")
 

@@ -16,7 +16,7 @@ import pytest
 from capkit import CaptionStore
 from capkit.export import CLEANING, LAYOUTS, ExportError, export_dataset
 from capkit.export.base import LINE_SEPARATORS
-from capkit.records import _sha256 as sha256_of
+from capkit.files import file_sha256 as sha256_of
 
 TEXTS = {
     "plain": " A dog runs.",

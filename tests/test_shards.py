@@ -243,14 +243,15 @@ def test_settings_that_fit_no_clip_stop_before_anything_starts(captioner, eight_
 
 
 def test_a_clip_that_does_not_fit_into_memory_is_recorded(captioner, eight_clips, tmp_path, monkeypatch):
-    generate = captioner.model.generate
+    model = captioner.model.model
+    encode = model.get_video_features
 
-    def cramped(*args, **kwargs):
-        if len(kwargs["pixel_values_videos"]) > 4:
+    def cramped(pixel_values_videos):
+        if len(pixel_values_videos) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(*args, **kwargs)
+        return encode(pixel_values_videos)
 
-    monkeypatch.setattr(captioner.model, "generate", cramped)
+    monkeypatch.setattr(model, "get_video_features", cramped)
     store = CaptionStore(tmp_path / "captions.jsonl")
     records = caption_clips(captioner, find_clips(f"{eight_clips}/good*"), store, decoding=FEW, batch_size=4)
     failed = [r for r in records if r["status"] == "error"]
