@@ -92,7 +92,8 @@ class Playground(widgets.VBox):
         asked = dict.fromkeys(record["prompt"] for record in self._stored)
         self.asked_before = widgets.Dropdown(options=["", *asked], description="asked", layout=WIDE)
         start = PROMPT_PRESETS["default"][0]
-        self.prompt = widgets.Textarea(start, description="prompt", rows=3, layout=WIDE, continuous_update=False)
+        # Told with every letter: told on leaving the box, it could be overtaken by the click on Caption.
+        self.prompt = widgets.Textarea(start, description="prompt", rows=3, layout=WIDE)
         self.explained = widgets.HTML()
         asking, frames, decoding = asking_controls(), frame_controls(), decoding_controls()
         vars(self).update(asking | frames | decoding)
