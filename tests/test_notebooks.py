@@ -70,7 +70,9 @@ class TestCaptionClips:
         pasted = {"do_sample": False, "top_k": 1, "top_p": 0.1, "temperature": 0.1, "max_new_tokens": 8}
         _, shown = run("01", tmp_path, videos="list.csv", decoding=pasted, output_dir="out", batch_size=2)
         records = capkit.CaptionStore(tmp_path / "out" / "captions.jsonl").current()
-        assert sorted(record["status"] for record in records) == ["error", "error", "ok", "ok"]
+        statuses = {(Path(r["video"]).name, r["start_seconds"]): r["status"] for r in records}
+        good, bad = {("good.mp4", 0.0): "ok", ("good.mp4", 1.5): "ok"}, {("empty.mp4", 0.0), ("gone.mp4", 0.0)}
+        assert len(records) == 4 and statuses == good | dict.fromkeys(bad, "error")
         assert "without effect, dropped: {'top_k': 1, 'top_p': 0.1, 'temperature': 0.1}" in shown
         assert "Who is &lt;b&gt;there&lt;/b&gt;?" in shown and "<b>there</b>" not in shown
         assert all(record["error"].split("/")[-1].split(":")[0] in shown for record in records if record["error"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Pair:
         return self.name.rsplit(".", 1)[0]
 
 
-class Layout:
+class Layout(ABC):
     """How one trainer wants its data. A layout writes caption files, and reads a folder as that trainer does.
 
     Attributes:
@@ -67,25 +68,25 @@ class Layout:
         """Why no export can stand in this folder, or ""."""
         return ""
 
+    @abstractmethod
     def write(self, root: Path, pairs: list[Pair]) -> None:
         """Write all files that hold captions; the clips are there already."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, root: Path) -> list[tuple[Path, str]]:
         """Clips and captions, paired as the trainer pairs them.
 
         Raises:
             ValueError, OSError: what the trainer would stop at.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def caption_files(self, names: list[str]) -> set[str]:
         """The files that `write` makes for clips of these names, relative to the root."""
-        raise NotImplementedError
 
+    @abstractmethod
     def command(self, root: Path, trigger_word: str) -> str:
         """How to start the trainer on the folder; what is in capitals is for the user to fill in."""
-        raise NotImplementedError
 
 
 def write_text(path: Path, text: str) -> None:
