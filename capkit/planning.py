@@ -9,7 +9,7 @@ import itertools
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,10 @@ class Cell:
 
     def to_parameters(self) -> dict[str, Any]:
         """Its settings as parameters of `notebooks/01_caption_clips.ipynb`."""
-        sampling = self.frame_sampling
         return {
             "prompt": self.prompt,
             "template": self.template,
-            "frame_sampling": sampling.strategy,
-            "num_frames": sampling.num_frames,
-            "frames_per_second": sampling.frames_per_second or 0.0,
+            "frame_sampling": asdict(self.frame_sampling),
             "frame_numbers": self.frame_numbers,
             "decoding": self.decoding.to_dict(),
         }

@@ -27,7 +27,7 @@ class TestForm:
         assert (notebook.metadata.kernelspec.name, notebook.metadata.kernelspec.language) == ("python3", "python")
         assert len(code) <= 20
         for cell in code:  # parameters are a table, not code to follow
-            assert len(cell.source.splitlines()) <= (20 if "parameters" in cell.metadata.get("tags", []) else 15)
+            assert len(cell.source.splitlines()) <= 15
         assert not any(re.search(r"sys\.path|^!|^%pip", cell.source, re.M) for cell in code)
         titles = re.findall(r"^# .*", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
         assert len(titles) == 1 and titles[0].endswith("?")
@@ -81,7 +81,7 @@ class TestCaptionClips:
 
     def test_frame_numbers_that_are_not_seconds_are_said(self, tmp_path):
         encode_clip(tmp_path / "long.mp4", range(100), fps=10)
-        settings = FAST | {"videos": "long.mp4", "frame_sampling": "uniform", "num_frames": 4}
+        settings = FAST | {"videos": "long.mp4", "frame_sampling": {"strategy": "uniform", "num_frames": 4}}
         _, shown = run("01", tmp_path, **settings)
         assert "In 1 of 1 clips the numbers that the model reads beside the frames are not seconds" in shown
         _, shown = run("01", tmp_path, **settings, frame_numbers="seconds")
@@ -89,7 +89,7 @@ class TestCaptionClips:
 
     def test_windows_have_captions_and_subtitles(self, tmp_path):
         encode_clip(tmp_path / "long.mp4", range(100), fps=10)
-        _, shown = run("01", tmp_path, **FAST, videos="long.mp4", window_seconds=4.0, output_dir="out")
+        _, shown = run("01", tmp_path, **FAST, videos="long.mp4", parts={"window_seconds": 4.0}, output_dir="out")
         records = capkit.CaptionStore(tmp_path / "out" / "captions.jsonl").current()
         assert sorted((r["start_seconds"], r["end_seconds"]) for r in records) == [(0.0, 4.0), (4.0, 8.0), (8.0, None)]
         assert "3 captions to have, 3 of them of a part of a clip" in shown
@@ -100,7 +100,7 @@ class TestCaptionClips:
         "parameters, told",
         [
             ({"engine": "dask"}, "engine='dask': must be 'local' or 'ray'"),
-            ({"trainer": "sora"}, "unknown trainer 'sora'"),
+            ({"parts": {"trainer": "sora"}}, "unknown trainer 'sora'"),
             ({"promt": "Why?"}, "unknown parameter 'promt'; did you mean 'prompt'?"),
             ({"template": "poem"}, "template='poem': must be one of 'chat', 'vqa', 'base'"),
             ({"decoding": {"top_p": 0.5}}, "top_p=0.5: no effect, because temperature is 0"),

@@ -305,8 +305,7 @@ def test_a_cell_is_parameters_of_notebook_01():
         assert all(f"\n{name}: " in f"\n{cell.source}" for name in way.to_parameters())
         settings = way.to_parameters()
         assert Decoding.of(settings["decoding"]) == way.sampled(0)
-        how = (settings["frame_sampling"], settings["num_frames"], settings["frames_per_second"] or None)
-        assert FrameSampling(*how) == way.frame_sampling
+        assert FrameSampling.of(settings["frame_sampling"]) == way.frame_sampling
 
 
 def sweeping_process(path, num_prompts):
