@@ -27,7 +27,8 @@ soak: $(VENV)/dev
 	$(BIN)/python -m pytest -m soak -s
 
 lab: $(VENV)/base
-	$(BIN)/jupyter lab notebooks
+	@# By default the server drops messages above 10 MB, and with them clips added in notebook 04, without a word.
+	$(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 1073741824}'
 
 test-oldest: .venv-oldest/dev
 	.venv-oldest/bin/python -m pytest -m golden

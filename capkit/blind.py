@@ -38,7 +38,7 @@ class BlindRating(widgets.VBox):
     """Pairs of captions of the same clip, in random order and without labels: better, tie or worse.
 
     Args:
-        store: where the captions are; hand edits win.
+        store: where the captions are; hand edits win. Those stopped by hand are left out.
         ratings: file of ratings, JSON lines of `clip`, `first`, `second`, `outcome` and `seed`. Pairs rated there are
             not shown again.
         variants: as `variant_name` calls them; None for all that the store has.
@@ -59,7 +59,8 @@ class BlindRating(widgets.VBox):
         by_clip: dict[str, dict[str, dict]] = {}
         for record in store.current():
             name = variant_name(record)
-            if record["status"] == "ok" and (variants is None or name in variants):
+            is_whole = record["status"] == "ok" and record.get("finish_reason") != "stopped"
+            if is_whole and (variants is None or name in variants):
                 by_clip.setdefault(record["video"], {}).setdefault(name, record)
         pairs = [
             (clip, *pair)

@@ -66,6 +66,7 @@ class Playground(widgets.VBox):
         names = [(Path(clip).name, str(clip)) for clip in clips]
         self.video = widgets.Dropdown(options=names, description="clip", layout=WIDE)
         self.upload = widgets.FileUpload(accept="video/*", description="add a clip")
+        self.path = widgets.Text(placeholder="or a file name, for any size", continuous_update=False, layout=WIDE)
         self.frame = widgets.IntSlider(0, min=0, max=0, description="frame", layout=WIDE)
         self.picture = widgets.HTML()  # of which widgets.Image would tell a screen reader nothing
         self.about_frame = widgets.HTML()
@@ -75,7 +76,8 @@ class Playground(widgets.VBox):
         self.words = widgets.HTML()
         self.message = widgets.HTML()
         self.cards = widgets.GridBox(layout=_CARDS)
-        seen = [self.video, self.upload, self.picture, self.frame, self.about_frame, *self._choose_frames]
+        add = widgets.HBox([self.upload, self.path])
+        seen = [self.video, add, self.picture, self.frame, self.about_frame, *self._choose_frames]
         left = widgets.VBox(seen, layout={"flex": "1 1 300px", "min_width": "0"})
         buttons = widgets.HBox([self.caption_button, self.stop_button])
         right = widgets.VBox(
@@ -110,6 +112,7 @@ class Playground(widgets.VBox):
         for control in (self.frame, self.frame_numbers, self.template):
             control.observe(lambda _: self._show_frame(), "value")
         self.upload.observe(lambda _: self._add_uploads(), "value")
+        self.path.observe(lambda change: self._add_clip(change["new"].strip()), "value")
         self.preset.observe(lambda change: self._ask(PROMPT_PRESETS.get(change["new"], ("",))[0]), "value")
         self.asked_before.observe(lambda change: self._ask(change["new"]), "value")
         self.prompt.observe(lambda change: self._name_prompt(change["new"]), "value")
@@ -206,8 +209,16 @@ class Playground(widgets.VBox):
         for upload in self.upload.value:
             path = folder / Path(upload["name"]).name
             path.write_bytes(upload["content"])
-            self.video.options = [*self.video.options, (path.name, str(path))]
-            self.video.value = str(path)
+            self._add_clip(str(path))
+
+    def _add_clip(self, path):
+        if path:
+            if path not in [known for _, known in self.video.options]:
+                self.video.options = [*self.video.options, (Path(path).name, path)]
+            if self.video.value == path:
+                self._read_clip()  # the file may be another now
+            self.video.value = path
+            self.path.value = ""
 
     # ---- captions --------------------------------------------------------------------------------------------------
 

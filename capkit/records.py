@@ -84,7 +84,8 @@ class CaptionStore:
     def current(self) -> list[dict[str, Any]]:
         """The latest attempt at each request, in the order in which requests were first tried.
 
-        Where a hand edit refers to the request, `edited_text` holds it; `text` stays what the model said.
+        A caption stopped by hand (`finish_reason` "stopped") counts only where there is no whole one. Where a hand edit
+        refers to the request, `edited_text` holds it; `text` stays what the model said.
         """
         latest: dict[str, dict] = {}
         edits = {}
@@ -92,14 +93,17 @@ class CaptionStore:
             if "edits" in line:
                 edits[line["edits"]] = line["text"]
             elif "request" in line:
-                latest[line["request"]] = line
+                before = latest.get(line["request"], line)
+                if not _is_stopped(line) or _is_stopped(before) or before["status"] != "ok":
+                    latest[line["request"]] = line
         return [
             record | ({"edited_text": edits[request]} if request in edits else {}) for request, record in latest.items()
         ]
 
     def done(self, retry_errors: bool = False) -> set[str]:
-        """Requests that need no further attempt: those that succeeded and, unless they are to be retried, failed."""
-        return {record["request"] for record in self.current() if record["status"] == "ok" or not retry_errors}
+        """Requests that need no further attempt: with a whole caption or, unless they are retried, with an error."""
+        whole = (record for record in self.current() if not _is_stopped(record))
+        return {record["request"] for record in whole if record["status"] == "ok" or not retry_errors}
 
     def edit(self, request: str, text: str) -> None:
         """Keep a text written by hand for a request. No rerun overwrites it.
@@ -248,6 +252,10 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
         empty = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds")
         record |= dict.fromkeys(empty) | {"status": "error", "error": str(outcome) or repr(outcome)}
     return record | {"capkit_version": __version__, "created": now()}
+
+
+def _is_stopped(record: dict[str, Any]) -> bool:
+    return record.get("finish_reason") == "stopped"
 
 
 def _digest(content: Any) -> str:

@@ -85,6 +85,11 @@ def test_a_hand_edit_is_what_is_rated(store, tmp_path):
     assert "by hand" in BlindRating(store, tmp_path / "ratings.jsonl").shown.value
 
 
+def test_what_was_stopped_half_way_is_not_rated(store, tmp_path):
+    store.append(record("g", PROMPTS[1], "half a") | {"finish_reason": "stopped"})
+    assert not any("/g.mp4" in clip for clip, *_ in BlindRating(store, tmp_path / "ratings.jsonl").pairs)
+
+
 def test_only_the_variants_asked_for(store, tmp_path):
     store.append(record("a", PROMPTS[2], "a third"))
     names = [variant_name(record("a", prompt, "x")) for prompt in PROMPTS]

@@ -199,3 +199,12 @@ def test_an_uploaded_clip_joins_the_others(panel):
     panel.upload.value = [file | {"last_modified": datetime.now(timezone.utc)}]
     assert Path(panel.video.value).name == "mine.mp4" and Path(panel.video.value).parent.name == "uploads"
     assert panel.clip.info.path == panel.video.value
+
+
+def test_a_file_name_joins_the_clips_once(panel):
+    for name in (f" {CLIPS[3]} ", CLIPS[0], CLIPS[3]):
+        panel.path.value = name
+        assert panel.video.value == panel.clip.info.path == name.strip() and panel.path.value == ""
+    assert [path for _, path in panel.video.options] == [*CLIPS[:2], CLIPS[3]]
+    panel.path.value = "nowhere.mp4"
+    assert "nowhere.mp4" in panel.message.value and panel.clip is None

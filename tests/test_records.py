@@ -51,6 +51,16 @@ def test_errors_are_retried_only_on_request(store):
     assert store.done(retry_errors=True) == {"a"}
 
 
+def test_a_caption_stopped_by_hand_is_no_answer_and_replaces_none(store):
+    stopped = {"finish_reason": "stopped", "text": "half a"}
+    for record in (attempt("a", finish_reason="eos"), attempt("a", **stopped), attempt("b", **stopped)):
+        store.append(record)
+    assert [record["text"] for record in store.current()] == ["caption of a", "half a"]
+    assert store.done() == {"a"}
+    store.append(attempt("b", finish_reason="length"))
+    assert store.current()[1]["text"] == "caption of b" and store.done() == {"a", "b"}
+
+
 def test_an_empty_store_and_one_that_does_not_exist(store):
     assert store.current() == [] and store.done() == set()
     assert not store.path.parent.exists()

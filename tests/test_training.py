@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 
@@ -197,3 +198,8 @@ def test_a_run_stops_with_its_time_and_goes_on(tmp_path):
     weights = (checkpoint / "model.safetensors").read_bytes()
     training.train(tmp_path, **settings)  # all is done: nothing changes
     assert (checkpoint / "model.safetensors").read_bytes() == weights
+    further = training.train(tmp_path / "on", **settings | {"vision_steps": 0}, start_from=checkpoint)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, further))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(".vision." in name for name in changed)

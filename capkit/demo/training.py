@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from capkit.captioner import load_captioner
 from capkit.cogvlm2 import CogVLM2VideoConfig, CogVLM2VideoForConditionalGeneration, CogVLM2VideoProcessor
 from capkit.cogvlm2.modeling import image_mask, rotary_position_ids
 from capkit.cogvlm2.processing import preprocess_frames
@@ -233,6 +234,7 @@ def train(
     num_workers: int = 1,
     seed: int = 0,
     bf16: bool = False,
+    start_from: str | Path | None = None,
 ) -> Path:
     """Train, and write a checkpoint in the published layout. Called again with the same folder, it goes on.
 
@@ -250,6 +252,8 @@ def train(
         num_workers: processes that draw; 1 draws in this one.
         seed: of weights and order.
         bf16: multiply in bfloat16, where the processor does so faster.
+        start_from: a checkpoint, as for `load_captioner`, whose weights and tokenizer to begin with; None for nothing.
+            With `vision_steps` 0 its vision tower stays as it is.
 
     Returns:
         The folder of the checkpoint.
@@ -260,14 +264,21 @@ def train(
     torch.manual_seed(seed)
     drawn = draw_clips(range(num_clips), num_workers=num_workers)
     held_out = draw_clips(range(num_held_out), held_out=True, num_workers=num_workers)
-    tokenizer = train_tokenizer(drawn[:3000])
-    model = new_model(tokenizer)
-    processor = CogVLM2VideoProcessor(tokenizer, IMAGE_SIZE, model.config.tokens_per_frame)
-    training = TrainingModel(model, tokens_that_matter(tokenizer), bf16)
+    if start_from:
+        captioner = load_captioner(start_from, dtype="float32")
+        model, processor = captioner.model, captioner.processor
+    else:
+        tokenizer = train_tokenizer(drawn[:3000])
+        model = new_model(tokenizer)
+        processor = CogVLM2VideoProcessor(tokenizer, IMAGE_SIZE, model.config.tokens_per_frame)
+    training = TrainingModel(model, tokens_that_matter(processor.tokenizer), bf16)
     frames, held_out_frames = Frames(drawn, recoloured=0.75), Frames(held_out)
     how = (vision_learning_rate, seed, until)
-    if _train_stage(training, output_dir, "vision", vision_steps, FRAMES_PER_STEP, frames, held_out_frames, *how):
-        _level(model, held_out)
+    if not vision_steps or _train_stage(
+        training, output_dir, "vision", vision_steps, FRAMES_PER_STEP, frames, held_out_frames, *how
+    ):
+        if vision_steps:
+            _level(model, held_out)
         model.model.vision.requires_grad_(False)
         grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
         examples = Examples(drawn, _encode(model, _frames(drawn)), processor, misheard=0.3, grey=grey)
