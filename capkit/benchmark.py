@@ -36,7 +36,7 @@ from capkit.benchmark_models import (
 from capkit.benchmark_results import as_markdown, describe
 from capkit.benchmark_video import measure_reading
 from capkit.branches import SharedVideo
-from capkit.caches import RoomyCache, read_ids
+from capkit.caches import EAGER_BATCHES, STATIC_DEVICES, RoomyCache, read_ids
 from capkit.captioner import load_captioner
 from capkit.cogvlm2.processing import preprocess_frames
 from capkit.decoding import Decoding
@@ -201,6 +201,7 @@ class Benchmark:
         (tokens, baseline, step), _ = self._both_ways()
         for count in self.size.batches:
             clips = [self.clips[number % NUM_CLIPS] for number in range(count)]
+            self._warm_up(lambda clips=clips: self._timed_batch(clips))
             with StepTimes(self.captioner.model) as steps, PeakMemory(self.device) as memory:
                 runs = [self._timed_batch(clips) for _ in range(self.size.repeats if count <= NUM_CLIPS else 1)]
             seconds = statistics.median(seconds for seconds, _ in runs)
@@ -286,6 +287,7 @@ class Benchmark:
             ways = (self._plain_caption, self._quick_caption)
             steps = (StepTimes(self.plain), StepTimes(self.captioner.model))
             runs = [], []
+            self._warm_up(lambda: self._quick_caption(self.clips[0]))
             for clip in [self.clips[0], *self.clips]:
                 for way, times, some in zip(ways, steps, runs, strict=True):
                     with times:
@@ -295,6 +297,11 @@ class Benchmark:
                 for some, times in zip(runs, steps, strict=True)
             ]
         return self._captioned
+
+    def _warm_up(self, function):
+        """Where decoding is compiled once a size has come often enough, what is measured is what comes after."""
+        for _ in range(EAGER_BATCHES + 2 if self.device.type in STATIC_DEVICES else 0):
+            function()
 
     def _plain_caption(self, clip):
         decoding = Decoding(max_new_tokens=self.size.num_tokens)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from capkit.caches import StaticCaches
 from capkit.cogvlm2 import DEFAULT_PROMPT, CogVLM2VideoForConditionalGeneration, CogVLM2VideoProcessor, loading
 from capkit.cogvlm2.processing import one_prompt_each
 from capkit.decoding import Decoding
@@ -96,6 +97,7 @@ class Captioner:
     ):
         self.model, self.processor = model, processor
         self.name, self.fingerprint, self.quantization = name, fingerprint, quantization
+        self._static_caches = StaticCaches(model)
         self._num_frames_too_many = math.inf  # in a batch, each clip counted as long as the longest
 
     def __repr__(self) -> str:
@@ -176,6 +178,7 @@ class Captioner:
                 size = min(size, len(clips) - len(captions))
                 self._num_frames_too_many = min(self._num_frames_too_many, size * longest)
                 size = size // 2 or 1
+                self._static_caches.forget()
                 error.__traceback__ = None  # it holds the frames whose tensors are to be freed
             else:
                 continue
@@ -237,4 +240,4 @@ class Captioner:
         return Score(token_ids, [self.processor.decode([token]) for token in token_ids], logprobs)
 
     def _request(self, clips, prompts, *settings) -> Request:
-        return Request(self.model, self.processor, clips, prompts, *settings)
+        return Request(self.model, self.processor, self._static_caches, clips, prompts, *settings)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import (
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
@@ -22,6 +30,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from capkit.caches import RoomyCache, read_rows
+from capkit.cogvlm2 import loading
 from capkit.cogvlm2.modeling import rotary_position_ids
 from capkit.decoding import Decoding
 
@@ -68,8 +77,9 @@ class Caption:
 class Request:
     """One call of generate(): inputs checked and made beforehand, tokens chosen by our own rules."""
 
-    def __init__(self, model, processor, clips, prompts, template, history, frame_numbers, decoding):
-        self.model, self.processor, self.prompts, self.decoding = model, processor, prompts, decoding
+    def __init__(self, model, processor, static_caches, clips, prompts, template, history, frame_numbers, decoding):
+        self.model, self.processor, self.static_caches = model, processor, static_caches
+        self.prompts, self.decoding = prompts, decoding
         self.settings = {
             "template": template,
             "history": tuple((question, answer) for question, answer in history),
@@ -81,19 +91,41 @@ class Request:
     @torch.inference_mode()
     def run(self, streamer: BaseStreamer | None = None) -> list[Caption]:
         started = time.perf_counter()
-        model, decoding = self.model, self.decoding
-        inputs = self.inputs.to(model.device)
+        inputs, decoding = self.inputs.to(self.model.device), self.decoding
+        static = None
+        if decoding.num_beams == 1:
+            static = self.static_caches.get(*inputs["input_ids"].shape, decoding.max_new_tokens)
+        try:
+            rows, logprobs = self._generate(inputs, static, streamer)
+        except Exception as error:
+            if static is None or loading.is_out_of_memory(error):
+                raise
+            warnings.warn(f"decoding is not compiled, which is slower: {error!r}", stacklevel=2)
+            self.static_caches.is_useful = False
+            self.static_caches.forget()
+            rows, logprobs = self._generate(inputs, None, streamer)
+        seconds = (time.perf_counter() - started) / len(rows)
+        return [self._caption(*row, seconds=seconds) for row in zip(rows, logprobs, self.prompts, strict=True)]
+
+    def _generate(self, inputs, static: StaticCache | None, streamer) -> tuple[list[list[int]], list[list[float]]]:
+        """New tokens of each row, and their log probabilities."""
+        model, decoding, num_rows = self.model, self.decoding, len(self.prompts)
         prompt_length = inputs["input_ids"].shape[1]
         chooser = Chooser([decoding], prompt_length)
         beams = decoding.num_beams > 1
         config = model.config
-        if len(self.prompts) > 1 and not beams:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if static is not None:
+            filled = [*range(num_rows), *[0] * (self.static_caches.size[0] - num_rows)]
+            ids, mask = ids[filled], mask[filled]
+            known = {"past_key_values": read_rows(model, inputs, static, len(filled))}
+        elif num_rows > 1 and not beams:
             known = {"past_key_values": read_rows(model, inputs)}
         else:
             known = {"past_key_values": RoomyCache(config), "pixel_values_videos": inputs["pixel_values_videos"]}
         new_ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=ids,
+            attention_mask=mask,
             **known,
             # Made afresh: a generation_config.json beside the weights would set what nobody here asked for.
             generation_config=GenerationConfig(
@@ -107,14 +139,11 @@ class Request:
             logits_processor=LogitsProcessorList(chooser.penalties if beams else [chooser]),
             stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
             streamer=streamer,
-        )[:, prompt_length:].tolist()
+        )[:num_rows, prompt_length:].tolist()
         rows = [until_end(row, config) for row in new_ids]
         if beams:  # rows change places between steps: ask afterwards
-            logprobs = continuation_logprobs(model, inputs, rows)
-        else:
-            logprobs = torch.stack(chooser.logprobs, 1).tolist()
-        seconds = (time.perf_counter() - started) / len(rows)
-        return [self._caption(*row, seconds=seconds) for row in zip(rows, logprobs, self.prompts, strict=True)]
+            return rows, continuation_logprobs(model, inputs, rows)
+        return rows, torch.stack(chooser.logprobs, 1)[:num_rows].tolist()
 
     def _caption(self, ids: list[int], logprobs: list[float], prompt: str, seconds: float) -> Caption:
         asked = {"prompt": prompt, "decoding": self.decoding, **self.settings}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -95,23 +96,30 @@ class PeakMemory:
 
 
 class StepTimes:
-    """When each decoding step of a model begins, inside a `with`: calls of `model` for one position a row."""
+    """When each decoding step of a model begins, inside a `with`: where `generate()` prepares one position a row.
+
+    The model's own call is left as it is: it may be compiled.
+    """
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.starts = model, []
 
     def __enter__(self) -> StepTimes:
-        self._hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        prepare = self.model.prepare_inputs_for_generation
+
+        @functools.wraps(prepare)  # generate() looks at its parameters
+        def watched(*args, **kwargs):
+            inputs = prepare(*args, **kwargs)
+            if inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1:
+                wait_for(self.model.device)
+                self.starts.append(time.perf_counter())
+            return inputs
+
+        self.model.prepare_inputs_for_generation = watched
         return self
 
-    def _before(self, module, args, kwargs):
-        ids = kwargs.get("input_ids")
-        if ids is not None and ids.shape[1] == 1:
-            wait_for(self.model.device)
-            self.starts.append(time.perf_counter())
-
     def __exit__(self, *error) -> None:
-        self._hook.remove()
+        del self.model.prepare_inputs_for_generation
 
     @property
     def seconds(self) -> float:
