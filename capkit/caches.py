@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from capkit.cogvlm2.modeling import image_mask, place_features, rotary_position_ids
 
 ROOM = 256  # positions that are allocated beyond those needed
+READ_TOGETHER = 256  # positions, where others stand before them
 STATIC_DEVICES = ("cuda",)  # where generate() compiles decoding into CUDA graphs if the cache is static
 STATIC_POSITIONS = 512  # a static cache has room for a multiple of so many
 MOST_STATIC_TOKENS = 1024  # new ones; room for all that more might take costs more than graphs gain
@@ -107,13 +108,19 @@ def read_ids(model, cache: DynamicCache, ids: list[int], features: torch.Tensor)
     """
     ids = torch.tensor([ids], device=model.device)
     there, image = cache.get_seq_length(), image_mask(ids, model.config.video_token_id)
-    model.model(
-        inputs_embeds=place_features(model.model.embed_tokens(ids[:, there:]), image[:, there:], features),
-        attention_mask=torch.ones_like(ids),
-        position_ids=rotary_position_ids(ids, model.config.video_token_id)[:, there:],
-        past_key_values=cache,
-        use_cache=True,
-    )
+    embeds = place_features(model.model.embed_tokens(ids[:, there:]), image[:, there:], features)
+    positions = rotary_position_ids(ids, model.config.video_token_id)
+    # After something, a causal mask is written out, and all that it hides is computed: in pieces that is little.
+    piece = READ_TOGETHER if there else ids.shape[1]
+    for first in range(there, ids.shape[1], piece):
+        end = min(first + piece, ids.shape[1])
+        model.model(
+            inputs_embeds=embeds[:, first - there : end - there],
+            attention_mask=torch.ones_like(ids[:, :end]),
+            position_ids=positions[:, first:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
 
 
 def read_rows(
