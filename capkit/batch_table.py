@@ -362,6 +362,8 @@ def _distinct(runs: list[Run], problems: list[str]) -> list[Run]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        value = " ".join(map(str, value.values()))
     text = value if isinstance(value, str) else json.dumps(value)
     return re.sub(r"[^\w.,+-]+", "_", text).strip("_.")[:VALUE_LENGTH]
 
