@@ -20,7 +20,7 @@ from capkit.cogvlm2.configuration import CogVLM2VideoConfig
 from capkit.cogvlm2.linear import use_onednn
 from capkit.decoding import Decoding
 from capkit.frames import Clip
-from capkit.generation import Chooser, until_end
+from capkit.generation import Chooser, draw_key, until_end
 
 PROMPTS = (
     DEFAULT_PROMPT,
@@ -200,7 +200,7 @@ def plain_caption(model, processor, clip: Clip, prompt: str, decoding: Decoding)
             pad_token_id=config.pad_token_id,
         ),
         logits_processor=LogitsProcessorList(
-            [] if len(decoding.to_dict()) == 1 else [Chooser([decoding], ids.shape[1])]
+            [] if len(decoding.to_dict()) == 1 else [Chooser([decoding], [draw_key(clip)], ids.shape[1])]
         ),
     )[0, ids.shape[1] :]
     return until_end(new_ids.tolist(), config)

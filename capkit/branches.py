@@ -20,7 +20,7 @@ from capkit.cogvlm2.modeling import rotary_position_ids
 from capkit.cogvlm2.processing import check_settings, preprocess_frames
 from capkit.decoding import Decoding
 from capkit.frames import Clip
-from capkit.generation import Caption, Chooser, is_end, make_caption
+from capkit.generation import Caption, Chooser, draw_key, is_end, make_caption
 
 BRANCHES_TOGETHER = 32  # each also skips over the others' words, which costs more the more there are
 VIDEO = 0  # the part that all branches see
@@ -91,7 +91,9 @@ class SharedVideo:
             row = SharedRow(model, cache, video_ids)
             hidden = torch.stack([text[-1] for text in row.read_texts(texts)])
             asked = time.perf_counter()
-            new_ids, logprobs = _choose_all(model, row, hidden[of_branch], of_branch, [d for _, d in branches])
+            new_ids, logprobs = _choose_all(
+                model, row, hidden[of_branch], of_branch, [d for _, d in branches], draw_key(self.clip)
+            )
         finally:
             crop(cache, len(video_ids))
         # The video counts for all alike, words for who said them.
@@ -184,13 +186,16 @@ class SharedRow:
         return outputs.last_hidden_state[0]
 
 
-def _choose_all(model, row, hidden, of_branch, decodings) -> tuple[list[list[int]], list[list[float]]]:
+def _choose_all(model, row, hidden, of_branch, decodings, key) -> tuple[list[list[int]], list[list[float]]]:
     """Each branch's new tokens and their log probabilities, by its own decoding. A branch that has ended is dropped."""
     groups: dict[str, list[int]] = {}
     for branch, decoding in enumerate(decodings):
         alike = {name: value for name, value in decoding.to_dict().items() if name not in ("seed", "max_new_tokens")}
         groups.setdefault(str(alike), []).append(branch)
-    choosers = [(Chooser([decodings[branch] for branch in members]), members) for members in groups.values()]
+    choosers = [
+        (Chooser([decodings[branch] for branch in members], [key] * len(members)), members)
+        for members in groups.values()
+    ]
     new_ids, logprobs = [[] for _ in decodings], [[] for _ in decodings]
     live, step = list(range(len(decodings))), 0
     while live:

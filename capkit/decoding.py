@@ -32,7 +32,8 @@ class Decoding:
         num_beams: beams kept in beam search; 1 means none. Beam search does not sample.
         repetition_penalty: above 1.0 makes tokens that were already generated less likely. The prompt does not count.
         no_repeat_ngram_size: forbid any run of this many generated tokens to come twice; 0 forbids nothing.
-        seed: of the draw, when temperature is above 0; None means 0, so that every result can be repeated.
+        seed: of the draw, when temperature is above 0; None means 0, so that every result can be repeated. The same
+            seed draws differently for another clip.
         dropped: what `from_generate_kwargs` left out because it has no effect. Not a setting, not compared.
 
     Raises:

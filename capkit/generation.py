@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from capkit.caches import RoomyCache, read_rows
 from capkit.cogvlm2 import loading
 from capkit.cogvlm2.modeling import rotary_position_ids
 from capkit.decoding import Decoding
+from capkit.frames import Clip
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Request:
             "frame_numbers": frame_numbers,
         }
         self.inputs = processor(clips, prompts, template, history, frame_numbers)
+        self.draw_keys = [*map(draw_key, clips)]
         self.stop = threading.Event()
 
     @torch.inference_mode()
@@ -110,14 +113,15 @@ class Request:
     def _generate(self, inputs, static: StaticCache | None, streamer) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each row, and their log probabilities."""
         model, decoding, num_rows = self.model, self.decoding, len(self.prompts)
-        prompt_length = inputs["input_ids"].shape[1]
-        chooser = Chooser([decoding], prompt_length)
-        beams = decoding.num_beams > 1
-        config = model.config
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if static is not None:
-            filled = [*range(num_rows), *[0] * (self.static_caches.size[0] - num_rows)]
+        ids, mask, config = inputs["input_ids"], inputs["attention_mask"], model.config
+        filled = [*range(num_rows)]
+        if static is not None:  # to its size, with the first row again
+            filled += [0] * (self.static_caches.size[0] - num_rows)
             ids, mask = ids[filled], mask[filled]
+        prompt_length = ids.shape[1]
+        chooser = Chooser([decoding] * len(filled), [self.draw_keys[row] for row in filled], prompt_length)
+        beams = decoding.num_beams > 1
+        if static is not None:
             known = {"past_key_values": read_rows(model, inputs, static, len(filled))}
         elif num_rows > 1 and not beams:
             known = {"past_key_values": read_rows(model, inputs)}
@@ -197,19 +201,26 @@ def chosen_logprobs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
+def draw_key(clip: Clip) -> int:
+    """A number that tells a clip's frames from others, for `Chooser`: of a grid of their pixels."""
+    return zlib.crc32(np.ascontiguousarray(clip.frames[:, ::16, ::16]))
+
+
 class Chooser(LogitsProcessor):
     """Chooses each row's next token by our own rules, and leaves generate() no other; keeps the model's own log
     probability of it.
 
-    Rows draw from numbers of their own, made from the seed alone, so that a row's caption does not depend on the rows
-    beside it, nor on the device.
+    Rows draw from numbers of their own, made from the seed and the clip alone, so that a row's caption does not depend
+    on the rows beside it, nor on the device; and clips do not share their luck, or two seeds compared over many clips
+    would differ more often than chance allows.
 
     Args:
-        decodings: one for each row, or one for all. They may differ in seed and max_new_tokens, in nothing else.
+        decodings: one for each row. They may differ in seed and max_new_tokens, in nothing else.
+        draw_keys: `draw_key` of each row's clip.
         prompt_length: tokens before the first new one, where rows come as generate() passes them.
     """
 
-    def __init__(self, decodings: Sequence[Decoding], prompt_length: int = 0):
+    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int], prompt_length: int = 0):
         self.logprobs: list[torch.Tensor] = []  # a (B,) tensor a step
         self.prompt_length = prompt_length
         decoding = decodings[0]
@@ -222,7 +233,10 @@ class Chooser(LogitsProcessor):
         if decoding.samples:
             longest = max(one.max_new_tokens for one in decodings)
             self.draws = np.stack(
-                [np.random.default_rng(one.seed or 0).random(longest, dtype=np.float32) for one in decodings]
+                [
+                    np.random.default_rng([one.seed or 0, key]).random(longest, dtype=np.float32)
+                    for one, key in zip(decodings, draw_keys, strict=True)
+                ]
             )
             self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
             self.warpers += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []

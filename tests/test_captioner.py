@@ -11,6 +11,7 @@ from conftest import GOLDEN
 
 import capkit
 from capkit import Decoding
+from capkit.generation import Chooser, draw_key
 
 FEW = Decoding(max_new_tokens=16)
 
@@ -74,6 +75,14 @@ class TestSampling:
 
         assert sample(1).token_ids == sample(1).token_ids != sample(2).token_ids
         assert sample(None).token_ids == sample(0).token_ids
+
+    def test_clips_do_not_share_their_luck(self, random_clip):
+        """Else two seeds compared over many clips would differ more often than chance allows."""
+        decoding, scores = Decoding(max_new_tokens=1, temperature=1.0, seed=3), torch.zeros(1, 1000)
+        keys = [draw_key(random_clip(2, number)) for number in range(40)]
+        chosen = [Chooser([decoding], [key]).choose(None, scores, 0)[0].item() for key in keys]
+        assert len(set(chosen)) > 30 and 300 < np.mean(chosen) < 700
+        assert keys[0] == draw_key(random_clip(2, 0))
 
     def test_a_row_does_not_depend_on_its_batch(self, captioner, random_clip):
         decoding = Decoding(max_new_tokens=16, temperature=0.9, top_p=0.8, top_k=40, min_p=0.01, seed=5)
