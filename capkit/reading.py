@@ -7,6 +7,7 @@ decord reads where it is exact, PyAV everything else: the same frames under the 
 import errno
 import os
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -69,12 +70,19 @@ def read_frames(path, choose):
     """
     import av
 
-    decord = _import_decord(path)
+    decord, opened = _import_decord(path), []
     try:
-        listing = _list_frames(path)
+        # decord lists the packets too when it opens a file, and lets others run meanwhile.
+        with ThreadPoolExecutor(1) as pool:
+
+            def open_it():
+                if decord:
+                    opened.append(pool.submit(decord.VideoReader, os.path.abspath(path)))
+
+            listing = _list_frames(path, open_it)
         times, info = listing.timestamps_seconds, listing.info
         chosen = choose(times, info)
-        frames = _frames_by_decord(decord, listing, chosen) if decord and listing.decord_is_exact else None
+        frames = _frames_by_decord(decord, opened[0], listing, chosen) if opened and listing.decord_is_exact else None
         if frames is None:
             frames = _frames_by_av(listing, chosen)
     except av.error.FFmpegError as error:
@@ -123,8 +131,11 @@ def _open(path):
     return container, stream
 
 
-def _list_frames(path):
-    """List the frames from the packets alone, which is quick. A file that was cut short is an error."""
+def _list_frames(path, may_be_exact=lambda: None):
+    """List the frames from the packets alone, which is quick. A file that was cut short is an error.
+
+    `may_be_exact` is called before, where the container is one that decord may read exactly.
+    """
     import av
 
     size, declared = os.path.getsize(path), _declared_size(path)
@@ -133,13 +144,15 @@ def _list_frames(path):
     container, stream = _open(path)
     with container:
         codec, flags = stream.codec_context.codec.canonical_name, container.format.flags
+        is_mp4, is_matroska, is_avi = (name in container.format.name for name in ("mp4", "matroska", "avi"))
+        if is_mp4 or is_matroska:
+            may_be_exact()
         packets = []  # (shown when, for how long, is a keyframe, is shown, decoded when), in the order of decoding
         for packet in container.demux(stream):
             if packet.size:
                 # Not shown: what an edit list cuts away, and VP8's alternate reference pictures.
                 is_shown = not packet.is_discard and (codec != "vp8" or bool(bytes(packet)[0] & 0x10))
                 packets.append((packet.pts, packet.duration or 0, packet.is_keyframe, is_shown, packet.dts))
-        is_mp4, is_matroska, is_avi = (name in container.format.name for name in ("mp4", "matroska", "avi"))
         if is_mp4:
             # Exact, and indifferent to edit lists, which cut frames away by right. All video streams, because FFmpeg
             # takes another for the main one where that has lost its frames.
@@ -212,10 +225,10 @@ def _declared_size(path) -> int:
     return 0
 
 
-def _frames_by_decord(decord, listing, indices):
+def _frames_by_decord(decord, opened, listing, indices):
     """uint8 (T, H, W, 3), or None where decord cannot do it: PyAV then either can, or says in words why nobody can."""
     try:
-        reader = decord.VideoReader(os.path.abspath(listing.info.path))
+        reader = opened.result()
         if len(reader) != listing.info.num_frames:
             return None
         batch = reader.get_batch(indices)
