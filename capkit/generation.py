@@ -229,15 +229,9 @@ class Chooser(LogitsProcessor):
             self.penalties.append(_GeneratedOnly(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty), self))
         if decoding.no_repeat_ngram_size:
             self.penalties.append(_GeneratedOnly(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size), self))
-        self.draws = None
-        if decoding.samples:
-            longest = max(one.max_new_tokens for one in decodings)
-            self.draws = np.stack(
-                [
-                    np.random.default_rng([one.seed or 0, key]).random(longest, dtype=np.float32)
-                    for one, key in zip(decodings, draw_keys, strict=True)
-                ]
-            )
+        self.samples = decoding.samples
+        if self.samples:
+            self.streams = [(one.seed or 0, key) for one, key in zip(decodings, draw_keys, strict=True)]
             self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
             self.warpers += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
             self.warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
@@ -248,19 +242,34 @@ class Chooser(LogitsProcessor):
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
 
-    def choose(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, step: int, rows=slice(None)):
-        """Token `step` of some rows, and its log probability: int64 and float32 (B,)."""
+    def choose(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, step: int, rows: Sequence[int] = ()):
+        """Token `step` of some rows, () for all, and its log probability: int64 and float32 (B,)."""
         wanted = scores
         for process in [*self.penalties, *self.warpers]:
             wanted = process(input_ids, wanted)
-        if self.draws is None:
-            chosen = wanted.argmax(-1)
-        else:
-            # In float64: rounding in a running sum over a large vocabulary would move a draw to a neighbour.
-            cumulative = wanted.double().softmax(-1).cumsum(-1)
-            draws = torch.from_numpy(self.draws[rows, step : step + 1]).to(scores.device).double()
-            chosen = torch.searchsorted(cumulative, cumulative[:, -1:] * draws, right=True).squeeze(-1)
+        if self.samples:
+            # The Gumbel trick: the likeliest after noise of its own for each token is a draw from softmax. In a running
+            # sum of probabilities over a large vocabulary, rounding would move far more draws to another token.
+            wanted = wanted + _gumbel_noise([self.streams[row] for row in rows] or self.streams, step, wanted)
+        chosen = wanted.argmax(-1)
         return chosen, chosen_logprobs(scores, chosen)
+
+
+def _gumbel_noise(streams: Sequence[tuple[int, int]], step: int, like: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise, float32 (B, V): a hash (SplitMix64's) of row, step and token, so that devices need no state."""
+
+    def signed(number):  # int64 arithmetic wraps around
+        return (number + 2**63) % 2**64 - 2**63
+
+    starts = [np.random.SeedSequence([*stream, step]).generate_state(1, np.uint64).view(np.int64) for stream in streams]
+    bits = torch.arange(like.shape[-1], device=like.device) * signed(0x9E3779B97F4A7C15)
+    bits = bits + torch.from_numpy(np.stack(starts)).to(like.device)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits ^= (bits >> shift) & (2 ** (64 - shift) - 1)  # a shift that fills up with zeros
+        bits *= signed(factor)
+    bits ^= (bits >> 31) & (2**33 - 1)
+    uniform = ((bits >> 24) & (2**40 - 1)).float().add_(0.5).mul_(2**-40)  # finest near 0, which is what wins
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 class _GeneratedOnly(LogitsProcessor):
