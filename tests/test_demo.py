@@ -71,16 +71,16 @@ def events_found(demo, num_cases):
 def false_alarms(demo, num_clips, num_draws):
     """p values of comparing a cell with itself: captions of the same prompt with other seeds, drawn anew each time."""
     rows = []
-    for clip, (_, _, facts) in ((case[0], case) for case in held_out_texts(lambda facts: facts.objects, num_clips)):
+    for place, (clip, _, _) in enumerate(held_out_texts(lambda facts: facts.objects, num_clips)):
         decodings = [Decoding(max_new_tokens=40, temperature=0.8, seed=seed) for seed in range(2 * num_draws)]
         captions = SharedVideo(demo, clip).caption([(capkit.DEFAULT_PROMPT, decoding) for decoding in decodings])
         rows += [
-            {"clip": id(facts), "draw": number // 2, "cell": number % 2, "words": len(caption.text.split())}
+            {"clip": place, "draw": number // 2, "cell": number % 2, "mean_logprob": caption.mean_logprob}
             for number, caption in enumerate(captions)
         ]
     table = pd.DataFrame(rows)
     return [
-        compare(draw, "words", "cell", "clip", 0, num_resamples=2000)["p_value"].item()
+        compare(draw, "mean_logprob", "cell", "clip", 0, num_resamples=2000)["p_value"].item()
         for _, draw in table.groupby("draw")
     ]
 
