@@ -16,7 +16,7 @@ import pandas as pd
 from capkit.comparison import OUTCOMES, bradley_terry
 from capkit.decoding import Decoding
 from capkit.display import HTML, MUTED, frames_strip, record_text
-from capkit.records import CaptionStore
+from capkit.records import CaptionStore, is_stopped
 
 
 def variant_name(record: dict[str, Any]) -> str:
@@ -59,7 +59,7 @@ class BlindRating(widgets.VBox):
         by_clip: dict[str, dict[str, dict]] = {}
         for record in store.current():
             name = variant_name(record)
-            is_whole = record["status"] == "ok" and record.get("finish_reason") != "stopped"
+            is_whole = record["status"] == "ok" and not is_stopped(record)
             if is_whole and (variants is None or name in variants):
                 by_clip.setdefault(record["video"], {}).setdefault(name, record)
         pairs = [

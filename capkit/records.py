@@ -94,7 +94,7 @@ class CaptionStore:
                 edits[line["edits"]] = line["text"]
             elif "request" in line:
                 before = latest.get(line["request"], line)
-                if not _is_stopped(line) or _is_stopped(before) or before["status"] != "ok":
+                if not is_stopped(line) or is_stopped(before) or before["status"] != "ok":
                     latest[line["request"]] = line
         return [
             record | ({"edited_text": edits[request]} if request in edits else {}) for request, record in latest.items()
@@ -102,7 +102,7 @@ class CaptionStore:
 
     def done(self, retry_errors: bool = False) -> set[str]:
         """Requests that need no further attempt: with a whole caption or, unless they are retried, with an error."""
-        whole = (record for record in self.current() if not _is_stopped(record))
+        whole = (record for record in self.current() if not is_stopped(record))
         return {record["request"] for record in whole if record["status"] == "ok" or not retry_errors}
 
     def edit(self, request: str, text: str) -> None:
@@ -254,7 +254,8 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
     return record | {"capkit_version": __version__, "created": now()}
 
 
-def _is_stopped(record: dict[str, Any]) -> bool:
+def is_stopped(record: dict[str, Any]) -> bool:
+    """Did somebody end the caption before it was whole?"""
     return record.get("finish_reason") == "stopped"
 
 

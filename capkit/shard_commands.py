@@ -99,18 +99,11 @@ def _asked(arguments):
 
 def _cut(arguments):
     """From items to the parts of them that are asked for."""
-    from capkit.windows import into_windows, trainer_indices, trainer_windows
+    from capkit.windows import cut_into
 
-    if arguments.window_seconds is not None and arguments.trainer:
-        raise ValueError("--window-seconds and --trainer: a trainer looks at whole files, so choose one of them")
-    if arguments.window_seconds is not None:
-        into_windows([], arguments.window_seconds)  # nonsense is told before anything starts
-        return lambda items: into_windows(items, arguments.window_seconds, arguments.timeout_seconds)
-    if arguments.trainer:
-        trainer_indices(arguments.trainer, 1, 1.0, arguments.trainer_num_frames)
-        rest = (arguments.trainer, arguments.trainer_num_frames, arguments.timeout_seconds)
-        return lambda items: trainer_windows(items, *rest)
-    return list
+    parts = (arguments.window_seconds, arguments.trainer or "", arguments.trainer_num_frames, arguments.timeout_seconds)
+    cut_into([], *parts)  # nonsense is told before anything starts
+    return lambda items: cut_into(items, *parts)
 
 
 def local_device() -> str:

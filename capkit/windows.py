@@ -31,24 +31,29 @@ SAT_SKIPPED_FRAMES, SAT_FRAMES_PER_SECOND = 3, 8
 LEAST_REMAINDER = 0.25  # of a window; less than that at a video's end belongs to the window before
 
 
-def cut_into(items: Iterable[Item], window_seconds: float = 0.0, trainer: str = "", **of_trainer: Any) -> list[Item]:
+def cut_into(
+    items: Iterable[Item],
+    window_seconds: float | None = None,
+    trainer: str = "",
+    num_frames: int = 49,
+    timeout_seconds: float = 60.0,
+) -> list[Item]:
     """Items as `into_windows` or `trainer_windows` cuts them, or as they are.
 
     Args:
         items: from `find_clips`.
-        window_seconds: for windows; 0 for none.
-        trainer: as in `trainer_windows`, as is what follows; "" for none.
+        window_seconds: for windows; None for none.
+        trainer, num_frames: as in `trainer_windows`; "" for none.
+        timeout_seconds: longest time to list one file's frames.
 
     Raises:
-        ValueError: both, or an unknown name.
+        ValueError: windows and a trainer at once, or as in these two.
     """
-    if unknown := set(of_trainer) - ({"num_frames"} if trainer else set()):
-        raise ValueError(f"unknown {min(unknown)!r}: must be window_seconds, or trainer and its num_frames")
-    if window_seconds and trainer:
+    if window_seconds is not None and trainer:
         raise ValueError("window_seconds and trainer are both set: a trainer looks at whole files, so choose one")
     if trainer:
-        return trainer_windows(items, trainer, **of_trainer)
-    return into_windows(items, window_seconds) if window_seconds else list(items)
+        return trainer_windows(items, trainer, num_frames, timeout_seconds)
+    return list(items) if window_seconds is None else into_windows(items, window_seconds, timeout_seconds)
 
 
 def into_windows(items: Iterable[Item], window_seconds: float, timeout_seconds: float = 60.0) -> list[Item]:

@@ -4,7 +4,15 @@ import pytest
 from video_factory import cut, encode_clip
 
 from capkit.manifest import Item, find_clips
-from capkit.windows import TRAINERS, into_windows, trainer_indices, trainer_windows, unseen_by_trainer, write_webvtt
+from capkit.windows import (
+    TRAINERS,
+    cut_into,
+    into_windows,
+    trainer_indices,
+    trainer_windows,
+    unseen_by_trainer,
+    write_webvtt,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +57,20 @@ class TestIntoWindows:
     def test_nonsense_is_refused(self, seconds):
         with pytest.raises(ValueError, match="window_seconds"):
             into_windows([], seconds)
+
+
+def test_one_way_of_cutting_is_chosen(folder):
+    items = find_clips(folder / "long.mp4")
+    assert cut_into(items) == items
+    assert cut_into(items, 4.0) == into_windows(items, 4.0) != items
+    assert cut_into(items, trainer="cogkit", num_frames=9) == trainer_windows(items, "cogkit", 9) != items
+    for wrong, told in (
+        ({"window_seconds": 4.0, "trainer": "cogkit"}, "choose one"),
+        ({"window_seconds": 0}, "window_seconds=0"),
+        ({"trainer": "sora"}, "unknown trainer"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            cut_into([], **wrong)
 
 
 def record(video, start, duration, text, **more):
