@@ -13,7 +13,7 @@ from capkit.demo import examples as drawn_examples
 from capkit.demo import training
 from capkit.demo.examples import CAMERA_WAYS, CELLS, EVENTS, UNKNOWN
 from capkit.demo.planning import make_scene
-from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, UNSEEN_PAIRS
+from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, UNSEEN_PAIRS
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,29 @@ def test_what_has_happened_is_what_the_facts_say(clips):
     assert min(told.values()) > 0  # the scenes at hand ask for all of it
 
 
+def test_objects_are_told_in_the_order_of_the_texts(clips):
+    for drawn in clips:
+        seen, (count, *_) = drawn.facts.objects, drawn.objects.shape
+        told = drawn.objects[-1]
+        assert (told[len(seen) :] == UNKNOWN).all()
+        names = [(list(COLOURS)[colour], SHAPES[shape]) for colour, shape, *_ in told[: len(seen)]]
+        assert names == [(one.colour, one.shape) for one in seen]
+        sizes, motions = [*SIZES, None], [*MOTIONS, None]
+        assert [sizes[size] for size in told[: len(seen), 2]] == [one.size for one in seen]
+        assert [motions[max(motion, -1)] for motion in told[: len(seen), 3]] == [one.motion for one in seen]
+        for place, one in enumerate(seen):  # nothing before it is there, its motion from the third frame on
+            assert (drawn.objects[: one.first, place] == UNKNOWN).all()
+            assert (drawn.objects[one.first :, place, :2] == told[place, :2]).all()
+            assert (drawn.objects[: min(one.first + 2, count - 1), place, 2:] == UNKNOWN).all()
+
+
+def test_clips_without_pictures_are_asked_the_same(clips, tokenizer):
+    whole, bare = make_examples(clips, tokenizer), make_examples([c.without_pictures() for c in clips], tokenizer)
+    for index, drawn in enumerate(clips):
+        assert whole[index][2:] == bare[index][2:]
+        assert bare.clips[index].clip.frames.nbytes == 3 * len(drawn.clip)
+
+
 def test_false_colours_teach_shapes_and_true_ones_colours(clips):
     """Or the vision tower would learn that pairs it has not seen do not exist."""
     frames = drawn_examples.Frames(clips, recoloured=0.5)
@@ -133,14 +156,18 @@ def test_false_colours_teach_shapes_and_true_ones_colours(clips):
 
 
 def test_misheard_colours_are_still_answered_right(clips, tokenizer):
-    """Some colours that the model is told it said are others; what it has to say stays. Pairs kept for testing are
-    never to be said."""
+    """Some colours that the model is told it said are others, of nothing that is there; what it has to say stays. Pairs
+    kept for testing are never to be said."""
     clean, misheard = make_examples(clips, tokenizer), make_examples(clips, tokenizer, misheard=0.5)
     changed = 0
     for index in list(range(12)) * 3:
-        _, _, ids, labels, _ = misheard[index]
-        right = [label if label != UNKNOWN else token for token, label in zip(ids, labels, strict=True)]
-        changed += sum(a != b for a, b in zip(ids, right, strict=True))
+        drawn, _, ids, labels, _ = misheard[index]
+        there = {seen.colour for seen in drawn.facts.objects} | {event.new_colour for event in drawn.facts.events}
+        for token, label in zip(ids, labels, strict=True):
+            if label not in (UNKNOWN, token):
+                assert tokenizer.decode([label]).strip() in COLOURS
+                assert tokenizer.decode([token]).strip() in COLOURS.keys() - there
+                changed += 1
         text = tokenizer.decode([label for label in labels if label != UNKNOWN])
         assert not any(f"{colour} {shape}" in text for colour, shape in UNSEEN_PAIRS)
     assert changed > 5
@@ -159,6 +186,7 @@ def test_a_grey_frame_takes_the_place_of_one_and_nothing_is_asked_of_it(clips, t
         for number in grey:
             assert (drawn.cells[number] == UNKNOWN).all() and np.isnan(drawn.places[number]).all()
             assert drawn.frames[number].tolist() == [number] + [UNKNOWN] * 5
+            assert (drawn.objects[number] == UNKNOWN).all()
             assert (drawn.cells[number + 1 : number + 2, :, 4] == UNKNOWN).all()
             untouched = [frame for frame in range(len(features)) if frame not in (number, number + 1)]
             assert (drawn.cells[untouched] == clips[index].cells[untouched]).all()
@@ -184,7 +212,8 @@ def test_a_batch_learns_the_same_whatever_it_is_padded_to(clips, tokenizer):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_run_stops_with_its_time_and_goes_on(tmp_path):
+def test_a_run_stops_with_its_time_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CLIPS_AT_A_TIME", 5)  # 12 are drawn and encoded in three pieces
     settings = {"steps": 4, "vision_steps": 3, "batch_size": 4, "num_clips": 12, "num_held_out": 4}
     training.train(tmp_path, **settings, minutes=1e-6)
     assert {(line["stage"], line["step"]) for line in training.read_history(tmp_path)} == {("vision", 1)}

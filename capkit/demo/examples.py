@@ -17,7 +17,7 @@ from capkit.cogvlm2 import CogVLM2VideoProcessor
 from capkit.cogvlm2.processing import pixels_to_frames, preprocess_frames, prompt_text
 from capkit.demo.facts import Facts, see
 from capkit.demo.planning import make_scene
-from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES
+from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, pick
 from capkit.demo.wording import CAMERA, HAPPENS, MOVES, NUMBERS, Example, make_example
 from capkit.frames import Clip
 
@@ -46,6 +46,8 @@ class DrawnClip:
         places: float32 (T, CELLS * CELLS, 6): where in the picture, x and y, and its diameter, in cells; then how much
             of each it gained since the frame before, in quarters of a cell; NaN where it was not there.
         frames: int64 (T, 6): number, objects so far, camera, and what happens in this frame, to which colour and shape.
+        objects: int64 (T, 3, 4): of each object so far, in the order in which texts name them, colour, shape, and, from
+            its third frame on, size (the last one for what grows or shrinks) and motion.
 
     Places in lists of the names; UNKNOWN where there is nothing to say.
     """
@@ -55,6 +57,12 @@ class DrawnClip:
     cells: np.ndarray
     places: np.ndarray
     frames: np.ndarray
+    objects: np.ndarray
+
+    def without_pictures(self) -> DrawnClip:
+        """All but what takes the memory."""
+        clip = Clip.from_frames(self.clip.frames[:, :1, :1].copy(), self.clip.timestamps_seconds)
+        return replace(self, clip=clip)
 
 
 def draw_clip(seed: int, held_out: bool = False) -> DrawnClip:
@@ -63,7 +71,19 @@ def draw_clip(seed: int, held_out: bool = False) -> DrawnClip:
     clip = scene.sample("chat")
     frames = pixels_to_frames(preprocess_frames(clip.frames, IMAGE_SIZE))
     facts = see(scene, clip)
-    return DrawnClip(Clip.from_frames(frames, clip.timestamps_seconds), facts, *_what_is_where(scene, clip, facts))
+    what = _what_is_where(scene, clip, facts)
+    return DrawnClip(Clip.from_frames(frames, clip.timestamps_seconds), facts, *what, _objects(facts))
+
+
+def _objects(facts):
+    """`objects` of a DrawnClip."""
+    objects = np.full((len(facts.numbers), 3, 4), UNKNOWN)
+    for place, seen in enumerate(facts.objects):
+        first, last = facts.numbers.index(seen.first), len(facts.numbers) - 1
+        objects[first:, place, :2] = (list(COLOURS).index(seen.colour), SHAPES.index(seen.shape))
+        objects[min(first + 2, last) :, place, 2] = [*SIZES, None].index(seen.size)
+        objects[min(first + 2, last) :, place, 3] = MOTIONS.index(seen.motion) if seen.motion else UNKNOWN
+    return objects
 
 
 def _what_is_where(scene, clip, facts):
@@ -207,6 +227,7 @@ class Examples(torch.utils.data.Dataset):
         style: of `make_example`; None for all, as they come.
         misheard: share of the colours in answers that the model is told it has said, where it was to say another: or
             it would learn that what it has never said it never will, and no star is red where training has no red star.
+            They are colours of nothing in the clip, so that a colour that is there can be trusted.
         grey: features of a grey frame, (tokens_per_frame, hidden_size). Where given, such a frame takes the place of
             one in every fourth clip: or a frame left out would look to the model like everything vanishing.
     """
@@ -225,7 +246,7 @@ class Examples(torch.utils.data.Dataset):
         self.random = np.random.default_rng(0)
         self.num_frames = [len(drawn.clip) for drawn in clips]
         ids = processor.tokenizer([f" {colour}" for colour in COLOURS], add_special_tokens=False)["input_ids"]
-        self.colour_ids = [tokens[0] for tokens in ids if len(tokens) == 1]
+        self.colour_ids = {colour: one[0] for colour, one in zip(COLOURS, ids, strict=True) if len(one) == 1}
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -235,9 +256,11 @@ class Examples(torch.utils.data.Dataset):
         example = make_example(drawn.facts, self.random, self.style)
         ids, labels = self._ids_and_labels(drawn.clip, example)
         if self.misheard:
+            there = {seen.colour for seen in drawn.facts.objects} | {event.new_colour for event in drawn.facts.events}
+            absent = [token for colour, token in self.colour_ids.items() if colour not in there]
             for place, label in enumerate(labels):
-                if label in self.colour_ids and self.random.random() < self.misheard:
-                    ids[place] = self.colour_ids[int(self.random.integers(len(self.colour_ids)))]
+                if absent and label in self.colour_ids.values() and self.random.random() < self.misheard:
+                    ids[place] = pick(self.random, absent)
         features, is_chat = self.features[index], example.template == "chat"
         if self.grey is not None and is_chat and self.random.random() < 0.25:
             drawn, features = self._without_a_frame(drawn, features)
@@ -246,11 +269,13 @@ class Examples(torch.utils.data.Dataset):
     def _without_a_frame(self, drawn, features):
         number = int(self.random.integers(len(features)))
         features, cells, places, frames = features.clone(), drawn.cells.copy(), drawn.places.copy(), drawn.frames.copy()
+        objects = drawn.objects.copy()
         features[number] = self.grey
         cells[number], cells[number + 1 : number + 2, :, 4] = UNKNOWN, UNKNOWN
         places[number], places[number + 1 : number + 2, :, 3:] = np.nan, np.nan
         frames[number, 1:], frames[number + 1 : number + 2, 3:] = UNKNOWN, UNKNOWN
-        return replace(drawn, cells=cells, places=places, frames=frames), features
+        objects[number] = UNKNOWN
+        return replace(drawn, cells=cells, places=places, frames=frames, objects=objects), features
 
     def _ids_and_labels(self, clip: Clip, example: Example) -> tuple[list[int], list[int]]:
         """Every answer is to be learnt, those of the history too, but neither questions nor frames."""
@@ -275,11 +300,13 @@ class Examples(torch.utils.data.Dataset):
     def collate(self, rows: list[tuple]) -> dict[str, torch.Tensor]:
         """A batch for `TrainingModel.forward`."""
         drawn, features, ids, labels, are_numbered = zip(*rows, strict=True)
-        of_frames = [one.frames.copy() for one in drawn]
-        for frames, is_numbered in zip(of_frames, are_numbered, strict=True):
-            if not is_numbered:  # nor in order: under "vqa" and "base" all frames share one position
-                frames[:] = UNKNOWN
-        arrays = {"cells": [one.cells for one in drawn], "places": [one.places for one in drawn], "frames": of_frames}
+        names = ("cells", "places", "frames", "objects")
+        arrays = {name: [getattr(one, name) for one in drawn] for name in names}
+        for name in ("frames", "objects"):  # under "vqa" and "base" all frames share one position: there is no order
+            arrays[name] = [
+                of_clip if is_numbered else np.full_like(of_clip, UNKNOWN)
+                for of_clip, is_numbered in zip(arrays[name], are_numbered, strict=True)
+            ]
         # Padded on the right, where a causal model needs no mask for it, which is faster.
         padding = {"input_ids": (ids, self.processor.tokenizer.eos_token_id), "labels": (labels, UNKNOWN)}
         return {

@@ -37,15 +37,18 @@ from capkit.demo.examples import (
     tokens_that_matter,
     train_tokenizer,
 )
-from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES
+from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES
 from capkit.grounding import GREY
 
 FRAMES_PER_STEP = 192
 WORDING_WEIGHT = 0.3
 """Of tokens that only word what others say, in the loss: which of many wordings comes cannot be learnt."""
 FEATURE_LENGTH = 2.0
-CELLS_LAYER, FRAMES_LAYER = 2, 3
-"""After so many layers of the decoder, cells know what their object has done, and frames what is new in them."""
+CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER = 2, 3, 4
+"""After so many layers of the decoder, cells know what their object has done, frames what is new in them, and then
+which objects there have been, each with its colour, shape, size and motion."""
+CLIPS_AT_A_TIME = 16000
+"""Drawn and encoded; more pictures would not fit into a laptop's memory."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> CogVLM2VideoForConditionalGeneration:
@@ -118,9 +121,21 @@ class TrainingModel(nn.Module):
         self.done = _Heads(width, motion=len(MOTIONS), event=len(EVENTS), gain=3)
         kinds = {"camera": len(CAMERA_WAYS), "event": len(EVENTS), "colour": len(COLOURS), "shape": len(SHAPES)}
         self.news = _Heads(width, number=13, count=4, **kinds)
+        self.objects = nn.ModuleList(
+            _Heads(width, colour=len(COLOURS), shape=len(SHAPES), size=len(SIZES) + 1, motion=len(MOTIONS))
+            for _ in range(3)
+        )
 
     def forward(
-        self, cells, places, pixel_values_videos=None, video_features=None, input_ids=None, labels=None, frames=None
+        self,
+        cells,
+        places,
+        pixel_values_videos=None,
+        video_features=None,
+        input_ids=None,
+        labels=None,
+        frames=None,
+        objects=None,
     ) -> dict[str, torch.Tensor]:
         """The loss, and how many of the tokens that matter are right; without `input_ids`, how many of the objects."""
         with _mixed_precision(cells.device.type) if self.bf16 else nullcontext():
@@ -137,16 +152,19 @@ class TrainingModel(nn.Module):
             image = image_mask(input_ids, self.model.config.video_token_id)
             learnt = F.pad(labels, (0, 1), value=UNKNOWN)[:, 1:]  # each position says the next token
             logits = self.model.lm_head(outputs.last_hidden_state[learnt != UNKNOWN]).float()
-            at_cells, at_frames = (
+            at_cells, at_frames, at_objects = (
                 outputs.hidden_states[layer][image].unflatten(0, video_features.shape[:2])
-                for layer in (CELLS_LAYER, FRAMES_LAYER)
+                for layer in (CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER)
             )
             done, news = self.done(at_cells[:, 1:-1]), self.news(at_frames[:, -1])
+            described = [heads(at_objects[:, -1]) for heads in self.objects]
         learnt, known = learnt[learnt != UNKNOWN], ~places[..., 3:].isnan()
         loss = F.cross_entropy(logits, learnt, self.weights)
         loss = loss + 0.5 * (_known_loss(done["motion"], cells[..., 3]) + _known_loss(done["event"], cells[..., 4]))
         loss = loss + F.smooth_l1_loss(done["gain"][known], places[..., 3:][known])
         loss = loss + 0.2 * sum(_known_loss(news[name], frames[:, column]) for column, name in enumerate(self.news))
+        for place, answers in enumerate(described):
+            loss = loss + 0.2 * sum(_known_loss(answers[name], objects[:, place, i]) for i, name in enumerate(answers))
         right, matters = logits.argmax(-1) == learnt, self.weights[learnt] == 1
         return {"loss": loss, "num_right": (right & matters).sum(), "num_asked": matters.sum()}
 
@@ -246,7 +264,8 @@ def train(
         learning_rate, vision_learning_rate: of the two stages, at its highest after 5 % of the steps; it falls to 0
             along a cosine.
         cycles: how often the second one falls, from its highest each time.
-        num_clips: scenes drawn for training; worded anew each time they come up. 1000 take 0.3 GB of memory.
+        num_clips: scenes drawn for training; worded anew each time they come up. The vision tower learns from the first
+            CLIPS_AT_A_TIME of them.
         num_held_out: scenes for the accuracy in `history.jsonl`, from the held-out stream.
         minutes: stop after so long, with a checkpoint to go on from.
         num_workers: processes that draw; 1 draws in this one.
@@ -262,7 +281,7 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
     torch.manual_seed(seed)
-    drawn = draw_clips(range(num_clips), num_workers=num_workers)
+    drawn = draw_clips(range(min(num_clips, CLIPS_AT_A_TIME)), num_workers=num_workers)
     held_out = draw_clips(range(num_held_out), held_out=True, num_workers=num_workers)
     if start_from:
         captioner = load_captioner(start_from, dtype="float32")
@@ -281,7 +300,14 @@ def train(
             _level(model, held_out)
         model.model.vision.requires_grad_(False)
         grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
-        examples = Examples(drawn, _encode(model, _frames(drawn)), processor, misheard=0.3, grey=grey)
+        encoded, features = [], []
+        for first in range(0, num_clips, CLIPS_AT_A_TIME):
+            if first:
+                drawn = draw_clips(range(first, min(first + CLIPS_AT_A_TIME, num_clips)), num_workers=num_workers)
+            features += _encode(model, _frames(drawn))
+            encoded += [clip.without_pictures() for clip in drawn]
+            drawn = frames = None  # or their pictures would stay
+        examples = Examples(encoded, features, processor, misheard=0.2, grey=grey)
         held_out_examples = Examples(held_out, _encode(model, _frames(held_out)), processor)
         how = (learning_rate, seed, until, cycles)
         _train_stage(training, output_dir, "model", steps, batch_size, examples, held_out_examples, *how)
