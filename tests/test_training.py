@@ -213,7 +213,8 @@ def test_a_batch_learns_the_same_whatever_it_is_padded_to(clips, tokenizer):
 
 
 def test_a_run_stops_with_its_time_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CLIPS_AT_A_TIME", 5)  # 12 are drawn and encoded in three pieces
+    monkeypatch.setattr(training, "VISION_CLIPS", 6)
+    monkeypatch.setattr(training, "CLIPS_AT_A_TIME", 4)  # 12 are drawn and encoded in three pieces
     settings = {"steps": 4, "vision_steps": 3, "batch_size": 4, "num_clips": 12, "num_held_out": 4}
     training.train(tmp_path, **settings, minutes=1e-6)
     assert {(line["stage"], line["step"]) for line in training.read_history(tmp_path)} == {("vision", 1)}

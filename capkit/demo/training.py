@@ -47,8 +47,9 @@ FEATURE_LENGTH = 2.0
 CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER = 2, 3, 4
 """After so many layers of the decoder, cells know what their object has done, frames what is new in them, and then
 which objects there have been, each with its colour, shape, size and motion."""
-CLIPS_AT_A_TIME = 16000
-"""Drawn and encoded; more pictures would not fit into a laptop's memory."""
+VISION_CLIPS, CLIPS_AT_A_TIME = 16000, 3200
+"""The vision tower learns from so many; further ones are drawn and encoded piece by piece, or their pictures would fill
+the memory."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> CogVLM2VideoForConditionalGeneration:
@@ -265,7 +266,7 @@ def train(
             along a cosine.
         cycles: how often the second one falls, from its highest each time.
         num_clips: scenes drawn for training; worded anew each time they come up. The vision tower learns from the first
-            CLIPS_AT_A_TIME of them.
+            VISION_CLIPS of them.
         num_held_out: scenes for the accuracy in `history.jsonl`, from the held-out stream.
         minutes: stop after so long, with a checkpoint to go on from.
         num_workers: processes that draw; 1 draws in this one.
@@ -281,7 +282,7 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
     torch.manual_seed(seed)
-    drawn = draw_clips(range(min(num_clips, CLIPS_AT_A_TIME)), num_workers=num_workers)
+    drawn = draw_clips(range(min(num_clips, VISION_CLIPS)), num_workers=num_workers)
     held_out = draw_clips(range(num_held_out), held_out=True, num_workers=num_workers)
     if start_from:
         captioner = load_captioner(start_from, dtype="float32")
@@ -300,13 +301,13 @@ def train(
             _level(model, held_out)
         model.model.vision.requires_grad_(False)
         grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
-        encoded, features = [], []
-        for first in range(0, num_clips, CLIPS_AT_A_TIME):
-            if first:
-                drawn = draw_clips(range(first, min(first + CLIPS_AT_A_TIME, num_clips)), num_workers=num_workers)
+        encoded, features, frames = [], [], None
+        while drawn:
             features += _encode(model, _frames(drawn))
-            encoded += [clip.without_pictures() for clip in drawn]
-            drawn = frames = None  # or their pictures would stay
+            encoded += [one.without_pictures() for one in drawn]
+            drawn = None  # before the next pictures come
+            next_seeds = range(num_clips)[len(encoded) : len(encoded) + CLIPS_AT_A_TIME]
+            drawn = draw_clips(next_seeds, num_workers=num_workers)
         examples = Examples(encoded, features, processor, misheard=0.2, grey=grey)
         held_out_examples = Examples(held_out, _encode(model, _frames(held_out)), processor)
         how = (learning_rate, seed, until, cycles)
