@@ -55,6 +55,14 @@ def captioner():
 
 
 @pytest.fixture
+def new_captioner():
+    """Another `captioner` for a test that lets memory run out: a captioner remembers what was too much for it."""
+    import capkit
+
+    return capkit.load_captioner(GOLDEN, device="cpu")
+
+
+@pytest.fixture
 def golden_copy(tmp_path):
     """A copy of the golden checkpoint, to damage."""
     folder = tmp_path / "checkpoint"

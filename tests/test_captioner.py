@@ -251,6 +251,10 @@ class TestMemory:
     """generate() that cannot take more than so many rows, as a full GPU would refuse them."""
 
     @pytest.fixture
+    def captioner(self, new_captioner):
+        return new_captioner
+
+    @pytest.fixture
     def cramped(self, captioner, monkeypatch):
         generate, seen = captioner.model.generate, []
 

@@ -242,8 +242,8 @@ def test_settings_that_fit_no_clip_stop_before_anything_starts(captioner, eight_
     assert not store.path.exists()
 
 
-def test_a_clip_that_does_not_fit_into_memory_is_recorded(captioner, eight_clips, tmp_path, monkeypatch):
-    model = captioner.model.model
+def test_a_clip_that_does_not_fit_into_memory_is_recorded(new_captioner, eight_clips, tmp_path, monkeypatch):
+    model = new_captioner.model.model
     encode = model.get_video_features
 
     def cramped(pixel_values_videos):
@@ -253,7 +253,7 @@ def test_a_clip_that_does_not_fit_into_memory_is_recorded(captioner, eight_clips
 
     monkeypatch.setattr(model, "get_video_features", cramped)
     store = CaptionStore(tmp_path / "captions.jsonl")
-    records = caption_clips(captioner, find_clips(f"{eight_clips}/good*"), store, decoding=FEW, batch_size=4)
+    records = caption_clips(new_captioner, find_clips(f"{eight_clips}/good*"), store, decoding=FEW, batch_size=4)
     failed = [r for r in records if r["status"] == "error"]
     assert [len(r["frame_indices"]) for r in failed] == [5]
     assert "out of memory" in failed[0]["error"] and failed[0]["video"] in failed[0]["error"]
