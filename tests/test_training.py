@@ -132,6 +132,21 @@ def test_objects_are_told_in_the_order_of_the_texts(clips):
             assert (drawn.objects[: min(one.first + 2, count - 1), place, 2:] == UNKNOWN).all()
 
 
+def test_events_are_told_in_the_order_of_the_texts(clips):
+    kinds = set()
+    for drawn in clips:
+        assert len(drawn.facts.events) == (drawn.events[-1, :, 0] != EVENTS.index("nothing")).sum()
+        for place, event in enumerate(drawn.facts.events):
+            kind, number, colour, shape, new_colour = told = drawn.events[-1, place]
+            assert drawn.facts.numbers[number] == event.second
+            assert (EVENTS[kind], list(COLOURS)[colour], SHAPES[shape]) == (event.kind, event.colour, event.shape)
+            assert new_colour == (list(COLOURS).index(event.new_colour) if event.new_colour else UNKNOWN)
+            assert (drawn.events[number:, place] == told).all()  # and nothing of it before it happens
+            assert (drawn.events[:number, place] == (EVENTS.index("nothing"), *[UNKNOWN] * 4)).all()
+            kinds.add(event.kind)
+    assert kinds == set(EVENTS[1:])
+
+
 def test_clips_without_pictures_are_asked_the_same(clips, tokenizer):
     whole, bare = make_examples(clips, tokenizer), make_examples([c.without_pictures() for c in clips], tokenizer)
     for index, drawn in enumerate(clips):

@@ -48,6 +48,8 @@ class DrawnClip:
         frames: int64 (T, 6): number, objects so far, camera, and what happens in this frame, to which colour and shape.
         objects: int64 (T, 3, 4): of each object so far, in the order in which texts name them, colour, shape, and, from
             its third frame on, size (the last one for what grows or shrinks) and motion.
+        events: int64 (T, 2, 5): of the first and the second event so far, kind ("nothing" until it happens), number of
+            its frame, colour, shape, and new colour.
 
     Places in lists of the names; UNKNOWN where there is nothing to say.
     """
@@ -58,6 +60,7 @@ class DrawnClip:
     places: np.ndarray
     frames: np.ndarray
     objects: np.ndarray
+    events: np.ndarray
 
     def without_pictures(self) -> DrawnClip:
         """All but what takes the memory."""
@@ -72,7 +75,7 @@ def draw_clip(seed: int, held_out: bool = False) -> DrawnClip:
     frames = pixels_to_frames(preprocess_frames(clip.frames, IMAGE_SIZE))
     facts = see(scene, clip)
     what = _what_is_where(scene, clip, facts)
-    return DrawnClip(Clip.from_frames(frames, clip.timestamps_seconds), facts, *what, _objects(facts))
+    return DrawnClip(Clip.from_frames(frames, clip.timestamps_seconds), facts, *what, _objects(facts), _events(facts))
 
 
 def _objects(facts):
@@ -84,6 +87,18 @@ def _objects(facts):
         objects[min(first + 2, last) :, place, 2] = [*SIZES, None].index(seen.size)
         objects[min(first + 2, last) :, place, 3] = MOTIONS.index(seen.motion) if seen.motion else UNKNOWN
     return objects
+
+
+def _events(facts):
+    """`events` of a DrawnClip."""
+    events = np.full((len(facts.numbers), 2, 5), UNKNOWN)
+    events[:, :, 0] = EVENTS.index("nothing")
+    for place, event in enumerate(facts.events):
+        number, colours = facts.numbers.index(event.second), list(COLOURS)
+        new_colour = colours.index(event.new_colour) if event.new_colour else UNKNOWN
+        what = (EVENTS.index(event.kind), number, colours.index(event.colour), SHAPES.index(event.shape), new_colour)
+        events[number:, place] = what
+    return events
 
 
 def _what_is_where(scene, clip, facts):
@@ -269,13 +284,14 @@ class Examples(torch.utils.data.Dataset):
     def _without_a_frame(self, drawn, features):
         number = int(self.random.integers(len(features)))
         features, cells, places, frames = features.clone(), drawn.cells.copy(), drawn.places.copy(), drawn.frames.copy()
-        objects = drawn.objects.copy()
+        objects, events = drawn.objects.copy(), drawn.events.copy()
         features[number] = self.grey
         cells[number], cells[number + 1 : number + 2, :, 4] = UNKNOWN, UNKNOWN
         places[number], places[number + 1 : number + 2, :, 3:] = np.nan, np.nan
         frames[number, 1:], frames[number + 1 : number + 2, 3:] = UNKNOWN, UNKNOWN
-        objects[number] = UNKNOWN
-        return replace(drawn, cells=cells, places=places, frames=frames, objects=objects), features
+        objects[number], events[number] = UNKNOWN, UNKNOWN
+        new = {"cells": cells, "places": places, "frames": frames, "objects": objects, "events": events}
+        return replace(drawn, **new), features
 
     def _ids_and_labels(self, clip: Clip, example: Example) -> tuple[list[int], list[int]]:
         """Every answer is to be learnt, those of the history too, but neither questions nor frames."""
@@ -300,9 +316,9 @@ class Examples(torch.utils.data.Dataset):
     def collate(self, rows: list[tuple]) -> dict[str, torch.Tensor]:
         """A batch for `TrainingModel.forward`."""
         drawn, features, ids, labels, are_numbered = zip(*rows, strict=True)
-        names = ("cells", "places", "frames", "objects")
+        names = ("cells", "places", "frames", "objects", "events")
         arrays = {name: [getattr(one, name) for one in drawn] for name in names}
-        for name in ("frames", "objects"):  # under "vqa" and "base" all frames share one position: there is no order
+        for name in ("frames", "objects", "events"):  # "vqa" and "base" give all frames one position: there is no order
             arrays[name] = [
                 of_clip if is_numbered else np.full_like(of_clip, UNKNOWN)
                 for of_clip, is_numbered in zip(arrays[name], are_numbered, strict=True)

@@ -46,7 +46,7 @@ WORDING_WEIGHT = 0.3
 FEATURE_LENGTH = 2.0
 CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER = 2, 3, 4
 """After so many layers of the decoder, cells know what their object has done, frames what is new in them, and then
-which objects there have been, each with its colour, shape, size and motion."""
+which objects there have been, each with its colour, shape, size and motion, and which events."""
 VISION_CLIPS, CLIPS_AT_A_TIME = 16000, 3200
 """The vision tower learns from so many; further ones are drawn and encoded piece by piece, or their pictures would fill
 the memory."""
@@ -122,10 +122,10 @@ class TrainingModel(nn.Module):
         self.done = _Heads(width, motion=len(MOTIONS), event=len(EVENTS), gain=3)
         kinds = {"camera": len(CAMERA_WAYS), "event": len(EVENTS), "colour": len(COLOURS), "shape": len(SHAPES)}
         self.news = _Heads(width, number=13, count=4, **kinds)
-        self.objects = nn.ModuleList(
-            _Heads(width, colour=len(COLOURS), shape=len(SHAPES), size=len(SIZES) + 1, motion=len(MOTIONS))
-            for _ in range(3)
-        )
+        what = {"colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES) + 1, "motion": len(MOTIONS)}
+        self.objects = nn.ModuleList(_Heads(width, **what) for _ in range(3))
+        when = {"event": len(EVENTS), "number": 13, "colour": len(COLOURS), "shape": len(SHAPES)}
+        self.events = nn.ModuleList(_Heads(width, **when, new_colour=len(COLOURS)) for _ in range(2))
 
     def forward(
         self,
@@ -137,6 +137,7 @@ class TrainingModel(nn.Module):
         labels=None,
         frames=None,
         objects=None,
+        events=None,
     ) -> dict[str, torch.Tensor]:
         """The loss, and how many of the tokens that matter are right; without `input_ids`, how many of the objects."""
         with _mixed_precision(cells.device.type) if self.bf16 else nullcontext():
@@ -158,14 +159,15 @@ class TrainingModel(nn.Module):
                 for layer in (CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER)
             )
             done, news = self.done(at_cells[:, 1:-1]), self.news(at_frames[:, -1])
-            described = [heads(at_objects[:, -1]) for heads in self.objects]
+            described = [[heads(at_objects[:, -1]) for heads in some] for some in (self.objects, self.events)]
         learnt, known = learnt[learnt != UNKNOWN], ~places[..., 3:].isnan()
         loss = F.cross_entropy(logits, learnt, self.weights)
         loss = loss + 0.5 * (_known_loss(done["motion"], cells[..., 3]) + _known_loss(done["event"], cells[..., 4]))
         loss = loss + F.smooth_l1_loss(done["gain"][known], places[..., 3:][known])
         loss = loss + 0.2 * sum(_known_loss(news[name], frames[:, column]) for column, name in enumerate(self.news))
-        for place, answers in enumerate(described):
-            loss = loss + 0.2 * sum(_known_loss(answers[name], objects[:, place, i]) for i, name in enumerate(answers))
+        for said, true in zip(described, (objects, events), strict=True):
+            for place, answers in enumerate(said):
+                loss = loss + 0.2 * sum(_known_loss(answers[name], true[:, place, i]) for i, name in enumerate(answers))
         right, matters = logits.argmax(-1) == learnt, self.weights[learnt] == 1
         return {"loss": loss, "num_right": (right & matters).sum(), "num_asked": matters.sum()}
 
@@ -308,7 +310,7 @@ def train(
             drawn = None  # before the next pictures come
             next_seeds = range(num_clips)[len(encoded) : len(encoded) + CLIPS_AT_A_TIME]
             drawn = draw_clips(next_seeds, num_workers=num_workers)
-        examples = Examples(encoded, features, processor, misheard=0.2, grey=grey)
+        examples = Examples(encoded, features, processor, misheard=0.3, grey=grey)
         held_out_examples = Examples(held_out, _encode(model, _frames(held_out)), processor)
         how = (learning_rate, seed, until, cycles)
         _train_stage(training, output_dir, "model", steps, batch_size, examples, held_out_examples, *how)
