@@ -310,6 +310,9 @@ def train(
             drawn = None  # before the next pictures come
             next_seeds = range(num_clips)[len(encoded) : len(encoded) + CLIPS_AT_A_TIME]
             drawn = draw_clips(next_seeds, num_workers=num_workers)
+        # One clip in ten has two events, and only they teach to look for the second once the first has been told.
+        often = [i for i, one in enumerate(encoded) for _ in range(3 if len(one.facts.events) == 2 else 1)]
+        encoded, features = [encoded[i] for i in often], [features[i] for i in often]
         examples = Examples(encoded, features, processor, misheard=0.3, grey=grey)
         held_out_examples = Examples(held_out, _encode(model, _frames(held_out)), processor)
         how = (learning_rate, seed, until, cycles)
