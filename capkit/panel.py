@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,18 @@ _SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}
 """Settings that act on the draw alone, and the values at which they do nothing."""
 
 
+def _in_turn(method):
+    """One at a time: Lab has messages handled in several threads of the kernel (its subshells), and of two clips read
+    at once the one shown might not be the one captioned."""
+
+    @functools.wraps(method)
+    def waiting(self, *args):
+        with self._turn:
+            return method(self, *args)
+
+    return waiting
+
+
 class Playground(widgets.VBox):
     """A panel to try prompts and settings on clips. Captions are made in a thread: the panel stays usable.
 
@@ -62,6 +75,7 @@ class Playground(widgets.VBox):
         stored = [] if store is None else store.current()
         self._stored = [record for record in reversed(stored) if record["status"] == "ok"]
         self._baselines: dict[str, dict[str, Any]] = {}
+        self._turn = threading.RLock()
         self.clip, self._stream, self._thread = None, None, None
         names = [(Path(clip).name, str(clip)) for clip in clips]
         self.video = widgets.Dropdown(options=names, description="clip", layout=WIDE)
@@ -173,6 +187,7 @@ class Playground(widgets.VBox):
 
     # ---- the clip --------------------------------------------------------------------------------------------------
 
+    @_in_turn
     def _read_clip(self):
         try:
             window = (self.start_seconds.value, self.end_seconds.value or None)
@@ -188,6 +203,7 @@ class Playground(widgets.VBox):
         self._show_frame()
         self._show_results()
 
+    @_in_turn
     def _show_frame(self):
         if self._seen is None:
             self.picture.value, self.about_frame.value = "", ""
@@ -222,6 +238,7 @@ class Playground(widgets.VBox):
 
     # ---- captions --------------------------------------------------------------------------------------------------
 
+    @_in_turn
     def start(self) -> None:
         """Caption the clip at hand with the settings at hand, in a thread."""
         if self._thread is not None and self._thread.is_alive():
@@ -289,6 +306,7 @@ class Playground(widgets.VBox):
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
+    @_in_turn
     def _show_results(self):
         """Those of the clip at hand, the newest first: captions of other clips are not to be compared with them."""
         video = str(Path(self.video.value).expanduser().absolute()) if self.video.value else None

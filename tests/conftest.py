@@ -25,6 +25,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no Chromium"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Fixtures can see whether their test has failed: `request.node.failed`."""
+    report = yield
+    item.failed = report.failed if call.when == "setup" else item.failed or report.failed
+    return report
+
+
 class GoldenCase:
     """Numbers of the original implementation: `frames`, `pixel_values`, `input_ids`, ..., as numpy arrays."""
 

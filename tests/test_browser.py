@@ -30,7 +30,7 @@ from capkit.shards import DEMO_CLIPS
 from capkit.side_by_side import compare_captions
 from capkit.views import show_clip
 
-# Once more, because Lab itself loses a click now and then while it is starting up.
+# Once more, because on a busy machine Lab may run out of patience while it is starting up.
 pytestmark = [pytest.mark.needs_browser, pytest.mark.flaky(reruns=1)]
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "runs" / "browser"
@@ -52,8 +52,9 @@ def chromium():
 
 
 @pytest.fixture
-def open_page(chromium):
-    """Makes pages that reach nothing but this machine; afterwards no dialog may have come up."""
+def open_page(chromium, request):
+    """Makes pages that reach nothing but this machine; afterwards no dialog may have come up. What they show when a
+    test fails is kept: in a picture, and printed."""
     contexts, dialogs = [], []
 
     def make(width=1400, height=1200, **settings):
@@ -75,6 +76,10 @@ def open_page(chromium):
 
     yield make
     for context in contexts:
+        if request.node.failed:
+            (page,) = context.pages
+            page.screenshot(path=SCREENSHOTS / f"failed_{request.node.name}.png")
+            print(page.inner_text("body"), page.evaluate("window.seen"), sep="\n")
         context.close()
     assert not dialogs
 

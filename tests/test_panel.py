@@ -1,5 +1,6 @@
 """The playground, without a browser: what its controls do."""
 
+import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,6 +45,27 @@ def test_a_result_is_what_captioning_with_its_settings_gives(panel, demo):
     assert made.token_ids == alone.token_ids and record["text"] == alone.text
     assert panel.store.current() == [record] and panel.store.strip_path(record).exists()
     assert "What happens?" in panel.asked_before.options
+
+
+def test_two_clips_chosen_at_once_are_read_in_turn(panel, monkeypatch):
+    """As in Lab, where messages are handled in several threads: what is captioned is the clip that is shown."""
+    load, slow_one_begins = capkit.load_clip, threading.Event()
+
+    def load_slowly(path, *args):
+        if path == CLIPS[1]:
+            slow_one_begins.set()
+            time.sleep(0.5)
+        return load(path, *args)
+
+    monkeypatch.setattr("capkit.panel.load_clip", load_slowly)
+    other = threading.Thread(target=lambda: setattr(panel.video, "value", CLIPS[1]))
+    other.start()
+    assert slow_one_begins.wait(10)
+    panel.video.value = CLIPS[0]
+    record, _ = caption(panel)
+    other.join()
+    assert record["video"] == panel.video.value == panel.clip.info.path == CLIPS[0]
+    assert len(panel.cards.children) == 1
 
 
 def test_what_has_no_effect_is_grey_and_left_out(panel):
