@@ -88,13 +88,15 @@ def test_what_has_happened_is_what_the_facts_say(clips):
         motions = {(seen.colour, seen.shape): seen.motion for seen in drawn.facts.objects}
         changed = {(event.new_colour, event.shape): event.name for event in drawn.facts.events if event.new_colour}
         for frame, cell in zip(*np.nonzero(drawn.cells[..., 3] != UNKNOWN), strict=True):
-            _, colour, shape, motion, _ = drawn.cells[frame, cell]
+            _, colour, shape, motion, _, size, place = drawn.cells[frame, cell]
             name = (list(COLOURS)[colour], SHAPES[shape])
             name = tuple(changed[name].split()) if name in changed else name
             assert MOTIONS[motion] == motions[name]
+            seen = drawn.facts.objects[place]
+            assert (seen.colour, seen.shape) == name and [*SIZES, None][size] == seen.size
             told["motion"] += 1
         happened = {event.second: event for event in drawn.facts.events}
-        for frame, (number, _, camera, event, colour, shape) in enumerate(drawn.frames):
+        for frame, (number, _, camera, event, colour, shape, place) in enumerate(drawn.frames):
             assert number == frame
             assert camera == UNKNOWN or CAMERA_WAYS[camera] == drawn.facts.camera
             if frame in happened:
@@ -103,9 +105,10 @@ def test_what_has_happened_is_what_the_facts_say(clips):
                     happened[frame].colour,
                     happened[frame].shape,
                 )
+                assert drawn.facts.events[place - 1] == happened[frame]
                 told["event"] += 1
             elif frame:
-                assert EVENTS[event] == "nothing" and (drawn.cells[frame, :, 4] <= 0).all()
+                assert EVENTS[event] == "nothing" and place == 0 and (drawn.cells[frame, :, 4] <= 0).all()
         assert drawn.frames[-1, 1] == len(drawn.facts.objects)
         for seen in drawn.facts.objects:
             if len(drawn.facts.objects) == 1 and seen.motion in ("left", "right", "grows", "shrinks", "still"):
@@ -200,7 +203,7 @@ def test_a_grey_frame_takes_the_place_of_one_and_nothing_is_asked_of_it(clips, t
         assert len(grey) == (drawn is not clips[index]) and not (grey and not is_chat)
         for number in grey:
             assert (drawn.cells[number] == UNKNOWN).all() and np.isnan(drawn.places[number]).all()
-            assert drawn.frames[number].tolist() == [number] + [UNKNOWN] * 5
+            assert drawn.frames[number].tolist() == [number] + [UNKNOWN] * 6
             assert (drawn.objects[number] == UNKNOWN).all()
             assert (drawn.cells[number + 1 : number + 2, :, 4] == UNKNOWN).all()
             untouched = [frame for frame in range(len(features)) if frame not in (number, number + 1)]

@@ -41,11 +41,13 @@ class DrawnClip:
     Attributes:
         clip: frames of (IMAGE_SIZE, IMAGE_SIZE), already cropped.
         facts: what can be seen.
-        cells: int64 (T, CELLS * CELLS, 5): whether an object's middle is in the cell, its colour, its shape, its motion
-            as far as the frames up to this one show it, and what has happened to it since the frame before.
+        cells: int64 (T, CELLS * CELLS, 7): whether an object's middle is in the cell, its colour, its shape, its motion
+            as far as the frames up to this one show it, what has happened to it since the frame before, its size (the
+            last one for what grows or shrinks), and its place in the order in which texts name the objects.
         places: float32 (T, CELLS * CELLS, 6): where in the picture, x and y, and its diameter, in cells; then how much
             of each it gained since the frame before, in quarters of a cell; NaN where it was not there.
-        frames: int64 (T, 6): number, objects so far, camera, and what happens in this frame, to which colour and shape.
+        frames: int64 (T, 7): number, objects so far, camera, what happens in this frame, to which colour and shape, and
+            whether it is the clip's first (1) or second event (2).
         objects: int64 (T, 3, 4): of each object so far, in the order in which texts name them, colour, shape, and, from
             its third frame on, size (the last one for what grows or shrinks) and motion.
         events: int64 (T, 2, 5): of the first and the second event so far, kind ("nothing" until it happens), number of
@@ -104,24 +106,29 @@ def _events(facts):
 def _what_is_where(scene, clip, facts):
     """`cells`, `places` and `frames` of a DrawnClip."""
     count = len(clip)
-    cells = np.full((count, CELLS * CELLS, 5), UNKNOWN)
+    cells = np.full((count, CELLS * CELLS, 7), UNKNOWN)
     cells[..., 0], places = 0, np.full((count, CELLS * CELLS, 6), np.nan, np.float32)
-    of_frames = np.full((count, 6), UNKNOWN)
-    of_frames[:, 0], of_frames[1:, 3] = np.arange(count), 0
+    of_frames = np.full((count, 7), UNKNOWN)
+    of_frames[:, 0], of_frames[1:, 3], of_frames[1:, 6] = np.arange(count), 0, 0
     if facts.camera:
         of_frames[2:, 2] = CAMERA_WAYS.index(facts.camera)
-    motions = {(seen.colour, seen.shape): seen.motion for seen in facts.objects}
+    named = [(seen.colour, seen.shape) for seen in facts.objects]
     before, since = {}, {}
     for frame, seconds in enumerate(clip.timestamps_seconds):
         now = {}
         for thing, colour, *place in scene.visible(seconds):
             x, y, diameter = (length * CELLS for length in place)
             column, row = (min(max(int(length), 0), CELLS - 1) for length in (x, y))
-            cell, motion = row * CELLS + column, motions[since.setdefault(thing, (frame, colour))[1], thing.shape]
+            first, first_colour = since.setdefault(thing, (frame, colour))
+            cell, order = row * CELLS + column, named.index((first_colour, thing.shape))
             now[thing] = (x, y, diameter, cell, colour)
             cells[frame, cell, :3] = (1, list(COLOURS).index(colour), SHAPES.index(thing.shape))
-            if motion and frame >= since[thing][0] + 2:
-                cells[frame, cell, 3] = MOTIONS.index(motion)
+            if frame >= first + 1:  # before, half of its neighbours are yet to come
+                cells[frame, cell, 6] = order
+            if frame >= first + 2:
+                seen = facts.objects[order]
+                cells[frame, cell, 3] = MOTIONS.index(seen.motion) if seen.motion else UNKNOWN
+                cells[frame, cell, 5] = [*SIZES, None].index(seen.size)
             places[frame, cell, :3] = (x, y, diameter)
             if thing in before:
                 places[frame, cell, 3:] = 4 * (np.array(now[thing][:3]) - before[thing][:3])
@@ -133,9 +140,9 @@ def _what_is_where(scene, clip, facts):
                 cells[frame, before[thing][3], 4] = EVENTS.index("disappears")
         of_frames[frame, 1] = len(since)
         before = now
-    for event in facts.events:
-        named = list(COLOURS).index(event.colour), SHAPES.index(event.shape)
-        of_frames[facts.numbers.index(event.second), 3:] = (EVENTS.index(event.kind), *named)
+    for place, event in enumerate(facts.events, 1):
+        what = EVENTS.index(event.kind), list(COLOURS).index(event.colour), SHAPES.index(event.shape), place
+        of_frames[facts.numbers.index(event.second), 3:] = what
     return cells, places, of_frames
 
 

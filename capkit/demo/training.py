@@ -45,8 +45,9 @@ WORDING_WEIGHT = 0.3
 """Of tokens that only word what others say, in the loss: which of many wordings comes cannot be learnt."""
 FEATURE_LENGTH = 2.0
 CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER = 2, 3, 4
-"""After so many layers of the decoder, cells know what their object has done, frames what is new in them, and then
-which objects there have been, each with its colour, shape, size and motion, and which events."""
+"""After so many layers of the decoder, cells know what their object has done; then cells, at which place texts name it,
+and frames, what is new in them; then frames, which objects and events there have been, with all that is said of them.
+By the places a text finds what it names next: its second object is in the cells that say "second"."""
 VISION_CLIPS, CLIPS_AT_A_TIME = 16000, 3200
 """The vision tower learns from so many; further ones are drawn and encoded piece by piece, or their pictures would fill
 the memory."""
@@ -119,9 +120,11 @@ class TrainingModel(nn.Module):
         self.register_buffer("weights", torch.where(matters, 1.0, WORDING_WEIGHT), persistent=False)
         width = model.config.hidden_size
         self.what = _Heads(width, there=1, colour=len(COLOURS), shape=len(SHAPES), place=3)
-        self.done = _Heads(width, motion=len(MOTIONS), event=len(EVENTS), gain=3)
+        self.done = _Heads(width, motion=len(MOTIONS), event=len(EVENTS), size=len(SIZES) + 1, gain=3)
+        self.order = _Heads(width, object=3)
         kinds = {"camera": len(CAMERA_WAYS), "event": len(EVENTS), "colour": len(COLOURS), "shape": len(SHAPES)}
         self.news = _Heads(width, number=13, count=4, **kinds)
+        self.event_order = _Heads(width, event=3)
         what = {"colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES) + 1, "motion": len(MOTIONS)}
         self.objects = nn.ModuleList(_Heads(width, **what) for _ in range(3))
         when = {"event": len(EVENTS), "number": 13, "colour": len(COLOURS), "shape": len(SHAPES)}
@@ -158,13 +161,17 @@ class TrainingModel(nn.Module):
                 outputs.hidden_states[layer][image].unflatten(0, video_features.shape[:2])
                 for layer in (CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER)
             )
-            done, news = self.done(at_cells[:, 1:-1]), self.news(at_frames[:, -1])
+            done, order = self.done(at_cells[:, 1:-1]), self.order(at_frames[:, 1:-1])
+            news, event_order = self.news(at_frames[:, -1]), self.event_order(at_objects[:, -1])
             described = [[heads(at_objects[:, -1]) for heads in some] for some in (self.objects, self.events)]
         learnt, known = learnt[learnt != UNKNOWN], ~places[..., 3:].isnan()
         loss = F.cross_entropy(logits, learnt, self.weights)
-        loss = loss + 0.5 * (_known_loss(done["motion"], cells[..., 3]) + _known_loss(done["event"], cells[..., 4]))
+        told = {"motion": 3, "event": 4, "size": 5}
+        loss = loss + 0.5 * sum(_known_loss(done[name], cells[..., column]) for name, column in told.items())
+        loss = loss + 0.5 * _known_loss(order["object"], cells[..., 6])
         loss = loss + F.smooth_l1_loss(done["gain"][known], places[..., 3:][known])
         loss = loss + 0.2 * sum(_known_loss(news[name], frames[:, column]) for column, name in enumerate(self.news))
+        loss = loss + 0.2 * _known_loss(event_order["event"], frames[:, 6])
         for said, true in zip(described, (objects, events), strict=True):
             for place, answers in enumerate(said):
                 loss = loss + 0.2 * sum(_known_loss(answers[name], true[:, place, i]) for i, name in enumerate(answers))
