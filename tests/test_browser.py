@@ -30,7 +30,7 @@ from capkit.shards import DEMO_CLIPS
 from capkit.side_by_side import compare_captions
 from capkit.views import show_clip
 
-# Once more, because on a busy machine Lab may run out of patience while it is starting up.
+# Once more, for Lab and Chromium on a busy machine; what the page showed the first time is kept and printed.
 pytestmark = [pytest.mark.needs_browser, pytest.mark.flaky(reruns=1)]
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "runs" / "browser"
@@ -77,7 +77,7 @@ def open_page(chromium, request):
     yield make
     for context in contexts:
         if request.node.failed:
-            (page,) = context.pages
+            page = context.pages[0]
             page.screenshot(path=SCREENSHOTS / f"failed_{request.node.name}.png")
             print(page.inner_text("body"), page.evaluate("window.seen"), sep="\n")
         context.close()

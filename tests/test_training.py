@@ -12,6 +12,7 @@ from capkit.cogvlm2 import CogVLM2VideoProcessor
 from capkit.demo import examples as drawn_examples
 from capkit.demo import training
 from capkit.demo.examples import CAMERA_WAYS, CELLS, EVENTS, UNKNOWN
+from capkit.demo.heads import TrainingModel
 from capkit.demo.planning import make_scene
 from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, UNSEEN_PAIRS
 
@@ -217,7 +218,7 @@ def test_a_batch_learns_the_same_whatever_it_is_padded_to(clips, tokenizer):
     """Padding on the right, without a mask, changes no loss."""
     torch.manual_seed(0)
     model = training.new_model(tokenizer)
-    heads = training.TrainingModel(model, drawn_examples.tokens_that_matter(tokenizer))
+    heads = TrainingModel(model, drawn_examples.tokens_that_matter(tokenizer))
     examples = make_examples(clips, tokenizer)
     examples.features = [torch.randn(len(drawn.clip), 18, 128) for drawn in clips]
     rows = [examples[index] for index in range(4)]
