@@ -1,5 +1,7 @@
 """Training the demo model: what is learnt from, and a run that stops and goes on."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -252,3 +254,26 @@ def test_a_run_stops_with_its_time_and_goes_on(tmp_path, monkeypatch):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any(".vision." in name for name in changed)
+
+
+def test_the_optimiser_goes_on_where_it_was(tokenizer):
+    """With what it remembers of earlier gradients, and at the rate that a schedule sets from then on."""
+
+    def step(model, optimiser, learning_rate):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate
+        for weight in model.parameters():
+            weight.grad = weight.detach().cos()
+        optimiser.step()
+        return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    model = training.new_model(tokenizer)
+    optimiser = training.MuonAndAdamW(model, 1e-3, 0.01)
+    before = step(model, optimiser, 1e-3)
+    other = copy.deepcopy(model)
+    resumed = training.MuonAndAdamW(other, 1e-3, 0.01)
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    after = [step(*one, 2e-3) for one in ((model, optimiser), (other, resumed))]
+    assert all(torch.equal(after[0][name], after[1][name]) for name in before)
+    assert not any(torch.equal(after[0][name], before[name]) for name in before)
+    assert all(torch.equal(weight, after[1][name]) for name, weight in step(other, resumed, 0.0).items())
