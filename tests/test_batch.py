@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -75,7 +76,9 @@ def start():
 
     def make(path, *arguments):
         command = [sys.executable, "-m", "capkit", "batch", path, *arguments]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        # A shell lets what it runs in the background ignore Ctrl-C, these tests too, and the command would inherit it.
+        ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=ctrl_c))
         return started[-1]
 
     yield make
