@@ -19,8 +19,8 @@ from capkit.demo.scenes import COLOURS
 from capkit.demo.wording import make_example
 from capkit.grounding import ground
 
-LEAST = {"background": 0.95, "count": 0.9, "colour": 0.8, "shape": 0.8, "motion": 0.75, "events": 0.65}
-LEAST |= {"no_wrong_statement": 0.65}
+LEAST = {"background": 0.95, "count": 0.95, "colour": 0.85, "shape": 0.85, "motion": 0.85, "events": 0.8}
+LEAST |= {"no_wrong_statement": 0.8}
 
 
 @pytest.fixture(scope="module")
