@@ -222,7 +222,15 @@ class TestBenchmark:
 
 def test_train_demo_model_smoke_run(tmp_path):
     """Three steps: everything is drawn, trained, plotted, written and evaluated."""
-    settings = {"steps": 3, "vision_steps": 2, "batch_size": 4, "num_clips": 12, "num_held_out": 4, "num_evaluated": 2}
+    settings = {
+        "steps": 3,
+        "vision_steps": 2,
+        "question_steps": 2,
+        "batch_size": 4,
+        "num_clips": 12,
+        "num_held_out": 4,
+        "num_evaluated": 2,
+    }
     done, shown = run("07", tmp_path, **settings)
     folder = tmp_path / "runs" / "train_demo_model"
     assert str(folder / "checkpoint") in shown and (folder / "evaluation.csv").is_file()

@@ -20,6 +20,7 @@ from capkit.demo.wording import (
     STYLES,
     TIMELESS_QUESTIONS,
     make_example,
+    make_interview,
     make_question,
 )
 
@@ -306,6 +307,28 @@ def test_questions_have_one_clear_answer(all_facts):
     assert kinds == set(QUESTIONS)
     assert 0.35 < np.mean(yes) < 0.6
     assert make_question(replace(all_facts[0], events=()), rng, kinds=("when",)) is None
+
+
+def test_interviews_ask_for_every_object_by_its_name(all_facts):
+    rng, by_name, told_before, templates = np.random.default_rng(6), [], [], set()
+    for facts in all_facts:
+        interview = make_interview(facts, rng)
+        templates.add(interview.template)
+        turns = [*interview.history, (interview.prompt, interview.answer)]
+        assert 2 <= len(turns) <= 8 and interview.kind in QUESTIONS
+        told = ""
+        for question, answer in turns:
+            if asked := re.search(r"^Wh(?:at colour is|ich colour does) the (\w+)(?: have)?\?", question):
+                (seen,) = [seen for seen in facts.objects if seen.shape == asked[1]]
+                assert re.search(rf"\b{seen.colour}\b", answer)
+                told_before.append(seen.name in told)
+            told += f"{question} {answer} "
+            if len(facts.objects) == 3:
+                names = [name for seen in facts.objects for name in (seen.name, seen.shape, f"{seen.colour} object")]
+                by_name.append(any(f"the {name}" in question for name in names))
+    assert templates == {"chat", "vqa"}
+    assert np.mean(by_name) > 0.4
+    assert 0.05 < np.mean(told_before) < 0.5
 
 
 def test_the_usual_prompt_and_template_come_most(all_facts):

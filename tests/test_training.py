@@ -236,12 +236,18 @@ def test_a_batch_learns_the_same_whatever_it_is_padded_to(clips, tokenizer):
 def test_a_run_stops_with_its_time_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "VISION_CLIPS", 6)
     monkeypatch.setattr(training, "CLIPS_AT_A_TIME", 4)  # 12 are drawn and encoded in three pieces
-    settings = {"steps": 4, "vision_steps": 3, "batch_size": 4, "num_clips": 12, "num_held_out": 4}
+    settings = {"steps": 4, "vision_steps": 3, "question_steps": 2, "batch_size": 4, "num_clips": 12, "num_held_out": 4}
     training.train(tmp_path, **settings, minutes=1e-6)
     assert {(line["stage"], line["step"]) for line in training.read_history(tmp_path)} == {("vision", 1)}
     checkpoint = training.train(tmp_path, **settings)
     history = training.read_history(tmp_path)
-    assert [max(line["step"] for line in history if line["stage"] == stage) for stage in ("vision", "model")] == [3, 4]
+    stages = [line["stage"] for line in history]
+    assert {name: max(line["step"] for line in history if line["stage"] == name) for name in dict.fromkeys(stages)} == {
+        "vision": 3,
+        "model": 4,
+        "questions": 2,
+    }
+    assert stages == sorted(stages, key=["vision", "model", "questions"].index)
     assert any(0 <= line.get("eval_accuracy", -1) <= 1 for line in history if line["stage"] == "model")
     captioner = capkit.load_captioner(checkpoint, device="cpu")
     caption = captioner.caption(make_scene(0).sample(), decoding=capkit.Decoding(max_new_tokens=8))

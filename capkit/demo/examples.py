@@ -18,7 +18,7 @@ from capkit.cogvlm2.processing import pixels_to_frames, preprocess_frames, promp
 from capkit.demo.facts import Facts, see
 from capkit.demo.planning import make_scene
 from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, pick
-from capkit.demo.wording import CAMERA, HAPPENS, MOVES, NUMBERS, Example, make_example
+from capkit.demo.wording import CAMERA, HAPPENS, MOVES, NUMBERS, Example, make_example, make_interview
 from capkit.frames import Clip
 
 IMAGE_SIZE, PATCH_SIZE = 112, 14
@@ -252,6 +252,7 @@ class Examples(torch.utils.data.Dataset):
             They are colours of nothing in the clip, so that a colour that is there can be trusted.
         grey: features of a grey frame, (tokens_per_frame, hidden_size). Where given, such a frame takes the place of
             one in every fourth clip: or a frame left out would look to the model like everything vanishing.
+        interviews: share of clips that are asked many questions in a row, of `make_interview`.
     """
 
     def __init__(
@@ -262,9 +263,10 @@ class Examples(torch.utils.data.Dataset):
         style: str | None = None,
         misheard: float = 0.0,
         grey: torch.Tensor | None = None,
+        interviews: float = 0.0,
     ):
         self.clips, self.features, self.processor, self.style = clips, features, processor, style
-        self.misheard, self.grey = misheard, grey
+        self.misheard, self.grey, self.interviews = misheard, grey, interviews
         self.random = np.random.default_rng(0)
         self.num_frames = [len(drawn.clip) for drawn in clips]
         ids = processor.tokenizer([f" {colour}" for colour in COLOURS], add_special_tokens=False)["input_ids"]
@@ -275,7 +277,10 @@ class Examples(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[DrawnClip, torch.Tensor, list[int], list[int], bool]:
         drawn = self.clips[index]
-        example = make_example(drawn.facts, self.random, self.style)
+        if self.interviews and self.random.random() < self.interviews:
+            example = make_interview(drawn.facts, self.random)
+        else:
+            example = make_example(drawn.facts, self.random, self.style)
         ids, labels = self._ids_and_labels(drawn.clip, example)
         if self.misheard:
             there = {seen.colour for seen in drawn.facts.objects} | {event.new_colour for event in drawn.facts.events}

@@ -34,9 +34,10 @@ from capkit.grounding import GREY
 
 FRAMES_PER_STEP = 192
 FEATURE_LENGTH = 2.0
-VISION_CLIPS, CLIPS_AT_A_TIME = 16000, 3200
-"""The vision tower learns from so many; further ones are drawn and encoded piece by piece, or their pictures would fill
-the memory."""
+TOKENIZER_CLIPS, VISION_CLIPS, CLIPS_AT_A_TIME = 3000, 16000, 3200
+"""The tokenizer and the vision tower learn from so many; so many are drawn before their pictures are let go."""
+INTERVIEWS = 0.6
+"""Share of clips that are asked many questions in a row, in the last stage."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> CogVLM2VideoForConditionalGeneration:
@@ -161,6 +162,7 @@ def train(
     output_dir: str | Path,
     steps: int = 20,
     vision_steps: int = 10,
+    question_steps: int = 5,
     batch_size: int = 32,
     learning_rate: float = 4e-3,
     vision_learning_rate: float = 3e-3,
@@ -178,9 +180,12 @@ def train(
         output_dir: gets `trainer/` (to resume from), `history.jsonl` and `checkpoint/`.
         steps: optimiser steps of the whole model, on clips and texts.
         vision_steps: steps before them of the vision tower and the bridge alone, on FRAMES_PER_STEP single frames each.
+        question_steps: steps after them on as many other clips, of which most are asked many questions in a row; 0 for
+            none. Only then the model finds objects by their names.
         batch_size: clips a step.
-        learning_rate, vision_learning_rate: of the two stages, at its highest after 5 % of the steps; it falls to 0
-            along a cosine.
+        learning_rate: at its highest after 5 % of a stage's steps; it falls to 0 along a cosine. Half of it in the last
+            stage, or too much of what has been learnt would be lost again.
+        vision_learning_rate: the same for the vision tower's stage.
         num_clips: scenes drawn for training; worded anew each time they come up. The vision tower learns from the first
             VISION_CLIPS of them.
         num_held_out: scenes for the accuracy in `history.jsonl`, from the held-out stream.
@@ -198,42 +203,64 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
     torch.manual_seed(seed)
-    drawn = draw_clips(range(min(num_clips, VISION_CLIPS)), num_workers=num_workers)
     held_out = draw_clips(range(num_held_out), held_out=True, num_workers=num_workers)
     if start_from:
         captioner = load_captioner(start_from, dtype="float32")
         model, processor = captioner.model, captioner.processor
     else:
-        tokenizer = train_tokenizer(drawn[:3000])
+        tokenizer = train_tokenizer(draw_clips(range(min(num_clips, TOKENIZER_CLIPS)), num_workers=num_workers))
         model = new_model(tokenizer)
         processor = CogVLM2VideoProcessor(tokenizer, IMAGE_SIZE, model.config.tokens_per_frame)
     training = TrainingModel(model, tokens_that_matter(processor.tokenizer), bf16)
-    frames, held_out_frames = Frames(drawn, recoloured=0.75), Frames(held_out)
-    how = (vision_learning_rate, seed, until)
-    if not vision_steps or _train_stage(
-        training, output_dir, "vision", vision_steps, FRAMES_PER_STEP, frames, held_out_frames, *how
-    ):
+
+    def stage(name, num_steps, *how, make_data):
+        """Train, or go on, or take the weights of what has been trained before; True when the stage is done."""
+        folder = output_dir / "trainer" / name
+        last = get_last_checkpoint(folder) if folder.exists() else None
+        if last and last.endswith(f"-{num_steps}"):
+            load_model(training, Path(last) / "model.safetensors")
+            return True
+        log = _Log(name, until, output_dir / "history.jsonl")
+        return not num_steps or _train_stage(training, folder, last, num_steps, *how, *make_data(), seed, log)
+
+    def frames():
+        drawn = draw_clips(range(min(num_clips, VISION_CLIPS)), num_workers=num_workers)
+        return Frames(drawn, recoloured=0.75), Frames(held_out)
+
+    def examples(seeds, interviews):
+        grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
+        clips, features = _drawn_and_encoded(model, seeds, num_workers)
+        # One clip in ten has two events, and only they teach to look for the second once the first has been told.
+        often = [i for i, one in enumerate(clips) for _ in range(3 if len(one.facts.events) == 2 else 1)]
+        clips, features = [clips[i] for i in often], [features[i] for i in often]
+        return (
+            Examples(clips, features, processor, misheard=0.3, grey=grey, interviews=interviews),
+            Examples(held_out, _encode(model, _frames(held_out)), processor, interviews=interviews),
+        )
+
+    is_seen = stage("vision", vision_steps, FRAMES_PER_STEP, vision_learning_rate, make_data=frames)
+    if is_seen:
         if vision_steps:
             _level(model, held_out)
         model.model.vision.requires_grad_(False)
-        grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
-        encoded, features, frames = [], [], None
-        while drawn:
-            features += _encode(model, _frames(drawn))
-            encoded += [one.without_pictures() for one in drawn]
-            drawn = None  # before the next pictures come
-            next_seeds = range(num_clips)[len(encoded) : len(encoded) + CLIPS_AT_A_TIME]
-            drawn = draw_clips(next_seeds, num_workers=num_workers)
-        # One clip in ten has two events, and only they teach to look for the second once the first has been told.
-        often = [i for i, one in enumerate(encoded) for _ in range(3 if len(one.facts.events) == 2 else 1)]
-        encoded, features = [encoded[i] for i in often], [features[i] for i in often]
-        examples = Examples(encoded, features, processor, misheard=0.3, grey=grey)
-        held_out_examples = Examples(held_out, _encode(model, _frames(held_out)), processor)
-        how = (learning_rate, seed, until)
-        _train_stage(training, output_dir, "model", steps, batch_size, examples, held_out_examples, *how)
+        is_told = stage("model", steps, batch_size, learning_rate, make_data=lambda: examples(range(num_clips), 0.0))
+        if is_told:
+            further = range(num_clips, 2 * num_clips)
+            how = (batch_size, learning_rate / 2)
+            stage("questions", question_steps, *how, make_data=lambda: examples(further, INTERVIEWS))
     model.save_pretrained(output_dir / "checkpoint")
     processor.save_pretrained(output_dir / "checkpoint")
     return output_dir / "checkpoint"
+
+
+def _drawn_and_encoded(model, seeds, num_workers):
+    """Clips without their pictures, and the features of each; piece by piece, or the pictures would fill the memory."""
+    clips, features = [], []
+    for first in range(0, len(seeds), CLIPS_AT_A_TIME):
+        drawn = draw_clips(seeds[first : first + CLIPS_AT_A_TIME], num_workers=num_workers)
+        features += _encode(model, _frames(drawn))
+        clips += [one.without_pictures() for one in drawn]
+    return clips, features
 
 
 def _frames(clips):
@@ -258,14 +285,8 @@ def _encode(model, frames):
     return features
 
 
-def _train_stage(training, output_dir, stage, steps, batch_size, examples, held_out, learning_rate, seed, until):
-    """Train, or go on, or take the weights of what has been trained before; True when the stage is done."""
-    folder = output_dir / "trainer" / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    last = get_last_checkpoint(folder)
-    if last and last.endswith(f"-{steps}"):
-        load_model(training, Path(last) / "model.safetensors")
-        return True
+def _train_stage(training, folder, last, steps, batch_size, learning_rate, examples, held_out, seed, log):
+    """Train from the checkpoint `last` on, or from where the model is; True when all steps are done."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -282,7 +303,7 @@ def _train_stage(training, output_dir, stage, steps, batch_size, examples, held_
         save_steps=max(1, min(200, steps // 3)),
         save_total_limit=1,
         remove_unused_columns=False,
-        label_names=["labels" if stage == "model" else "cells"],
+        label_names=["cells" if log.stage == "vision" else "labels"],
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -295,7 +316,7 @@ def _train_stage(training, output_dir, stage, steps, batch_size, examples, held_
         train_dataset=examples,
         eval_dataset=held_out,
         compute_metrics=_accuracy,
-        callbacks=[_Log(stage, until, output_dir / "history.jsonl")],
+        callbacks=[log],
     )
     trainer.train(resume_from_checkpoint=last)
     return trainer.state.global_step == steps

@@ -155,6 +155,28 @@ def make_question(facts: Facts, rng: np.random.Generator, template: str = "chat"
     return Example(pick(rng, wordings), answer, "question", template, kind=kind)
 
 
+def make_interview(facts: Facts, rng: np.random.Generator) -> Example:
+    """Two to eight questions about these facts in a row, the last of them with the others as its history.
+
+    Objects are asked for one by one, so that those that have to be found by their names come most often. In half of
+    the interviews, questions for colours and shapes come first, before others have told them.
+    """
+    template = ("chat", "vqa")[int(rng.random() < 0.25)]
+    kinds = QUESTIONS if template == "chat" else TIMELESS_QUESTIONS
+    asked = [(kind, one) for kind, some in _questions(facts, rng).items() if kind in kinds for one in some]
+    asked += [("exists", _questions(facts, rng)["exists"][0]) for _ in range(2)]
+    if template == "vqa" and any(event.kind == "changes" for event in facts.events):
+        asked = [(kind, one) for kind, one in asked if kind != "count"]
+    asked = [asked[i] for i in rng.permutation(len(asked))]
+    if rng.random() < 0.5:
+        asked.sort(key=lambda one: one[0] not in ("colour", "shape"))
+    turns = []
+    for _, (wordings, answers, short) in asked[: rng.integers(2, 9)]:
+        turns.append((pick(rng, wordings), short if template == "vqa" else pick(rng, answers)))
+    *history, (prompt, answer) = turns
+    return Example(prompt, answer, "question", template, tuple(history), asked[len(history)][0])
+
+
 def _questions(facts, rng):
     """By kind, all that can be asked: lists of (wordings, answers, the short answer)."""
     asked = {}
