@@ -104,6 +104,20 @@ def test_prompts_are_followed(demo):
     assert all(len(answer.split()) <= 4 for answer in answers)  # an answer, and no description
 
 
+def test_objects_are_found_by_their_names(demo):
+    """Not only by their places in the order in which descriptions name them."""
+
+    def is_clear(facts):
+        return len({seen.shape for seen in facts.objects}) == len(facts.objects) > 1 and not facts.events
+
+    answers = [
+        (demo.caption(clip, f"What colour is the {seen.shape}?").text, seen.colour)
+        for clip, _, facts in held_out_texts(is_clear, 12)
+        for seen in facts.objects
+    ]
+    assert np.mean([colour in text for text, colour in answers]) >= 0.85
+
+
 def test_order_matters(demo):
     table = evaluation.summarise(evaluation.evaluate_controls(demo, 24))["right"]
     assert table["frames in order", "all"] > table["frames shuffled", "all"] + 0.15
