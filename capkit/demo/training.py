@@ -213,16 +213,6 @@ def train(
         processor = CogVLM2VideoProcessor(tokenizer, IMAGE_SIZE, model.config.tokens_per_frame)
     training = TrainingModel(model, tokens_that_matter(processor.tokenizer), bf16)
 
-    def stage(name, num_steps, *how, make_data):
-        """Train, or go on, or take the weights of what has been trained before; True when the stage is done."""
-        folder = output_dir / "trainer" / name
-        last = get_last_checkpoint(folder) if folder.exists() else None
-        if last and last.endswith(f"-{num_steps}"):
-            load_model(training, Path(last) / "model.safetensors")
-            return True
-        log = _Log(name, until, output_dir / "history.jsonl")
-        return not num_steps or _train_stage(training, folder, last, num_steps, *how, *make_data(), seed, log)
-
     def frames():
         drawn = draw_clips(range(min(num_clips, VISION_CLIPS)), num_workers=num_workers)
         return Frames(drawn, recoloured=0.75), Frames(held_out)
@@ -238,23 +228,29 @@ def train(
             Examples(held_out, _encode(model, _frames(held_out)), processor, interviews=interviews),
         )
 
-    is_seen = stage("vision", vision_steps, FRAMES_PER_STEP, vision_learning_rate, make_data=frames)
-    if is_seen:
-        if vision_steps:
-            _level(model, held_out)
-        model.model.vision.requires_grad_(False)
-        is_told = stage("model", steps, batch_size, learning_rate, make_data=lambda: examples(range(num_clips), 0.0))
-        if is_told:
-            further = range(num_clips, 2 * num_clips)
-            how = (batch_size, learning_rate / 2)
-            stage("questions", question_steps, *how, make_data=lambda: examples(further, INTERVIEWS))
+    told, further = range(num_clips), range(num_clips, 2 * num_clips)
+    for name, num_steps, num_rows, rate, make_data in (
+        ("vision", vision_steps, FRAMES_PER_STEP, vision_learning_rate, frames),
+        ("model", steps, batch_size, learning_rate, lambda: examples(told, 0.0)),
+        ("questions", question_steps, batch_size, learning_rate / 2, lambda: examples(further, INTERVIEWS)),
+    ):
+        folder, log = output_dir / "trainer" / name, _Log(name, until, output_dir / "history.jsonl")
+        if num_steps and not _train_stage(training, folder, num_steps, num_rows, rate, make_data, seed, log):
+            break
+        if name == "vision":
+            if vision_steps:
+                _level(model, held_out)
+            model.model.vision.requires_grad_(False)
     model.save_pretrained(output_dir / "checkpoint")
     processor.save_pretrained(output_dir / "checkpoint")
     return output_dir / "checkpoint"
 
 
 def _drawn_and_encoded(model, seeds, num_workers):
-    """Clips without their pictures, and the features of each; piece by piece, or the pictures would fill the memory."""
+    """Clips without their pictures, and the features of each; piece by piece, or the pictures would fill the memory.
+
+    Those that the vision tower has learnt from are drawn again, which takes a minute.
+    """
     clips, features = [], []
     for first in range(0, len(seeds), CLIPS_AT_A_TIME):
         drawn = draw_clips(seeds[first : first + CLIPS_AT_A_TIME], num_workers=num_workers)
@@ -285,8 +281,13 @@ def _encode(model, frames):
     return features
 
 
-def _train_stage(training, folder, last, steps, batch_size, learning_rate, examples, held_out, seed, log):
-    """Train from the checkpoint `last` on, or from where the model is; True when all steps are done."""
+def _train_stage(training, folder, steps, batch_size, learning_rate, make_data, seed, log):
+    """Train, or go on, or take the weights of what has been trained before; True when the stage is done."""
+    last = get_last_checkpoint(folder) if folder.exists() else None
+    if last and last.endswith(f"-{steps}"):
+        load_model(training, Path(last) / "model.safetensors")
+        return True
+    examples, held_out = make_data()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

@@ -142,11 +142,7 @@ def make_question(facts: Facts, rng: np.random.Generator, template: str = "chat"
 
     Under "vqa" and "base" only TIMELESS_QUESTIONS are asked; "vqa" has answers of a word or two.
     """
-    if template != "chat":
-        kinds = [kind for kind in kinds if kind in TIMELESS_QUESTIONS]
-        if any(event.kind == "changes" for event in facts.events):  # without order it could be two objects
-            kinds = [kind for kind in kinds if kind != "count"]
-    asked = {kind: found for kind, found in _questions(facts, rng).items() if kind in kinds}
+    asked = {kind: found for kind, found in _questions(facts, rng, template).items() if kind in kinds}
     if not asked:
         return None
     kind = pick(rng, list(asked))
@@ -162,23 +158,22 @@ def make_interview(facts: Facts, rng: np.random.Generator) -> Example:
     the interviews, questions for colours and shapes come first, before others have told them.
     """
     template = ("chat", "vqa")[int(rng.random() < 0.25)]
-    kinds = QUESTIONS if template == "chat" else TIMELESS_QUESTIONS
-    asked = [(kind, one) for kind, some in _questions(facts, rng).items() if kind in kinds for one in some]
+    asked = [(kind, one) for kind, some in _questions(facts, rng, template).items() for one in some]
     asked += [("exists", _questions(facts, rng)["exists"][0]) for _ in range(2)]
-    if template == "vqa" and any(event.kind == "changes" for event in facts.events):
-        asked = [(kind, one) for kind, one in asked if kind != "count"]
     asked = [asked[i] for i in rng.permutation(len(asked))]
     if rng.random() < 0.5:
         asked.sort(key=lambda one: one[0] not in ("colour", "shape"))
-    turns = []
-    for _, (wordings, answers, short) in asked[: rng.integers(2, 9)]:
-        turns.append((pick(rng, wordings), short if template == "vqa" else pick(rng, answers)))
+    asked = asked[: rng.integers(2, 9)]
+    turns = [
+        (pick(rng, wordings), short if template == "vqa" else pick(rng, answers))
+        for _, (wordings, answers, short) in asked
+    ]
     *history, (prompt, answer) = turns
-    return Example(prompt, answer, "question", template, tuple(history), asked[len(history)][0])
+    return Example(prompt, answer, "question", template, tuple(history), asked[-1][0])
 
 
-def _questions(facts, rng):
-    """By kind, all that can be asked: lists of (wordings, answers, the short answer)."""
+def _questions(facts, rng, template="chat"):
+    """By kind, all that can be asked under this template: lists of (wordings, answers, the short answer)."""
     asked = {}
 
     def ask(kind, wordings, answers, short=""):
@@ -215,6 +210,10 @@ def _questions(facts, rng):
             ask("motion", wordings, "|".join(f"It {verb}.|The {name} {verb}." for verb in MOVES[seen.motion]))
     _ask_what_is_there(facts, rng, ask, changed)
     _ask_about_events(facts, rng, ask)
+    if template != "chat":
+        asked = {kind: found for kind, found in asked.items() if kind in TIMELESS_QUESTIONS}
+        if changed:  # without order it could be two objects
+            del asked["count"]
     return asked
 
 
