@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from html import escape
@@ -33,7 +34,8 @@ def writing_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
         OSError: naming the path; what was there before is still there.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A name for each writer: threads of one process write the strip of the same frames at the same time.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

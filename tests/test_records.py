@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -215,3 +217,18 @@ def test_strip_shows_the_frames_that_the_model_saw(store):
         top, left = index // 12 * 114 + 8, index % 12 * 114 + 8
         assert (abs(strip[top : top + 96, left : left + 96] - (255, 0, 0)) < 40).all()
     assert (strip[114 + 8 :, 2 * 114 + 8 :] > 235).all()  # 14 frames: two in the second row, the rest is empty
+
+
+def test_clips_of_the_same_frames_may_save_their_strip_at_the_same_time(store):
+    """As captions of one video under several prompts do, which are read by several threads."""
+    clip, together = capkit.Clip.from_frames(np.zeros((1, 56, 56, 3), np.uint8)), Barrier(4)
+
+    def save(name):
+        together.wait(timeout=60)
+        return store.save_strip({"strip": name}, clip, image_size=56)
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(50):
+            paths = [*pool.map(save, [f"{number}.webp"] * 4)]
+            assert set(paths) == {store.strips / f"{number}.webp"}
+    assert len([*store.strips.iterdir()]) == 50  # and nothing half written
