@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-DECORD_VERSION = "0.6.0"  # as in capkit.reading, which cannot be imported without numpy
+DECORD_VERSION = "0.6.0"  # as in capkit.video.reading, which cannot be imported without numpy
 OLDEST_PYTHON = (3, 10)
 CHECKPOINT_NAME = "THUDM/cogvlm2-llama3-caption"
 CHECKPOINT_BYTES = 25_000_000_000
@@ -70,7 +70,7 @@ def version(name):
     return lambda: {"version": __import__(name).__version__}
 
 def capkit():
-    import capkit.captioner
+    import capkit.captioning.captioner
     return {"file": capkit.__file__}
 
 look_at("torch", torch)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # The policy forbids scripts and the network, whatever the body holds. Articles out of sight are neither laid out nor
 # painted, so that thousands open at once.
@@ -82,3 +85,39 @@ def write_page(path: str | os.PathLike, title: str, body: str) -> Path:
         body: as HTML.
     """
     return write_whole(path, _PAGE.format(title=escape(title), body=body))
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line of JSON to a file and wait until it is on disk.
+
+    Raises:
+        ValueError: it holds what JSON cannot.
+        OSError: with the file's name, on a full disk for example; what was written of the line is taken back.
+    """
+    content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of JSON lines, if it is there. One that is not whole is skipped with a warning."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                warnings.warn(f"{path}, line {number} is not a whole record; skipped", stacklevel=4)
+
+
+def now() -> str:
+    """The time as records have it, in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -4,12 +4,10 @@ import functools
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-GOLDEN = Path(__file__).parent / "data" / "golden"
+from paths import GOLDEN
 
 
 def pytest_collection_modifyitems(items):
@@ -96,7 +94,7 @@ def executed(tmp_path_factory):
 
     Returns folder, notebook and what it showed. What a test then does in the folder is its own affair.
     """
-    from test_notebooks import FAST, run
+    from notebook_runner import FAST, run
 
     few = {"01": FAST, "02": FAST | {"limit": 2}, "03": {"limit": 3}}
 

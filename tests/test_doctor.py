@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from capkit import doctor, reading
+from capkit import doctor
+from capkit.video import reading
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import re
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import yaml
+from paths import ROOT
 
 try:
     import tomllib
@@ -15,7 +15,6 @@ except ImportError:  # Python 3.10
     tomllib = pytest.importorskip("tomli")
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
 

@@ -120,3 +120,18 @@ def cut(path, target, fraction):
     data = Path(path).read_bytes()
     Path(target).write_bytes(data[: int(len(data) * fraction)])
     return Path(target)
+
+
+def damage(data, rng):
+    """A copy of `data` that was cut, or has flipped bits, or a stretch of zeros or noise."""
+    data, kind = bytearray(data), rng.choice(["cut", "bits", "zeros", "noise"])
+    at = rng.randrange(len(data))
+    length = rng.choice([1, 16, 200, 2000])
+    if kind == "cut":
+        del data[at:]
+    elif kind == "bits":
+        for _ in range(rng.choice([1, 5, 50])):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    else:
+        data[at : at + length] = rng.randbytes(length) if kind == "noise" else bytes(length)
+    return bytes(data)

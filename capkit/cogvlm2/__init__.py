@@ -1,16 +1,47 @@
 """CogVLM2-Video as transformers knows models: configuration, model, processor."""
 
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig, CogVLM2VisionConfig
-from capkit.cogvlm2.loading import CheckpointError
-from capkit.cogvlm2.modeling import CogVLM2VideoForConditionalGeneration, CogVLM2VideoModel
-from capkit.cogvlm2.processing import DEFAULT_PROMPT, CogVLM2VideoProcessor
+from capkit.cogvlm2.linear import use_onednn
+from capkit.cogvlm2.loading import CheckpointError, is_out_of_memory
+from capkit.cogvlm2.modeling import (
+    CogVLM2VideoForConditionalGeneration,
+    CogVLM2VideoModel,
+    image_mask,
+    place_features,
+    rotary_position_ids,
+)
+from capkit.cogvlm2.processing import (
+    DEFAULT_PROMPT,
+    FRAME_NUMBERS,
+    TEMPLATES,
+    CogVLM2VideoProcessor,
+    check_settings,
+    one_prompt_each,
+    pixels_to_frames,
+    preprocess_frames,
+    prompt_text,
+    resized_and_cut,
+)
 
 __all__ = [
     "DEFAULT_PROMPT",
+    "FRAME_NUMBERS",
+    "TEMPLATES",
     "CheckpointError",
     "CogVLM2VideoConfig",
     "CogVLM2VideoForConditionalGeneration",
     "CogVLM2VideoModel",
     "CogVLM2VideoProcessor",
     "CogVLM2VisionConfig",
+    "check_settings",
+    "image_mask",
+    "is_out_of_memory",
+    "one_prompt_each",
+    "pixels_to_frames",
+    "place_features",
+    "preprocess_frames",
+    "prompt_text",
+    "resized_and_cut",
+    "rotary_position_ids",
+    "use_onednn",
 ]

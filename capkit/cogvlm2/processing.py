@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from capkit.cogvlm2 import loading
-from capkit.frames import Clip
+from capkit.video import Clip
 
 # Of CogVideo's tools/caption, which wrote its training captions.
 DEFAULT_PROMPT = "Please describe this video in detail."

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from capkit.decoding import Decoding
+from capkit.captioning import Decoding
 from capkit.demo.claims import COLOUR_WORDS, MOTION_WORDS, NUMBER_WORDS, SHAPE_WORDS, claims
 from capkit.demo.facts import Facts, see
 from capkit.demo.planning import make_scene
 from capkit.demo.scenes import SIZES, UNSEEN_PAIRS
 from capkit.demo.wording import DEFAULT_PROMPT, QUESTIONS, Example, make_example, make_question
-from capkit.frames import Clip, load_clip
+from capkit.video import Clip, load_clip
 
 CHECKS = ("background", "count", "colour", "shape", "objects", "size", "motion", "events", "camera")
 CHECKS += ("no_wrong_statement",)

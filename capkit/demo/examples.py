@@ -13,13 +13,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from capkit.cogvlm2 import CogVLM2VideoProcessor
-from capkit.cogvlm2.processing import pixels_to_frames, preprocess_frames, prompt_text
+from capkit.cogvlm2 import CogVLM2VideoProcessor, pixels_to_frames, preprocess_frames, prompt_text
 from capkit.demo.facts import Facts, see
 from capkit.demo.planning import make_scene
 from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, pick
 from capkit.demo.wording import CAMERA, HAPPENS, MOVES, NUMBERS, Example, make_example, make_interview
-from capkit.frames import Clip
+from capkit.video import Clip
 
 IMAGE_SIZE, PATCH_SIZE = 112, 14
 CELLS = IMAGE_SIZE // PATCH_SIZE // 2  # the bridge pools patches 2 x 2: so many cells a side

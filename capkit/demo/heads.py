@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from capkit.cogvlm2 import CogVLM2VideoForConditionalGeneration
-from capkit.cogvlm2.modeling import image_mask, rotary_position_ids
+from capkit.cogvlm2 import CogVLM2VideoForConditionalGeneration, image_mask, rotary_position_ids
 from capkit.demo.examples import CAMERA_WAYS, EVENTS, UNKNOWN
 from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES
 

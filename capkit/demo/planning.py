@@ -21,7 +21,7 @@ from capkit.demo.scenes import (
     Thing,
     pick,
 )
-from capkit.frames import FrameSampling
+from capkit.video import FrameSampling
 
 
 def make_scene(seed: int, held_out: bool = False) -> Scene:

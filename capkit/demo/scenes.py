@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image, ImageDraw
 
-from capkit.frames import Clip, FrameSampling, VideoInfo
+from capkit.video import Clip, FrameSampling, VideoInfo
 
 COLOURS = {
     "red": (214, 30, 34),

@@ -16,9 +16,13 @@ from safetensors.torch import load_model
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from capkit.captioner import load_captioner
-from capkit.cogvlm2 import CogVLM2VideoConfig, CogVLM2VideoForConditionalGeneration, CogVLM2VideoProcessor
-from capkit.cogvlm2.processing import preprocess_frames
+from capkit.captioning import GREY, load_captioner
+from capkit.cogvlm2 import (
+    CogVLM2VideoConfig,
+    CogVLM2VideoForConditionalGeneration,
+    CogVLM2VideoProcessor,
+    preprocess_frames,
+)
 from capkit.demo.examples import (
     IMAGE_SIZE,
     PATCH_SIZE,
@@ -30,7 +34,6 @@ from capkit.demo.examples import (
     train_tokenizer,
 )
 from capkit.demo.heads import TrainingModel
-from capkit.grounding import GREY
 
 FRAMES_PER_STEP = 192
 FEATURE_LENGTH = 2.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capkit.records import CaptionStore
+from capkit.runs import CaptionStore
 
 SETTINGS = (
     *("prompt", "template", "history", "frame_numbers", "decoding", "frame_sampling", "sample"),

@@ -8,8 +8,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from capkit.diagnostics import OPENING, SENTENCE_END
 from capkit.export.base import LINE_SEPARATORS
+from capkit.sweep import OPENING, SENTENCE_END
 
 _LEFT_BY_OPENINGS = re.compile(r"[\s,:;!–—-]+|that\s+", re.IGNORECASE)
 # "The viewer is taken to a beach" without its opening would lack a subject.
@@ -38,7 +38,7 @@ def without_fragment(text: str, record: dict[str, Any]) -> str:
 def without_opening(text: str, record: dict[str, Any]) -> str:
     """Stock openings ("The video shows a dog", "In this clip, a dog") go, and what follows begins with a capital.
 
-    The list is `capkit.diagnostics.OPENINGS`. An opening that what follows needs as its subject stays.
+    The list is `capkit.sweep.diagnostics.OPENINGS`. An opening that what follows needs as its subject stays.
     """
     while found := OPENING.match(text):
         rest = text[found.end() :]

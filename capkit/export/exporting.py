@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from capkit.diagnostics import describe, near_duplicates
 from capkit.export.base import Layout, Pair
 from capkit.export.choosing import Choice, Chosen, choose_records
 from capkit.export.cleaning import CLEANING, clean, trim_to_sentence
@@ -21,7 +20,7 @@ from capkit.export.sidecars import SAT, Sidecars
 from capkit.export.tables import CogKit, CogKitImageToVideo, Finetrainers, VideoFolder, VideoFolderCSV, VideoXFun
 from capkit.export.writing import is_there, write_export
 from capkit.files import file_sha256
-from capkit.t5 import COGVIDEOX_1_5_T5_LIMIT, t5_counter
+from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
 
 _KINDS = (CogVideo, CogKit, CogKitImageToVideo, Diffusers, Finetrainers, Sidecars, VideoFolder, VideoFolderCSV)
 LAYOUTS: dict[str, Layout] = {kind.name: kind() for kind in (*_KINDS, CogVideoXFactory, SAT, VideoXFun)}
@@ -29,7 +28,7 @@ LAYOUTS: dict[str, Layout] = {kind.name: kind() for kind in (*_KINDS, CogVideoXF
 
 TOO_LONG = ("report", "trim", "refuse")
 CLIPS = ("link", "copy", "hardlink")
-ESTIMATE_ERRS_BY = 0.1  # see capkit.t5.estimate_t5_tokens
+ESTIMATE_ERRS_BY = 0.1  # see capkit.sweep.t5.estimate_t5_tokens
 
 
 def export_dataset(

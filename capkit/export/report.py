@@ -38,7 +38,7 @@ class ExportReport:
             original, text: the caption before and after cleaning; with the trigger word if no trainer adds it;
             edited: it was written by hand;
             changed_by: cleaning rules that changed it, and "trimmed";
-            num_words, num_t5_tokens, t5_is_estimate, boilerplate_opening: as `capkit.diagnostics.describe` has them,
+            num_words, num_t5_tokens, t5_is_estimate, boilerplate_opening: as `describe` has them,
                 the trigger word counted; of exported clips only, as all that follows;
             over_limit: more tokens than `threshold`;
             near_duplicate: nearly the caption of another clip; same_file_as: another clip with the same content, or "".
@@ -113,7 +113,7 @@ class ExportReport:
         return lines
 
     def _repr_html_(self) -> str:
-        from capkit.display import CARD, MUTED
+        from capkit.views import CARD, MUTED
 
         listed = "".join(f"<li>{escape(line)}</li>" for line in self._told())
         refused = [f"<li><bdi>{escape(Path(row.video).name)}</bdi>: {escape(row.reason)}</li>" for row in

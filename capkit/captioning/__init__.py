@@ -1,0 +1,32 @@
+"""A clip and a prompt in, a caption out. transformers' generate() is called here only."""
+
+from capkit.captioning.attribution import GREY, Grounding, ground, mean_support, token_texts
+from capkit.captioning.caches import EAGER_BATCHES, STATIC_DEVICES, RoomyCache, read_ids
+from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
+from capkit.captioning.decoding import Decoding
+from capkit.captioning.generate import Caption, CaptionStream, Chooser, draw_key, until_end
+from capkit.captioning.shared_prefix import SharedVideo
+
+__all__ = [
+    "GREY",
+    "Grounding",
+    "ground",
+    "mean_support",
+    "token_texts",
+    "EAGER_BATCHES",
+    "STATIC_DEVICES",
+    "RoomyCache",
+    "read_ids",
+    "DEMO_CHECKPOINT",
+    "GREEDY",
+    "Captioner",
+    "Score",
+    "load_captioner",
+    "Decoding",
+    "Caption",
+    "CaptionStream",
+    "Chooser",
+    "draw_key",
+    "until_end",
+    "SharedVideo",
+]

@@ -1,0 +1,248 @@
+"""Captioning: a clip and a prompt in, a caption out."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from capkit.captioning.caches import StaticCaches
+from capkit.captioning.decoding import Decoding
+from capkit.captioning.generate import Caption, CaptionStream, Request, continuation_logprobs
+from capkit.cogvlm2 import (
+    DEFAULT_PROMPT,
+    CogVLM2VideoForConditionalGeneration,
+    CogVLM2VideoProcessor,
+    loading,
+    one_prompt_each,
+)
+from capkit.video import Clip
+
+DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
+GREEDY = Decoding()
+
+
+@dataclass(frozen=True)
+class Score:
+    """log P(text | clip, prompt), a token at a time.
+
+    Attributes:
+        token_ids: the tokens scored.
+        tokens: each of them as text; a character split over several tokens shows as U+FFFD.
+        logprobs: log P(token | clip, prompt, tokens before), in nats.
+    """
+
+    token_ids: list[int]
+    tokens: list[str]
+    logprobs: list[float]
+
+    @property
+    def total_logprob(self) -> float:
+        """log P of the whole text, in nats."""
+        return float(np.sum(self.logprobs))
+
+    @property
+    def mean_logprob(self) -> float:
+        """The same for each token on average."""
+        return float(np.mean(self.logprobs))
+
+
+def load_captioner(
+    model: str | Path = "demo",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantization: str | None = None,
+    revision: str | None = None,
+) -> Captioner:
+    """Load a checkpoint, ready to caption.
+
+    Args:
+        model: "demo" for the small one that comes with capkit; a folder in the published layout; or a name on the
+            Hugging Face hub, such as "THUDM/cogvlm2-llama3-caption" (25 GB).
+        device: "auto" takes a CUDA GPU where there is one, else the CPU.
+        dtype: "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU.
+        quantization: None, "4bit" or "8bit" (bitsandbytes: `pip install 'capkit[quantize]'`).
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be found, is damaged or of another kind, or does not fit into memory.
+        ValueError: unknown device, dtype or quantization.
+        ImportError: quantization without bitsandbytes.
+    """
+    folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
+    processor = CogVLM2VideoProcessor.from_pretrained(folder)
+    loaded = CogVLM2VideoForConditionalGeneration.from_pretrained(
+        folder, device=device, dtype=dtype, quantization=quantization
+    )
+    return Captioner(loaded.eval(), processor, str(model), loading.fingerprint(folder), quantization)
+
+
+class Captioner:
+    """A model and its processor, made to caption. `load_captioner` makes one.
+
+    Attributes:
+        model, processor: the transformers objects.
+        name: as given to `load_captioner`.
+        fingerprint: 16 hexadecimal digits that tell this model from others, whatever its folder is called.
+        quantization: None, "4bit" or "8bit".
+    """
+
+    def __init__(
+        self,
+        model: CogVLM2VideoForConditionalGeneration,
+        processor: CogVLM2VideoProcessor,
+        name: str = "",
+        fingerprint: str = "",
+        quantization: str | None = None,
+    ):
+        self.model, self.processor = model, processor
+        self.name, self.fingerprint, self.quantization = name, fingerprint, quantization
+        self._static_caches = StaticCaches(model)
+        self._num_frames_too_many = math.inf  # in a batch, each clip counted as long as the longest
+
+    def __repr__(self) -> str:
+        return f"Captioner({self.name!r}, {self.dtype} on {self.model.device})"
+
+    @property
+    def dtype(self) -> str:
+        """The weights' type, such as "bfloat16"."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def caption(
+        self,
+        clip: Clip,
+        prompt: str = DEFAULT_PROMPT,
+        template: str = "chat",
+        history: Sequence[tuple[str, str]] = (),
+        frame_numbers: str = "index",
+        decoding: Decoding = GREEDY,
+    ) -> Caption:
+        """Caption one clip. With the defaults, what the original's caption tool would say of it.
+
+        Args:
+            clip: from `load_clip` or `Clip.from_frames`.
+            prompt: the question.
+            template: "chat", "vqa" or "base": see `CogVLM2VideoProcessor`.
+            history: earlier (question, answer) turns, under "chat" and "vqa".
+            frame_numbers: "index", as in the original, or "seconds".
+            decoding: how tokens are chosen.
+
+        Raises:
+            ValueError: unknown template or frame numbers, an empty prompt, settings without effect.
+        """
+        return self.caption_batch([clip], prompt, template, history, frame_numbers, decoding)[0]
+
+    def caption_batch(
+        self,
+        clips: Sequence[Clip],
+        prompts: str | Sequence[str] = DEFAULT_PROMPT,
+        template: str = "chat",
+        history: Sequence[tuple[str, str]] = (),
+        frame_numbers: str = "index",
+        decoding: Decoding = GREEDY,
+        batch_size: int | None = None,
+    ) -> list[Caption]:
+        """Caption many clips together; each gets what it would get alone (token for token in float32).
+
+        Clips may differ in length and prompts in text. When memory runs out, the batch is halved and goes on,
+        and batches as large are halved from then on.
+
+        Args:
+            clips: as in `caption`.
+            prompts: one prompt for all, or one for each clip.
+            template, history, frame_numbers, decoding: as in `caption`, the same for all.
+            batch_size: clips that go through the model together; None for all of them.
+
+        Returns:
+            One caption for each clip, in order.
+
+        Raises:
+            ValueError: as in `caption`, or prompts and clips differ in number.
+            torch.OutOfMemoryError: one clip alone is too much.
+        """
+        prompts = one_prompt_each(prompts, len(clips))
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: must be at least 1, or None for all clips together")
+        settings = (template, history, frame_numbers, decoding)
+        size, captions = batch_size or max(len(clips), 1), []
+        longest = max(map(len, clips), default=1)
+        while size > 1 and size * longest >= self._num_frames_too_many:
+            size //= 2
+        while len(captions) < len(clips):
+            rows = slice(len(captions), len(captions) + size)
+            try:
+                captions += self._request(clips[rows], prompts[rows], *settings).run()
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not loading.is_out_of_memory(error):
+                    raise
+                size = min(size, len(clips) - len(captions))
+                self._num_frames_too_many = min(self._num_frames_too_many, size * longest)
+                size = size // 2 or 1
+                self._static_caches.forget()
+                error.__traceback__ = None  # it holds the frames whose tensors are to be freed
+            else:
+                continue
+            gc.collect()
+            torch.cuda.empty_cache()
+        return captions
+
+    def stream(
+        self,
+        clip: Clip,
+        prompt: str = DEFAULT_PROMPT,
+        template: str = "chat",
+        history: Sequence[tuple[str, str]] = (),
+        frame_numbers: str = "index",
+        decoding: Decoding = GREEDY,
+    ) -> CaptionStream:
+        """Caption one clip and show the text as it comes: iterate over the result for pieces of text.
+
+        Raises:
+            ValueError: as in `caption`; beam search, which has no text before its end.
+        """
+        if decoding.num_beams > 1:
+            raise ValueError(f"num_beams={decoding.num_beams}: beam search has no text before its end; use caption()")
+        return CaptionStream(self._request([clip], [prompt], template, history, frame_numbers, decoding))
+
+    def score(
+        self,
+        clip: Clip,
+        caption: Caption | str,
+        prompt: str | None = None,
+        template: str | None = None,
+        history: Sequence[tuple[str, str]] | None = None,
+        frame_numbers: str | None = None,
+    ) -> Score:
+        """How probable the model finds a caption: log P(text | clip, prompt), a token at a time.
+
+        Args:
+            clip: as in `caption`.
+            caption: a `Caption`, whose own tokens are scored, so that the sum is what generation reported; or a text,
+                scored as the model would write it after the prompt (the end token is not counted).
+            prompt, template, history, frame_numbers: where left out, the `Caption`'s own, or for a text the defaults of
+                `caption`.
+
+        Raises:
+            ValueError: an empty text, or as in `caption`.
+        """
+        asked = {"prompt": prompt, "template": template, "history": history, "frame_numbers": frame_numbers}
+        if isinstance(caption, Caption):
+            token_ids = caption.token_ids
+            default = {name: getattr(caption, name) for name in asked}
+        else:
+            token_ids = self.processor.continuation_ids(caption) if caption.strip() else []
+            default = {"prompt": DEFAULT_PROMPT, "template": "chat", "history": (), "frame_numbers": "index"}
+        if not token_ids:
+            raise ValueError("there is no text to score")
+        asked = default | {name: value for name, value in asked.items() if value is not None}
+        inputs = self.processor([clip], asked.pop("prompt"), **asked).to(self.model.device)
+        logprobs = continuation_logprobs(self.model, inputs, [token_ids])[0]
+        return Score(token_ids, [self.processor.decode([token]) for token in token_ids], logprobs)
+
+    def _request(self, clips, prompts, *settings) -> Request:
+        return Request(self.model, self.processor, self._static_caches, clips, prompts, *settings)

@@ -1,0 +1,360 @@
+"""One call of generate(): a request in, captions out. transformers' generate() is called here and nowhere else."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import (
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from capkit.captioning.caches import RoomyCache, read_rows
+from capkit.captioning.decoding import Decoding
+from capkit.cogvlm2 import loading, rotary_position_ids
+from capkit.video import Clip
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What the model said of a clip, how sure it was, and what it had been asked.
+
+    Attributes:
+        text: decoded without special tokens. As in the original, a leading space of the first word stays.
+        token_ids: the new tokens, the end token included when it came.
+        logprobs: for each of them, log P(token | clip, prompt, tokens before) under the model itself, in nats; before
+            temperature, top-k, top-p and penalties.
+        finish_reason: "eos", "length" (max_new_tokens reached) or "stopped".
+        prompt, template, history, frame_numbers, decoding: as asked.
+        seconds: time it took; in a batch, the batch's time shared out evenly.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt: str
+    template: str
+    history: tuple[tuple[str, str], ...]
+    frame_numbers: str
+    decoding: Decoding
+    seconds: float
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean of `logprobs`, in nats a token."""
+        return float(np.mean(self.logprobs))
+
+    def __repr__(self) -> str:
+        return f"Caption({self.text!r}, {len(self.token_ids)} tokens, {self.finish_reason})"
+
+
+class Request:
+    """One call of generate(): inputs checked and made beforehand, tokens chosen by our own rules."""
+
+    def __init__(self, model, processor, static_caches, clips, prompts, template, history, frame_numbers, decoding):
+        self.model, self.processor, self.static_caches = model, processor, static_caches
+        self.prompts, self.decoding = prompts, decoding
+        self.settings = {
+            "template": template,
+            "history": tuple((question, answer) for question, answer in history),
+            "frame_numbers": frame_numbers,
+        }
+        self.inputs = processor(clips, prompts, template, history, frame_numbers)
+        self.draw_keys = [*map(draw_key, clips)]
+        self.stop = threading.Event()
+
+    @torch.inference_mode()
+    def run(self, streamer: BaseStreamer | None = None) -> list[Caption]:
+        started = time.perf_counter()
+        inputs, decoding = self.inputs.to(self.model.device), self.decoding
+        static = None
+        if decoding.num_beams == 1:
+            static = self.static_caches.get(*inputs["input_ids"].shape, decoding.max_new_tokens)
+        try:
+            rows, logprobs = self._generate(inputs, static, streamer)
+        except Exception as error:
+            if static is None or loading.is_out_of_memory(error):
+                raise
+            warnings.warn(f"decoding is not compiled, which is slower: {error!r}", stacklevel=2)
+            self.static_caches.is_useful = False
+            self.static_caches.forget()
+            rows, logprobs = self._generate(inputs, None, streamer)
+        seconds = (time.perf_counter() - started) / len(rows)
+        return [self._caption(*row, seconds=seconds) for row in zip(rows, logprobs, self.prompts, strict=True)]
+
+    def _generate(self, inputs, static: StaticCache | None, streamer) -> tuple[list[list[int]], list[list[float]]]:
+        """New tokens of each row, and their log probabilities."""
+        model, decoding, num_rows = self.model, self.decoding, len(self.prompts)
+        ids, mask, config = inputs["input_ids"], inputs["attention_mask"], model.config
+        filled = [*range(num_rows)]
+        if static is not None:  # to its size, with the first row again
+            filled += [0] * (self.static_caches.size[0] - num_rows)
+            ids, mask = ids[filled], mask[filled]
+        prompt_length = ids.shape[1]
+        chooser = Chooser([decoding] * len(filled), [self.draw_keys[row] for row in filled], prompt_length)
+        beams = decoding.num_beams > 1
+        if static is not None:
+            known = {"past_key_values": read_rows(model, inputs, static, len(filled))}
+        elif num_rows > 1 and not beams:
+            known = {"past_key_values": read_rows(model, inputs)}
+        else:
+            known = {"past_key_values": RoomyCache(config), "pixel_values_videos": inputs["pixel_values_videos"]}
+        new_ids = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **known,
+            # Made afresh: a generation_config.json beside the weights would set what nobody here asked for.
+            generation_config=GenerationConfig(
+                max_new_tokens=decoding.max_new_tokens,
+                num_beams=decoding.num_beams,
+                do_sample=False,  # the chooser samples
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id,
+            ),
+            logits_processor=LogitsProcessorList(chooser.penalties if beams else [chooser]),
+            stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
+            streamer=streamer,
+        )[:num_rows, prompt_length:].tolist()
+        rows = [until_end(row, config) for row in new_ids]
+        if beams:  # rows change places between steps: ask afterwards
+            return rows, continuation_logprobs(model, inputs, rows)
+        return rows, torch.stack(chooser.logprobs, 1)[:num_rows].tolist()
+
+    def _caption(self, ids: list[int], logprobs: list[float], prompt: str, seconds: float) -> Caption:
+        asked = {"prompt": prompt, "decoding": self.decoding, **self.settings}
+        return make_caption(self.model, self.processor, ids, logprobs, seconds, asked)
+
+
+def make_caption(model, processor, ids: list[int], logprobs: list[float], seconds: float, asked: dict) -> Caption:
+    """A Caption of new tokens, up to the first end token; `asked` are its fields from `prompt` on."""
+    full = len(ids) >= asked["decoding"].max_new_tokens
+    return Caption(
+        text=processor.decode(ids, skip_special_tokens=True),
+        token_ids=ids,
+        logprobs=logprobs[: len(ids)],
+        finish_reason="eos" if is_end(ids[-1], model.config) else "length" if full else "stopped",
+        seconds=seconds,
+        **asked,
+    )
+
+
+def is_end(token: int, config) -> bool:
+    ends = config.eos_token_id  # a config.json may name one or several
+    return token in ends if isinstance(ends, list) else token == ends
+
+
+def until_end(ids: list[int], config) -> list[int]:
+    return ids[: next((i + 1 for i, token in enumerate(ids) if is_end(token, config)), None)]
+
+
+@torch.inference_mode()
+def continuation_logprobs(model, inputs, continuations: list[list[int]]) -> list[list[float]]:
+    """log P of each continuation's tokens after each row's prompt, in one pass; rows as the processor made them."""
+    longest = max(map(len, continuations))
+    tail = torch.tensor([row + [0] * (longest - len(row)) for row in continuations], device=model.device)
+    positions = rotary_position_ids(inputs["input_ids"], model.config.video_token_id)
+    steps = torch.arange(1, longest + 1, device=tail.device)
+    # Embeddings and not ids, among which a generated `video_token_id` would be taken for a frame's.
+    embeds = [model.model.embed(inputs["input_ids"], inputs["pixel_values_videos"]), model.model.embed(tail)]
+    logits = model(
+        inputs_embeds=torch.cat(embeds, 1),
+        attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(tail)], 1),
+        position_ids=torch.cat([positions, positions[:, -1:] + steps], 1),
+        use_cache=False,
+        logits_to_keep=longest + 1,
+    ).logits[:, :-1]
+    logprobs = chosen_logprobs(logits.float(), tail)
+    return [row[: len(ids)].tolist() for row, ids in zip(logprobs, continuations, strict=True)]
+
+
+def chosen_logprobs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """log softmax at the chosen ids: (..., V) and (...) -> (...)."""
+    return logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def draw_key(clip: Clip) -> int:
+    """A number that tells a clip's frames from others, for `Chooser`: of a grid of their pixels."""
+    return zlib.crc32(np.ascontiguousarray(clip.frames[:, ::16, ::16]))
+
+
+class Chooser(LogitsProcessor):
+    """Chooses each row's next token by our own rules, and leaves generate() no other; keeps the model's own log
+    probability of it.
+
+    Rows draw from numbers of their own, made from the seed and the clip alone, so that a row's caption does not depend
+    on the rows beside it, nor on the device; and clips do not share their luck, or two seeds compared over many clips
+    would differ more often than chance allows.
+
+    Args:
+        decodings: one for each row. They may differ in seed and max_new_tokens, in nothing else.
+        draw_keys: `draw_key` of each row's clip.
+        prompt_length: tokens before the first new one, where rows come as generate() passes them.
+    """
+
+    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int], prompt_length: int = 0):
+        self.logprobs: list[torch.Tensor] = []  # a (B,) tensor a step
+        self.prompt_length = prompt_length
+        decoding = decodings[0]
+        self.penalties, self.warpers = [], []
+        if decoding.repetition_penalty != 1:
+            self.penalties.append(_GeneratedOnly(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty), self))
+        if decoding.no_repeat_ngram_size:
+            self.penalties.append(_GeneratedOnly(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size), self))
+        self.samples = decoding.samples
+        if self.samples:
+            self.streams = [(one.seed or 0, key) for one, key in zip(decodings, draw_keys, strict=True)]
+            self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
+            self.warpers += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
+            self.warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
+            self.warpers += [MinPLogitsWarper(decoding.min_p)] if decoding.min_p else []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        chosen, logprobs = self.choose(input_ids, scores, len(self.logprobs))
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
+
+    def choose(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, step: int, rows: Sequence[int] = ()):
+        """Token `step` of some rows, () for all, and its log probability: int64 and float32 (B,)."""
+        wanted = scores
+        for process in [*self.penalties, *self.warpers]:
+            wanted = process(input_ids, wanted)
+        if self.samples:
+            # The Gumbel trick: the likeliest after noise of its own for each token is a draw from softmax. In a running
+            # sum of probabilities over a large vocabulary, rounding would move far more draws to another token.
+            wanted = wanted + _gumbel_noise([self.streams[row] for row in rows] or self.streams, step, wanted)
+        chosen = wanted.argmax(-1)
+        return chosen, chosen_logprobs(scores, chosen)
+
+
+def _gumbel_noise(streams: Sequence[tuple[int, int]], step: int, like: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise, float32 (B, V): a hash (SplitMix64's) of row, step and token, so that devices need no state."""
+
+    def signed(number):  # int64 arithmetic wraps around
+        return (number + 2**63) % 2**64 - 2**63
+
+    starts = [np.random.SeedSequence([*stream, step]).generate_state(1, np.uint64).view(np.int64) for stream in streams]
+    bits = torch.arange(like.shape[-1], device=like.device) * signed(0x9E3779B97F4A7C15)
+    bits = bits + torch.from_numpy(np.stack(starts)).to(like.device)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits ^= (bits >> shift) & (2 ** (64 - shift) - 1)  # a shift that fills up with zeros
+        bits *= signed(factor)
+    bits ^= (bits >> 31) & (2**33 - 1)
+    uniform = ((bits >> 24) & (2**40 - 1)).float().add_(0.5).mul_(2**-40)  # finest near 0, which is what wins
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+class _GeneratedOnly(LogitsProcessor):
+    """A penalty that counts generated tokens and not the prompt's."""
+
+    def __init__(self, penalty: LogitsProcessor, chooser: Chooser):
+        self.penalty, self.chooser = penalty, chooser
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self.penalty(input_ids[:, self.chooser.prompt_length :], scores)
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class _TokenQueue(BaseStreamer):
+    """generate()'s side of a stream."""
+
+    def __init__(self):
+        self.items: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+        self._prompt_has_passed = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_has_passed:
+            self.items.put(value.tolist())
+        self._prompt_has_passed = True
+
+    def end(self) -> None:
+        """The thread says so itself, after an error too."""
+
+
+class CaptionStream:
+    """A caption on its way: iterate for pieces of text, `stop()` to end it early, `caption` for the whole.
+
+    The pieces joined are `caption.text`. A stream that is dropped stops. An error in the generation is raised where the
+    stream is iterated or `caption` is read.
+    """
+
+    def __init__(self, request: Request):
+        self._request, self._tokens, self._result = request, _TokenQueue(), {}
+        self._token_ids: list[int] = []
+        self._shown = ""
+        # The thread does not know this object, so that dropping it is noticed.
+        arguments = (request, self._tokens, self._result)
+        self._thread = threading.Thread(target=_generate_into, args=arguments, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        processor = self._request.processor
+        while (ids := self._tokens.items.get()) is not None:
+            self._token_ids += ids
+            text = processor.decode(self._token_ids, skip_special_tokens=True)
+            if len(text) > len(self._shown) and not text.endswith("\ufffd"):  # else the rest of a character is to come
+                return self._show(text)
+        self._tokens.items.put(None)  # the next call ends too
+        if len(self.caption.text) > len(self._shown):
+            return self._show(self.caption.text)
+        raise StopIteration
+
+    def _show(self, text: str) -> str:
+        piece, self._shown = text[len(self._shown) :], text
+        return piece
+
+    def stop(self) -> None:
+        """End the generation after the token at hand; `caption` then holds what was said so far."""
+        self._request.stop.set()
+
+    def __del__(self):
+        self.stop()
+
+    @property
+    def caption(self) -> Caption:
+        """The whole caption; waits for it."""
+        self._thread.join()
+        if "error" in self._result:
+            raise self._result["error"]
+        return self._result["caption"]
+
+
+def _generate_into(request: Request, tokens: _TokenQueue, result: dict) -> None:
+    try:
+        result["caption"] = request.run(tokens)[0]
+    except BaseException as error:  # to be raised in the thread that reads the stream
+        result["error"] = error
+    finally:
+        tokens.items.put(None)

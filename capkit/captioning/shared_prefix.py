@@ -1,0 +1,218 @@
+"""Many prompts and decodings of one clip, together: its frames are encoded once and stand in the cache once.
+
+All branches are one row of the model's batch. A mask lets each see the video, its own prompt and its own words; so no
+keys or values are ever copied, and branches with the same prompt share that too.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from capkit.captioning.caches import RoomyCache, crop, read_ids
+from capkit.captioning.captioner import Captioner
+from capkit.captioning.decoding import Decoding
+from capkit.captioning.generate import Caption, Chooser, draw_key, is_end, make_caption
+from capkit.cogvlm2 import check_settings, loading, preprocess_frames, rotary_position_ids
+from capkit.video import Clip
+
+BRANCHES_TOGETHER = 32  # each also skips over the others' words, which costs more the more there are
+VIDEO = 0  # the part that all branches see
+
+
+class SharedVideo:
+    """A clip in the model's cache, to be asked many things.
+
+    Args:
+        captioner: from `load_captioner`.
+        clip: from `load_clip` or `Clip.from_frames`.
+    """
+
+    def __init__(self, captioner: Captioner, clip: Clip):
+        self.captioner, self.clip = captioner, clip
+        self._features = None
+        self._ids, self._cache = None, None
+
+    def caption(
+        self,
+        branches: Sequence[tuple[str, Decoding]],
+        template: str = "chat",
+        history: Sequence[tuple[str, str]] = (),
+        frame_numbers: str = "index",
+    ) -> Iterator[Caption]:
+        """A caption for each (prompt, decoding), in order: what `Captioner.caption` gives (token for token in float32).
+
+        Beam search goes alone. When memory runs out, fewer branches go together.
+
+        Raises:
+            ValueError: as in `Captioner.caption`.
+            torch.OutOfMemoryError: one branch alone is too much.
+        """
+        for prompt, _ in branches:
+            check_settings(prompt, template, history, frame_numbers)
+        settings = {"template": template, "history": tuple(map(tuple, history)), "frame_numbers": frame_numbers}
+        branches, size = list(branches), BRANCHES_TOGETHER
+        while branches:
+            if branches[0][1].num_beams > 1:
+                prompt, decoding = branches.pop(0)
+                yield self.captioner.caption(self.clip, prompt, **settings, decoding=decoding)
+                continue
+            count = next((n for n, (_, decoding) in enumerate(branches) if decoding.num_beams > 1), len(branches))
+            pack = branches[: min(size, count)]
+            try:
+                captions = self._caption_pack(pack, settings)
+            except (RuntimeError, MemoryError) as error:
+                if len(pack) == 1 or not loading.is_out_of_memory(error):
+                    raise
+                size = len(pack) // 2
+                error.__traceback__ = None  # it holds the frames whose tensors are to be freed
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            yield from captions
+            branches = branches[len(pack) :]
+
+    @torch.inference_mode()
+    def _caption_pack(self, branches, settings) -> list[Caption]:
+        started = time.perf_counter()
+        model, processor = self.captioner.model, self.captioner.processor
+        video_ids = processor.video_ids(self.clip, settings["template"], settings["frame_numbers"])
+        prompts = list(dict.fromkeys(prompt for prompt, _ in branches))
+        texts = [processor.text_ids(prompt, settings["template"], settings["history"]) for prompt in prompts]
+        of_branch = [prompts.index(prompt) for prompt, _ in branches]
+        cache = self._video_cache(video_ids)
+        try:
+            row = SharedRow(model, cache, video_ids)
+            hidden = torch.stack([text[-1] for text in row.read_texts(texts)])
+            asked = time.perf_counter()
+            new_ids, logprobs = _choose_all(
+                model, row, hidden[of_branch], of_branch, [d for _, d in branches], draw_key(self.clip)
+            )
+        finally:
+            crop(cache, len(video_ids))
+        # The video counts for all alike, words for who said them.
+        before = (asked - started) / len(branches)
+        a_word = (time.perf_counter() - asked) / sum(map(len, new_ids))
+        return [
+            make_caption(
+                model,
+                processor,
+                *said,
+                seconds=before + a_word * len(said[0]),
+                asked={"prompt": prompt, "decoding": decoding} | settings,
+            )
+            for (prompt, decoding), *said in zip(branches, new_ids, logprobs, strict=True)
+        ]
+
+    @property
+    def features(self) -> torch.Tensor:
+        """The encoded frames, (T, tokens_per_frame, hidden_size)."""
+        if self._features is None:
+            self._features = encode_frames(self.captioner, self.clip.frames)
+        return self._features
+
+    def _video_cache(self, video_ids: list[int]) -> RoomyCache:
+        """Keys and values of bos, frames and their numbers; one set at a time is kept."""
+        if self._ids != video_ids:
+            self._ids, self._cache = None, None
+            cache = RoomyCache(self.captioner.model.config)
+            read_ids(self.captioner.model, cache, video_ids, self.features)
+            self._ids, self._cache = video_ids, cache
+        return self._cache
+
+    @property
+    def num_cache_bytes(self) -> int:
+        """Bytes of keys and values that are held now."""
+        layers = self._cache.layers if self._cache is not None else ()
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+@torch.inference_mode()
+def encode_frames(captioner: Captioner, frames: np.ndarray) -> torch.Tensor:
+    """Features (T, tokens_per_frame, hidden_size) of uint8 RGB frames (T, H, W, 3)."""
+    pixels = preprocess_frames(frames, captioner.processor.image_size)
+    return captioner.model.model.get_video_features(pixels.to(captioner.model.device))
+
+
+class SharedRow:
+    """One row of tokens in which each part sees the video, itself and the part it follows on from.
+
+    Args:
+        model: the model.
+        cache: keys and values of the video, to which all that is read is added; crop it afterwards.
+        video_ids: of what the cache holds.
+    """
+
+    def __init__(self, model, cache: RoomyCache, video_ids: list[int]):
+        self.model, self.cache, self.device = model, cache, model.device
+        positions = rotary_position_ids(torch.tensor([video_ids]), model.config.video_token_id)
+        self.next_position = int(positions[0, -1]) + 1
+        self.parts = torch.full((len(video_ids),), VIDEO, device=self.device)  # whose each position is
+
+    def read_texts(self, texts: list[list[int]]) -> tuple[torch.Tensor, ...]:
+        """Part 1, 2, ...: each text, right after the video. Hidden states of each, (its length, hidden_size)."""
+        ids = [token for text in texts for token in text]
+        parts = [number for number, text in enumerate(texts, 1) for _ in text]
+        positions = [self.next_position + place for text in texts for place in range(len(text))]
+        self.lengths = [len(text) for text in texts]
+        return self._forward(ids, parts, parts, positions).split(self.lengths)
+
+    def read_words(self, ids: list[int], branches: list[int], texts: list[int], step: int) -> torch.Tensor:
+        """The next word of some branches, which follow on from these texts; hidden states (branches, hidden_size)."""
+        own = [len(self.lengths) + 1 + branch for branch in branches]
+        before = [text + 1 for text in texts]
+        return self._forward(ids, own, before, [self.next_position + self.lengths[text] + step for text in texts])
+
+    def _forward(self, ids, own, before, positions):
+        own, before = torch.tensor([own, before], device=self.device)
+        self.parts = torch.cat([self.parts, own])
+        seen = (self.parts == VIDEO) | (self.parts == own[:, None]) | (self.parts == before[:, None])
+        seen = seen.tril(len(self.parts) - len(own))  # no token sees what comes later
+        dtype = self.model.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)
+        outputs = self.model.model(
+            inputs_embeds=self.model.model.embed(torch.tensor([ids], device=self.device)),
+            attention_mask=mask[None, None],
+            position_ids=torch.tensor([positions], device=self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return outputs.last_hidden_state[0]
+
+
+def _choose_all(model, row, hidden, of_branch, decodings, key) -> tuple[list[list[int]], list[list[float]]]:
+    """Each branch's new tokens and their log probabilities, by its own decoding. A branch that has ended is dropped."""
+    groups: dict[str, list[int]] = {}
+    for branch, decoding in enumerate(decodings):
+        alike = {name: value for name, value in decoding.to_dict().items() if name not in ("seed", "max_new_tokens")}
+        groups.setdefault(str(alike), []).append(branch)
+    choosers = [
+        (Chooser([decodings[branch] for branch in members], [key] * len(members)), members)
+        for members in groups.values()
+    ]
+    new_ids, logprobs = [[] for _ in decodings], [[] for _ in decodings]
+    live, step = list(range(len(decodings))), 0
+    while live:
+        scores = model.lm_head(hidden).float()
+        for chooser, members in choosers:
+            if going := [branch for branch in members if branch in live]:
+                ids = torch.tensor([new_ids[branch] for branch in going], dtype=torch.long, device=scores.device)
+                rows = [members.index(branch) for branch in going]
+                some = scores[[live.index(branch) for branch in going]]
+                for branch, token, logprob in zip(going, *chooser.choose(ids, some, step, rows), strict=True):
+                    new_ids[branch].append(int(token))
+                    logprobs[branch].append(float(logprob))
+        live = [
+            branch
+            for branch in live
+            if len(new_ids[branch]) < decodings[branch].max_new_tokens and not is_end(new_ids[branch][-1], model.config)
+        ]
+        if live:
+            prompts = [of_branch[branch] for branch in live]
+            hidden = row.read_words([new_ids[branch][-1] for branch in live], live, prompts, step)
+        step += 1
+    return new_ids, logprobs

@@ -1,0 +1,39 @@
+"""Interactive views. ipywidgets lives here only; where nobody watches, each has a static twin."""
+
+from __future__ import annotations
+
+import ipywidgets as widgets
+import pandas as pd
+
+from capkit.runs import someone_watches
+from capkit.views import HTML
+
+
+def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | HTML:
+    """A table to sort and to filter; headless, the same table as it stands.
+
+    Args:
+        table: any.
+        sort_by: the column that it is sorted by at first, largest first; None leaves it as it is.
+    """
+    ordered = table if sort_by is None else table.sort_values(sort_by, ascending=False)
+    if not someone_watches():
+        return HTML(_html(ordered))
+    columns = [("as it is", None), *((str(name), name) for name in table.columns)]
+    by = widgets.Dropdown(options=columns, value=sort_by, description="sort by")
+    ascending = widgets.ToggleButton(value=False, description="smallest first")
+    having = widgets.Text(placeholder="only rows with this text", continuous_update=False, description="filter")
+    shown = widgets.HTML(_html(ordered))
+
+    def update(_):
+        rows = table if by.value is None else table.sort_values(by.value, ascending=ascending.value)
+        text = rows.astype(str).agg(" ".join, axis=1).str.casefold()
+        shown.value = _html(rows[text.str.contains(having.value.casefold(), regex=False)])
+
+    for control in (by, ascending, having):
+        control.observe(update, "value")
+    return widgets.VBox([widgets.HBox([by, ascending, having], layout={"flex_flow": "row wrap"}), shown])
+
+
+def _html(table):
+    return f'<div style="overflow:auto;max-height:420px">{table.to_html(float_format="{:.3g}".format)}</div>'

@@ -1,0 +1,36 @@
+"""Many clips into a store of captions that survives kills, bad clips and full disks."""
+
+from capkit.runs.caption import caption_clips
+from capkit.runs.clips import COLUMNS, DEMO_CLIPS, VIDEO_SUFFIXES, Item, find_clips
+from capkit.runs.prefetch import Quarantine, read_ahead
+from capkit.runs.progress import Progress, someone_watches
+from capkit.runs.ray_engine import caption_on_ray
+from capkit.runs.shards import Shard, ShardBusy, caption_shard, merge
+from capkit.runs.store import STRIP_FRAME_PIXELS, CaptionStore, is_stopped, new_record, request_settings
+from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
+
+__all__ = [
+    "caption_clips",
+    "COLUMNS",
+    "DEMO_CLIPS",
+    "VIDEO_SUFFIXES",
+    "Item",
+    "find_clips",
+    "Quarantine",
+    "read_ahead",
+    "Progress",
+    "someone_watches",
+    "caption_on_ray",
+    "Shard",
+    "ShardBusy",
+    "caption_shard",
+    "merge",
+    "STRIP_FRAME_PIXELS",
+    "CaptionStore",
+    "is_stopped",
+    "new_record",
+    "request_settings",
+    "cut_into",
+    "unseen_by_trainer",
+    "write_webvtt",
+]

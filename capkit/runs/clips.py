@@ -1,0 +1,99 @@
+"""Which clips: from globs, folders, manifests and lists to items."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
+MANIFEST_SUFFIXES = frozenset((".csv", ".jsonl"))
+COLUMNS = ("video", "prompt", "reference", "start", "end")
+DEMO_CLIPS = Path(__file__).parents[1] / "demo" / "clips"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A clip to caption: the file, and what a manifest says of it.
+
+    Attributes:
+        video: file name.
+        prompt: of its own, or None for everybody's.
+        reference: a caption to compare with; kept, not shown to the model.
+        start, end: window in seconds.
+    """
+
+    video: str
+    prompt: str | None = None
+    reference: str | None = None
+    start: float = 0.0
+    end: float | None = None
+
+
+def find_clips(videos: str | Path | Sequence, limit: int | None = None) -> list[Item]:
+    """The clips that a glob, a folder, a file, a manifest or a list of these names.
+
+    Args:
+        videos: "demo" for the clips that come with capkit; a pattern such as "clips/**/*.mp4"; a folder, searched with
+            its subfolders for video files; a video; a manifest (.csv or .jsonl) with a column `video` and, if wanted,
+            `prompt`, `reference`, `start`, `end`, its relative paths relative to itself; or a list of such, or of
+            dictionaries with those keys.
+        limit: only the first so many.
+
+    Returns:
+        Items in order: sorted for globs and folders, as they stand for lists and manifests.
+
+    Raises:
+        ValueError: nothing found, a manifest that cannot be read or has no column `video`, or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit!r}: must be at least 1, or None for all")
+    entries = [videos] if isinstance(videos, (str, Path)) else videos
+    items = [item for entry in entries for item in _items(entry)]
+    if not items:
+        raise ValueError(f"no videos found in {str(videos)!r}")
+    return items[:limit]
+
+
+def _items(entry: str | Path | dict[str, Any]) -> list[Item]:
+    if isinstance(entry, dict):
+        return [_item(entry, Path(), repr(entry))]
+    path = DEMO_CLIPS if entry == "demo" else Path(entry).expanduser()
+    if path.is_dir():
+        return [Item(str(file)) for file in sorted(path.rglob("*")) if file.suffix.lower() in VIDEO_SUFFIXES]
+    if path.suffix.lower() in MANIFEST_SUFFIXES and path.is_file():
+        return _read_manifest(path)
+    if not path.exists() and glob.has_magic(str(path)):
+        return [Item(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+    return [Item(str(path))]  # a file that is not there gets a record that says so
+
+
+def _read_manifest(path: Path) -> list[Item]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file) if path.suffix.lower() == ".csv" else map(json.loads, file))
+        columns = dict.fromkeys(name for row in rows for name in row.keys())
+    except (ValueError, AttributeError, csv.Error, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
+    if rows and "video" not in columns:
+        raise ValueError(f"{path}: has no column 'video', but {list(columns)}; known columns: {', '.join(COLUMNS)}")
+    if ignored := [name for name in columns if name not in COLUMNS]:
+        warnings.warn(f"{path}: ignored columns {ignored}; known: {', '.join(COLUMNS)}", stacklevel=4)
+    known = [{name: value for name, value in row.items() if name in COLUMNS} for row in rows]
+    return [_item(row, path.parent, f"{path}, row {number}") for number, row in enumerate(known, 1)]
+
+
+def _item(row: dict[str, Any], folder: Path, where: str) -> Item:
+    given = {name: value for name, value in row.items() if value not in (None, "")}
+    if "video" not in given or set(given) - set(COLUMNS):
+        raise ValueError(f"{where}: must have 'video', and may have {', '.join(COLUMNS[1:])}, nothing else")
+    try:
+        window = {name: float(given.pop(name)) for name in ("start", "end") if name in given}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: start and end must be seconds") from error
+    return Item(str(folder / Path(given.pop("video")).expanduser()), **given, **window)

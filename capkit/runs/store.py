@@ -1,0 +1,237 @@
+"""The caption store: a JSON line for each attempt, flushed to disk; what is current, what is done, what is torn."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from capkit import __version__
+from capkit.captioning import Caption, Captioner, Decoding
+from capkit.cogvlm2 import pixels_to_frames, preprocess_frames
+from capkit.files import append_line, file_sha256, now, read_lines, write_whole
+from capkit.video import Clip, FrameSampling
+
+STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
+STRIP_COLUMNS = 12
+STRIP_GAP_PIXELS = 2
+
+
+class CaptionStore:
+    """A file of caption records (JSON Lines) with picture strips beside it. One process writes, any number read.
+
+    Every line is an attempt at a request: a video with all settings that bear on its caption. The latest one counts.
+    A process killed within a line leaves a torn one: before the next record is written it is moved to `<name>.torn`,
+    with a warning; until then readers skip it.
+
+    Args:
+        path: the file, such as `runs/captions.jsonl`; its folder is made with the first record.
+        strips: folder of the picture strips; None: `<name>_strips/` beside the file. Several stores may share one.
+    """
+
+    def __init__(self, path: str | os.PathLike, strips: str | os.PathLike | None = None):
+        self.path = Path(path).expanduser()
+        self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
+        self._checked = False
+
+    def __repr__(self) -> str:
+        return f"CaptionStore({str(self.path)!r})"
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line and wait until it is on disk.
+
+        Raises:
+            ValueError: the record has no `request`, or holds what JSON cannot.
+        """
+        if "request" not in record and "edits" not in record:
+            raise ValueError("a record needs its `request`: make it with new_record()")
+        if not self._checked:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._set_torn_line_aside()
+            self._checked = True
+        append_line(self.path, record)
+
+    def _set_torn_line_aside(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb+") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole == len(content):
+                return
+            torn = self.path.with_name(self.path.name + ".torn")
+            with open(torn, "ab") as aside:
+                aside.write(content[whole:] + b"\n")
+            file.truncate(whole)
+        warnings.warn(f"{self.path}: the last line was torn (a process was killed); it is now in {torn}", stacklevel=3)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Every readable line in order: attempts and edits. A line that is not is skipped with a warning."""
+        return list(read_lines(self.path))
+
+    def current(self) -> list[dict[str, Any]]:
+        """The latest attempt at each request, in the order in which requests were first tried.
+
+        A caption stopped by hand (`finish_reason` "stopped") counts only where there is no whole one. Where a hand edit
+        refers to the request, `edited_text` holds it; `text` stays what the model said.
+        """
+        latest: dict[str, dict] = {}
+        edits = {}
+        for line in self.lines():
+            if "edits" in line:
+                edits[line["edits"]] = line["text"]
+            elif "request" in line:
+                before = latest.get(line["request"], line)
+                if not is_stopped(line) or is_stopped(before) or before["status"] != "ok":
+                    latest[line["request"]] = line
+        return [
+            record | ({"edited_text": edits[request]} if request in edits else {}) for request, record in latest.items()
+        ]
+
+    def done(self, retry_errors: bool = False) -> set[str]:
+        """Requests that need no further attempt: with a whole caption or, unless they are retried, with an error."""
+        whole = (record for record in self.current() if not is_stopped(record))
+        return {record["request"] for record in whole if record["status"] == "ok" or not retry_errors}
+
+    def edit(self, request: str, text: str) -> None:
+        """Keep a text written by hand for a request. No rerun overwrites it.
+
+        Raises:
+            ValueError: the store has no such request.
+        """
+        if all(line.get("request") != request for line in self.lines()):
+            raise ValueError(f"{self.path} has no request {request!r} to edit")
+        self.append({"edits": request, "text": text, "created": now()})
+
+    def strip_path(self, record: dict[str, Any]) -> Path:
+        """Where the picture of a record's frames is; captions of the same frames share one."""
+        return self.strips / record["strip"]
+
+    def save_strip(self, record: dict[str, Any], clip: Clip, image_size: int) -> Path:
+        """Keep a small picture of the frames as the model saw them: cropped, in reading order, 12 to a row."""
+        path = self.strip_path(record)
+        if path.exists():
+            return path
+        seen = pixels_to_frames(preprocess_frames(clip.frames, image_size))
+        side, columns = STRIP_FRAME_PIXELS, min(len(seen), STRIP_COLUMNS)
+        pitch, rows = side + STRIP_GAP_PIXELS, -(-len(seen) // columns)
+        strip = Image.new("RGB", (columns * pitch - STRIP_GAP_PIXELS, rows * pitch - STRIP_GAP_PIXELS), "white")
+        for index, frame in enumerate(seen):
+            small = Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS)
+            strip.paste(small, (index % columns * pitch, index // columns * pitch))
+        self.strips.mkdir(parents=True, exist_ok=True)
+        picture = io.BytesIO()
+        strip.save(picture, "webp", quality=60)
+        write_whole(path, picture.getvalue())
+        return path
+
+
+def request_settings(
+    captioner: Captioner,
+    video: str | os.PathLike,
+    prompt: str,
+    template: str = "chat",
+    history: Sequence[tuple[str, str]] = (),
+    frame_numbers: str = "index",
+    decoding: Decoding = Decoding(),  # noqa: B008 - frozen
+    frame_sampling: FrameSampling | str = "chat",
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+    sample: int = 0,
+) -> dict[str, Any]:
+    """What is asked of a video, with `request`, the digest of it all that tells whether it has been answered.
+
+    The video counts by its path, size and time of modification, so that it need not be opened.
+
+    Args:
+        captioner: by its weights' fingerprint, dtype and quantization, not by its name.
+        video: file name; need not exist.
+        sample: number among repeats of the same request.
+
+    Returns:
+        The first part of a record.
+    """
+    path = Path(video).expanduser().absolute()
+    frames = {
+        "video": str(path),
+        "frame_sampling": dataclasses.asdict(FrameSampling.of(frame_sampling)),
+        "start_seconds": float(start_seconds),
+        "end_seconds": None if end_seconds is None else float(end_seconds),
+    }
+    settings = {
+        "template": template,
+        "frame_numbers": frame_numbers,
+        "prompt": prompt,
+        "history": [list(turn) for turn in history],
+        "decoding": decoding.to_dict(),
+        "sample": sample,
+        "model_fingerprint": captioner.fingerprint,
+        "dtype": captioner.dtype,
+        "quantization": captioner.quantization,
+    }
+    file = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+    return (
+        {"request": _digest([frames, file, settings])}
+        | frames
+        | settings
+        | {"model": captioner.name, "strip": f"{_digest([frames, file])}.webp"}
+    )
+
+
+def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Clip | None = None) -> dict[str, Any]:
+    """A whole record: what was asked (`request_settings`) and what came of it.
+
+    Args:
+        settings: from `request_settings`; with `video_sha256` where that is known.
+        outcome: the caption, or the error that stood in its way.
+        clip: the frames that were seen, where it came so far.
+    """
+    names = ("video_sha256", "duration_seconds", "frame_indices", "timestamps_seconds")
+    record = settings | dict.fromkeys(names)
+    digest = settings.get("video_sha256")
+    if clip is not None:
+        end = clip.info.duration_seconds if clip.end_seconds is None else clip.end_seconds
+        record["duration_seconds"] = round(min(end, clip.info.duration_seconds) - clip.start_seconds, 3)
+        record["frame_indices"] = list(clip.frame_indices)
+        record["timestamps_seconds"] = np.asarray(clip.timestamps_seconds).round(6).tolist()
+    if isinstance(outcome, Caption):
+        record["video_sha256"] = digest or sha256_if_there(settings["video"])
+        record |= {
+            "text": outcome.text,
+            "num_tokens": len(outcome.token_ids),
+            "mean_logprob": round(outcome.mean_logprob, 6),
+            "finish_reason": outcome.finish_reason,
+            "seconds": round(outcome.seconds, 4),
+            "status": "ok",
+            "error": None,
+        }
+    else:
+        empty = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds")
+        record |= dict.fromkeys(empty) | {"status": "error", "error": str(outcome) or repr(outcome)}
+    return record | {"capkit_version": __version__, "created": now()}
+
+
+def is_stopped(record: dict[str, Any]) -> bool:
+    """Did somebody end the caption before it was whole?"""
+    return record.get("finish_reason") == "stopped"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def sha256_if_there(path: str) -> str | None:
+    """None for a file taken away since it was read: its caption is worth keeping all the same."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return None

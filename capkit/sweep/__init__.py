@@ -1,0 +1,28 @@
+"""Prompts and decoding settings against each other: plan, run, describe, compare."""
+
+from capkit.sweep.comparison import OUTCOMES, bradley_terry, compare
+from capkit.sweep.diagnostics import OPENING, SENTENCE_END, agreement, describe, describe_set, near_duplicates
+from capkit.sweep.plan import PROMPT_PRESETS, SweepPlan, plan_sweep, read_axes
+from capkit.sweep.run import SweepResult, run_sweep
+from capkit.sweep.t5 import COGVIDEOX_1_5_T5_LIMIT, COGVIDEOX_T5_LIMIT, t5_counter
+
+__all__ = [
+    "PROMPT_PRESETS",
+    "SweepPlan",
+    "plan_sweep",
+    "read_axes",
+    "SweepResult",
+    "run_sweep",
+    "OPENING",
+    "SENTENCE_END",
+    "agreement",
+    "describe",
+    "describe_set",
+    "near_duplicates",
+    "OUTCOMES",
+    "bradley_terry",
+    "compare",
+    "COGVIDEOX_1_5_T5_LIMIT",
+    "COGVIDEOX_T5_LIMIT",
+    "t5_counter",
+]

@@ -1,0 +1,359 @@
+"""What can be said of captions without a judge: length, repetition, stock phrases, impossible times, agreement.
+
+Tables in, tables out: a row is a caption, its `text` a string, or missing where captioning failed. Every number is
+a count or a share that a reader can check by hand. None says whether a caption is true: n-gram scores in particular
+reward the reference's wording and suit long captions badly. The lists of phrases are English and are there to be read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_array
+
+from capkit.sweep.t5 import COGVIDEOX_T5_LIMIT, t5_counter
+
+# An opening is one of OPENINGS, or "the" or "this", a subject and a verb: "The video begins with", "This clip shows".
+OPENINGS = """in this video, in the video, in this clip, in the clip, in this scene, in the scene, in this image,
+    in the image, throughout the video, the video is, this is a video, a video of, a clip of, caption:, description:,
+    here is, here's, sure, certainly, we see, we can see, the viewer"""
+OPENING_SUBJECTS = "video|clip|footage|animation|image|picture|photo|scene|sequence|frame|film|recording"
+OPENING_VERBS = "shows|depicts|features|captures|presents|displays|highlights|introduces|showcases|portrays|illustrates"
+OPENING_VERBS += "|opens|begins|starts|commences|unfolds|contains"
+# Regular expressions, in lower case.
+HEDGES = r"""appears? to(?! (?:the|his|her|their|its)\b), appearing to, seems?, seeming, seemingly, apparently,
+    possibly, perhaps, maybe, probably, presumably, potentially, likely, may be, may have, might, could be, could have,
+    suggests?, suggesting, impl(?:y|ies|ying), as if, as though"""
+MOOD_WORDS = """atmospher(?:e|ic), mood, ambian?ce, ambience, vibe, aura, allure, sense of, feeling of, evok(?:es?|ing),
+    seren(?:e|ity), tranquil(?:l?ity)?, peaceful(?:ly)?, harmon(?:y|ious), co[sz]y, inviting, whimsical, captivating,
+    mesmeri[sz]ing, enchanting, magical, mystical, mysterious, dramatic(?:ally)?, nostalgi(?:a|c), intimate, eerie,
+    ominous, tension, anticipation, charm(?:ing)?, picturesque, idyllic, majestic, grandeur, breathtaking, stunning,
+    beaut(?:y|iful), testament, contemplati(?:on|ve), introspecti(?:on|ve), melanchol(?:y|ic), solitude, wonder, awe"""
+# About the recording. What the camera does is content for a video generator, so "camera" and "shot" are not here.
+META_WORDS = "videos?, clips?, footage, frames?, images?, pictures?, photo(?:graph)?s?, screenshots?, viewers?"
+
+# Words that say nothing of their own, for `agreement`.
+STOP_WORDS = frozenset(
+    """a an the this that these those and or but nor so as if while when where which who whose what there here then than
+    of in on at to from by with without into onto over under up down out off for about through across between along
+    around near behind before after during until against is are was were be been being am has have had having do does
+    did can could will would may might must should shall it its it's he him his she her hers they them their theirs we
+    us our you your i my me one ones some any each every other another both all no not only also just very more most
+    such same own too still""".split()
+)
+
+NEAR_DUPLICATE_JACCARD = 0.8
+
+
+def _either(phrases: str) -> str:
+    return re.sub(r",\s+", "|", phrases)
+
+
+_CHARACTERS_AS_WORDS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese and Japanese: no spaces
+_COMBINING_MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0eff"
+_LETTER = rf"(?:(?![{_CHARACTERS_AS_WORDS}])[\w{_COMBINING_MARKS}])"
+_WORD = re.compile(rf"[{_CHARACTERS_AS_WORDS}]|{_LETTER}+(?:(?:['-]|(?<=\d)[.,:](?=\d)){_LETTER}+)*")
+SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?:\s+|$)|[。！？؟।]+|\n+")
+_STARTS_SENTENCE = re.compile(r"[^\W\d_]")
+OPENING = re.compile(
+    rf"\W*((?:{_either(OPENINGS)})(?!\w)"
+    rf"|th(?:e|is) (?:\w+ )?(?:{OPENING_SUBJECTS})(?: clip| sequence)? (?:{OPENING_VERBS})\b(?: with\b)?)",
+    re.IGNORECASE,
+)
+
+_NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty""".split()
+_DIGITS = r"\d{1,5}(?:\.\d+)?"
+_NUMBER = rf"{_DIGITS}|{'|'.join(_NUMBER_WORDS)}"
+_START = r"(?<![\w.])"
+_TIMES = (
+    rf"(?:{_START}(?P<minutes>{_NUMBER})[ -]minutes?,?(?: and)? )?{_START}(?P<seconds>{_NUMBER})[ -]?sec(?:ond)?s?\b",
+    rf"{_START}(?P<minutes>{_NUMBER})[ -]minutes?\b",
+    r"(?<!\w)(?P<seconds>\d{1,5})(?:st|nd|rd|th)[ -]second\b",
+    rf"\bseconds? (?:{_DIGITS} ?(?:-|–|to|and|through) ?)?(?P<seconds>{_DIGITS})(?!-?\w)",
+    r"(?<![\d:.])(?:(?P<hours>\d{1,2}):)?(?P<minutes>\d{1,2}):(?P<seconds>[0-5]\d)(?![\d:])(?! ?[ap]\.?m\b)",
+)
+
+
+def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LIMIT) -> pd.DataFrame:
+    """Add columns that say of each caption what can be counted. A missing text gets NA or NaN in all of them.
+
+    New columns:
+        num_words, num_sentences: a Chinese or Japanese character is a word.
+        num_t5_tokens: `</s>` included. A trigger word that a trainer puts before the caption comes on top.
+        t5_is_estimate: no tokenizer was given, see `capkit.sweep.t5.estimate_t5_tokens`.
+        over_t5_limit: T5 tokens beyond `t5_limit` are cut off in training.
+        stopped_by_length: `finish_reason` is "length"; NA where it is unknown.
+        repeated_4grams: share of the runs of four words that were there before: 1 - distinct / all; 0 under four words.
+        longest_repeat_words: words in the longest run that occurs twice without overlapping itself.
+        boilerplate_opening: the opening of OPENINGS or the like in lower case, "" where there is none.
+        num_hedges, num_mood_words, num_meta_words: occurrences of HEDGES, MOOD_WORDS, META_WORDS.
+        seconds_beyond_clip: how far the largest time mentioned ("at second 12", "12 seconds", "0:12") lies beyond
+            `duration_seconds`; whole seconds that the clip has begun are within. NaN where no duration is known.
+            A clock in the picture counts too.
+        chrf, bleu: against `reference`, where there is that column; sentence level, 0 to 100.
+
+    Args:
+        captions: `text`, and whatever else there is; columns used where they exist are `finish_reason` ("eos", "length"
+            or "stopped"), `duration_seconds` (of the clip or window) and `reference`.
+        t5_tokenizer: folder of a T5 tokenizer, such as `tokenizer/` of a CogVideoX checkpoint, or a transformers
+            tokenizer. Nothing is downloaded.
+        t5_limit: `capkit.sweep.t5.COGVIDEOX_T5_LIMIT` or, safe for every CogVideoX trainer, `COGVIDEOX_1_5_T5_LIMIT`.
+
+    Returns:
+        A new table with the same index.
+
+    Raises:
+        ValueError: no `text` column, or no tokenizer in the folder.
+        ImportError: there are references, but sacrebleu is not installed.
+    """
+    _require_columns(captions, ["text"])
+    texts = [text if isinstance(text, str) else None for text in captions["text"]]
+    lowered = [text if text is None else _normalise(text) for text in texts]
+    words = [text if text is None else _WORD.findall(text) for text in lowered]
+    known = captions.reindex(columns=["finish_reason", "duration_seconds", "reference"])
+    durations = pd.to_numeric(known["duration_seconds"]).to_numpy(float, na_value=math.nan)
+    described = captions.copy()
+    described["num_words"] = _each(len, words, "Int64")
+    described["num_sentences"] = _each(_num_sentences, texts, "Int64")
+    described["num_t5_tokens"] = _each(t5_counter(t5_tokenizer), texts, "Int64")
+    described["t5_is_estimate"] = _each(lambda _: t5_tokenizer is None, texts, "boolean")
+    described["over_t5_limit"] = described["num_t5_tokens"] > t5_limit
+    stopped = known["finish_reason"].eq("length").astype("boolean")
+    described["stopped_by_length"] = stopped.mask(known["finish_reason"].isna() | described["num_words"].isna())
+    described["repeated_4grams"] = _each(lambda w: 1 - _distinct_share([w], 4) if len(w) > 3 else 0, words, "float64")
+    described["longest_repeat_words"] = _each(_longest_repeat, words, "Int64")
+    described["boilerplate_opening"] = _each(lambda text: (OPENING.match(text) or ["", ""])[1], lowered, "string")
+    for name, phrases in (("hedges", HEDGES), ("mood_words", MOOD_WORDS), ("meta_words", META_WORDS)):
+        listed = re.compile(rf"\b(?:{_either(phrases)})(?!\w)")
+        described[f"num_{name}"] = _each(lambda text, listed=listed: len(listed.findall(text)), lowered, "Int64")
+    described["seconds_beyond_clip"] = [
+        math.nan if text is None else _seconds_beyond(text, duration)
+        for text, duration in zip(lowered, durations, strict=True)
+    ]
+    if "reference" in captions:
+        described["chrf"], described["bleu"] = _reference_scores(texts, known["reference"])
+    return described
+
+
+def describe_set(captions: pd.DataFrame, by: str | Sequence[str], clip: str = "video") -> pd.DataFrame:
+    """Sum up each set of captions: a row per cell, in the order in which cells first appear.
+
+    Columns, after those of `by`:
+        num_captions, num_failed: with and without a text.
+        distinct_1, distinct_2: distinct words, and pairs of words, among all. Larger sets have lower shares, so compare
+            only sets of about the same number of words.
+        share_near_duplicates: captions that nearly repeat one of a different clip: the same words, or distinct runs
+            of five words with a Jaccard index of at least 0.8. Without a column `clip` each caption is of its own clip.
+        share_boilerplate, and share_... of every column of true and false, such as `share_stopped_by_length`.
+        The mean of every numeric column, under that column's name. Missing values are left out of shares and means.
+
+    Args:
+        captions: from `describe`, or a table that it takes.
+        by: column or columns that tell the sets apart.
+        clip: column that tells clips apart.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    _require_columns(captions, ["text", *by])
+    described = (captions if "boilerplate_opening" in captions else describe(captions)).reset_index(drop=True)
+    others = described.drop(columns=[*by, clip], errors="ignore")
+    flags = others.select_dtypes(["bool", "boolean"])
+    flags.insert(0, "boilerplate", described["boilerplate_opening"].ne("").astype("boolean"))
+    numbers = others.select_dtypes("number", exclude=["boolean", "timedelta"])
+    averaged = pd.concat([flags.add_prefix("share_"), numbers], axis=1).astype(float)
+    rows = []
+    for key, group in described.groupby(by, sort=False, dropna=False):
+        spoken = group[[isinstance(text, str) for text in group["text"]]]
+        words = [_words(text) for text in spoken["text"]]
+        duplicates = near_duplicates(spoken["text"], list(spoken[clip]) if clip in spoken else range(len(spoken)))
+        shares = _distinct_share(words, 1), _distinct_share(words, 2), pd.Series(duplicates, dtype=float).mean()
+        rows.append([*key, len(spoken), len(group) - len(spoken), *shares, *averaged.loc[group.index].mean()])
+    columns = ["num_captions", "num_failed", "distinct_1", "distinct_2", "share_near_duplicates"]
+    return pd.DataFrame(rows, columns=[*by, *columns, *averaged.columns])
+
+
+def agreement(
+    captions: pd.DataFrame, by: str | Sequence[str] = "video", over: str | Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Ask how far captions of one clip agree with each other: across seeds, frame samplings, prompts.
+
+    A word that no other variant says is a suspect of invention, never a verdict: it may be the one variant that looked
+    closely, and what all variants say may be wrong all the same. Words count by their stems, stop words not at all.
+
+    Args:
+        captions: `text` and the columns named below.
+        by: what the captions that are compared have in common: the clip, and the prompt where it should be the same.
+        over: columns that make a variant; captions with the same values there count as one variant and are not
+            compared with each other. None: every caption is its own.
+
+    Returns:
+        The same index, with
+        num_others: other variants with a text,
+        agreement: share of the caption's content words that at least half of the others say; NaN without others
+            or content words,
+        words_only_here: the words that none of the others says, in order, with spaces between; "" without others.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    over = [] if over is None else [over] if isinstance(over, str) else list(over)
+    _require_columns(captions, ["text", *by, *over])
+    content = [_content_words(text) if isinstance(text, str) else None for text in captions["text"]]
+    names = list(zip(*(captions[name].astype(str) for name in over), strict=True)) or range(len(captions))
+    results: list[dict] = [{} for _ in content]
+    for places in captions.groupby(by, dropna=False).indices.values():
+        variants = defaultdict(set)
+        for place in places:
+            if content[place] is not None:
+                variants[names[place]] |= content[place].keys()
+        counts = Counter(chain.from_iterable(variants.values()))
+        for place in places:
+            if (said := content[place]) is None:
+                continue
+            num_others = len(variants) - 1
+            by_others = {stem: counts[stem] - 1 for stem in said}  # its own variant says it
+            backed = sum(2 * count >= num_others for count in by_others.values())
+            results[place] = {
+                "num_others": num_others,
+                "agreement": backed / len(said) if said and num_others else math.nan,
+                "words_only_here": " ".join(said[s] for s, count in by_others.items() if num_others and not count),
+            }
+    columns = {"num_others": "Int64", "agreement": "float64", "words_only_here": "string"}
+    return pd.DataFrame(results, index=captions.index, columns=list(columns)).astype(columns)
+
+
+def near_duplicates(texts: Sequence[str], clips: Sequence) -> np.ndarray:
+    """Which texts nearly repeat one of another clip: the same words, or distinct runs of five words with a Jaccard
+    index of at least 0.8. Thousands of texts take seconds, whatever they say.
+
+    Args:
+        texts: captions.
+        clips: of what; captions of one clip are not compared with each other.
+
+    Returns:
+        bool (N,).
+    """
+    grams = [set(_ngrams(words, 5)) or {tuple(words)} for words in map(_words, texts)]
+    numbers: dict[tuple, int] = {}
+    columns = [numbers.setdefault(gram, len(numbers)) for gram in chain.from_iterable(grams)]
+    sizes = np.array([len(gram_set) for gram_set in grams], np.float32)
+    has = csr_array(
+        (np.ones(len(columns), np.float32), columns, np.append(0, sizes.cumsum(dtype=int))), (len(texts), len(numbers))
+    ).tocsc()
+    # Runs that few texts have make small sparse products; the others are few, and quick as a dense product.
+    num_texts = np.diff(has.indptr)
+    rare, common = has[:, (num_texts > 1) & (num_texts <= 200)].tocsr(), has[:, num_texts > 200].toarray()
+    clip_numbers = pd.factorize(pd.Series(clips))[0]
+    found = np.zeros(len(texts), bool)
+    for start in range(0, len(texts), 500):
+        rows = slice(start, start + 500)
+        num_shared = common[rows] @ common.T + (rare[rows] @ rare.T).toarray()
+        is_near = num_shared / (sizes[rows, None] + sizes - num_shared) >= NEAR_DUPLICATE_JACCARD
+        found[rows] = (is_near & (clip_numbers[rows, None] != clip_numbers)).any(axis=1)
+    return found
+
+
+# ---- a caption -----------------------------------------------------------------------------------------------------
+
+
+def _require_columns(table: pd.DataFrame, names: Iterable[str]) -> None:
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"no column {missing[0]!r}; there are {', '.join(map(str, table.columns))}")
+
+
+def _each(measure: Callable, items: list, dtype: str) -> pd.api.extensions.ExtensionArray:
+    missing = math.nan if dtype == "float64" else pd.NA
+    return pd.array([missing if item is None else measure(item) for item in items], dtype=dtype)
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().replace("’", "'").split())
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(_normalise(text))
+
+
+def _num_sentences(text: str) -> int:
+    return sum(bool(_STARTS_SENTENCE.search(part)) for part in SENTENCE_END.split(text))
+
+
+def _ngrams(words: list[str], n: int) -> Iterable[tuple[str, ...]]:
+    return zip(*(words[start:] for start in range(n)), strict=False)
+
+
+def _distinct_share(texts: list[list[str]], n: int) -> float:
+    """Distinct n-grams among all; NaN if there are none."""
+    num_all = sum(max(len(words) - n + 1, 0) for words in texts)
+    return len(set(chain.from_iterable(_ngrams(words, n) for words in texts))) / num_all if num_all else math.nan
+
+
+def _longest_repeat(words: list[str]) -> int:
+    """Words in the longest run that occurs twice without overlapping itself."""
+    numbers: dict[str, int] = {}
+    runs = {1: np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int64)}
+
+    def occurs_twice(length: int) -> bool:
+        """Also keeps in `runs[length]` which run of that length starts at each word, equal numbers for equal runs."""
+        half = max(known for known in runs if known <= length)
+        num_starts = len(words) - length + 1
+        first_and_last = runs[half][:num_starts] * (len(words) + 1) + runs[half][length - half :][:num_starts]
+        _, first, runs[length] = np.unique(first_and_last, return_index=True, return_inverse=True)
+        return bool((np.arange(num_starts) - first[runs[length]] >= length).any())
+
+    low, high = 0, 1  # a run that occurs twice has parts that do: double, then halve the interval
+    while 2 * high <= len(words) and occurs_twice(high):
+        low, high = high, 2 * high
+    high = min(high, len(words) // 2 + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if occurs_twice(middle) else (low, middle)
+    return low
+
+
+def _seconds_beyond(lowered: str, duration: float) -> float:
+    if math.isnan(duration):
+        return math.nan
+    latest = 0.0
+    for found in chain.from_iterable(re.finditer(pattern, lowered) for pattern in _TIMES):
+        said = {unit: number for unit, number in found.groupdict().items() if number}
+        parts = {unit: _NUMBER_WORDS.index(n) if n in _NUMBER_WORDS else float(n) for unit, n in said.items()}
+        time = 3600 * parts.get("hours", 0) + 60 * parts.get("minutes", 0) + parts.get("seconds", 0)
+        latest = max(latest, time)
+    return latest - duration if latest > math.ceil(duration) else 0.0
+
+
+def _reference_scores(texts: list[str | None], references: Iterable) -> tuple[list[float], list[float]]:
+    chrf, bleu = [math.nan] * len(texts), [math.nan] * len(texts)
+    for place, (text, reference) in enumerate(zip(texts, references, strict=True)):
+        if text is not None and isinstance(reference, str):
+            try:
+                import sacrebleu
+            except ImportError as error:
+                raise ImportError("to score against references: pip install 'capkit[metrics]'") from error
+            chrf[place] = sacrebleu.sentence_chrf(text, [reference]).score
+            bleu[place] = sacrebleu.sentence_bleu(text, [reference]).score
+    return chrf, bleu
+
+
+# ---- captions together ---------------------------------------------------------------------------------------------
+
+
+def _content_words(text: str) -> dict[str, str]:
+    """Each content word's stem, with the word as it first came: "moving" under "mov"."""
+    stems: dict[str, str] = {}
+    for word in _words(text):
+        if word not in STOP_WORDS:
+            stems.setdefault(re.sub(r"(?<=\w{3})(?:'s|ing|ed|es|(?<!s)s|e)$", "", word), word)
+    return stems

@@ -1,0 +1,47 @@
+"""Captions and frames to look at: static HTML and matplotlib charts."""
+
+from capkit.views.captions import show_caption
+from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
+from capkit.views.frames import numbers_warning, prompt_numbers, show_clip
+from capkit.views.gallery import gallery
+from capkit.views.html import (
+    CARD,
+    HTML,
+    MUTED,
+    RED,
+    frames_strip,
+    mark_differences,
+    picture,
+    record_text,
+    show_captions,
+    show_differences,
+    to_webp,
+)
+from capkit.views.sweeps import compare_captions, show_sweep
+
+__all__ = [
+    "show_caption",
+    "forest_plot",
+    "heat_map",
+    "ratio_bars",
+    "scatter",
+    "split_bars",
+    "token_histogram",
+    "numbers_warning",
+    "prompt_numbers",
+    "show_clip",
+    "gallery",
+    "CARD",
+    "HTML",
+    "MUTED",
+    "RED",
+    "frames_strip",
+    "mark_differences",
+    "picture",
+    "record_text",
+    "show_captions",
+    "show_differences",
+    "to_webp",
+    "compare_captions",
+    "show_sweep",
+]

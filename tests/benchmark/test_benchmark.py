@@ -1,0 +1,163 @@
+"""The benchmark runs, its numbers are consistent, and the fast ways say what the plain one says. No timings."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from capkit import Decoding
+from capkit.benchmark import Benchmark, as_markdown, parts_of_a_caption, profile_table, read_results, to_frame
+from capkit.benchmark.__main__ import main
+from capkit.benchmark.models import (
+    DECODINGS,
+    PROMPTS,
+    SIZES,
+    make_captioner,
+    make_clip,
+    make_tokenizer,
+    plain_caption,
+    plain_pixels,
+)
+from capkit.benchmark.video import encode_video, measure_reading
+from capkit.cogvlm2 import CogVLM2VideoProcessor, preprocess_frames
+
+SHORT = replace(
+    SIZES["tiny"], num_frames=3, num_tokens=5, num_sweep_tokens=2, batches=(2,), large_frame=(120, 90), repeats=1
+)
+PARTS = ("preprocessing", "stages", "captions", "batches", "sweeps", "loading", "profiling")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One short run, as its file has it."""
+    out = tmp_path_factory.mktemp("benchmark") / "new" / "results.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", SHORT)
+        made = Benchmark("tiny", "cpu", "float32").run(PARTS, out)
+    assert made == json.loads(out.read_text())
+    return read_results(out)
+
+
+def test_every_part_has_rows_and_ratios_are_baseline_by_value(results):
+    assert {row["part"] for row in results["rows"]} == set(PARTS) - {"profiling"}
+    assert all("memory" in one["part"] for one in results["skipped"])  # of so small a model it may not be seen
+    for row in results["rows"]:
+        assert row["value"] > 0 and row["ratio"] == pytest.approx(row["baseline_value"] / row["value"])
+        assert row["baseline"] and row["unit"] in ("s", "MB")
+
+
+def test_tokens_are_counted_and_equal_the_baselines(results):
+    captioned = {row["name"]: row for row in results["rows"] if "num_captions" in row}
+    assert [row["num_captions"] for row in captioned.values()] == [8, 2, 16, 64]
+    for name, row in captioned.items():
+        each = SHORT.num_sweep_tokens if "sweep" in name else SHORT.num_tokens
+        assert row["equal"] == f"{row['num_captions']} of {row['num_captions']} captions"
+        assert row["num_tokens"] <= row["num_captions"] * each  # an end token may come sooner
+        assert row["num_tokens"] >= row["num_captions"] * each * 0.8
+        per_run = 1 if name.startswith("one") else row["num_captions"]
+        assert row["captions_an_hour"] == pytest.approx(3600 * per_run / row["value"])
+    for row in results["rows"]:
+        if "tokens_per_second" in row:
+            assert row["tokens_per_second"] == pytest.approx(1 / row["value"])
+            assert row["share_of_bandwidth"] == pytest.approx(row["tokens_per_second"] / row["limit_tokens_per_second"])
+
+
+def test_the_profile_has_both_ways_of_every_stage(results):
+    assert {(one["stage"], one["way"]) for one in results["profile"]} == {
+        (stage, way) for stage in ("vision tower", "prefill", "decoding 8 together") for way in ("plain", "capkit")
+    }
+    assert all(0 <= one["share"] <= 1 for one in results["profile"])
+    assert list(profile_table(results).columns) == ["plain", "capkit"]
+
+
+def test_tables(results):
+    frame, parts, text = to_frame(results), parts_of_a_caption(results), as_markdown(results)
+    assert list(frame["name"]) == [row["name"] for row in results["rows"]]
+    assert list(parts.index) == ["plain", "capkit"] and (parts >= 0).all(axis=None)
+    assert "`python -m capkit.benchmark --size tiny`" in text and len(text.splitlines()) == 4 + len(frame)
+    with pytest.raises(ValueError, match="prefill was not measured"):
+        parts_of_a_caption(results | {"rows": [row for row in results["rows"] if "prefill" not in row["name"]]})
+
+
+def test_the_baseline_is_what_capkit_says_for_every_prompt_and_decoding():
+    plain, captioner = make_captioner(SHORT, "cpu")
+    assert {id(weight) for weight in plain.parameters()} == {id(w) for w in captioner.model.parameters()}
+    seen = set()
+    for number, (prompt, settings) in enumerate(zip(PROMPTS, DECODINGS, strict=True)):
+        clip, decoding = make_clip(SHORT, number), Decoding(max_new_tokens=9, **settings)
+        said = captioner.caption(clip, prompt, decoding=decoding).token_ids
+        assert plain_caption(plain, captioner.processor, clip, prompt, decoding) == said
+        seen |= set(said)
+    assert len(seen) > 20  # not the same word again and again
+
+
+@pytest.mark.parametrize("height, width", [(120, 90), (90, 160), (56, 56), (61, 300)])
+def test_the_baselines_pixels_are_capkits(height, width):
+    frames = make_clip(SHORT, 0, (height, width)).frames
+    plain = plain_pixels(frames, 56)
+    assert np.allclose(plain, preprocess_frames(frames, 56), atol=1e-5)
+
+
+def test_a_prompt_has_as_many_positions_as_with_the_published_tokenizer():
+    small = SIZES["small"]
+    tokenizer = make_tokenizer(32000)
+    processor = CogVLM2VideoProcessor(tokenizer, 224, 66)
+    assert abs(len(processor.prompt_ids(make_clip(small, 0, (32, 32)), PROMPTS[0])) - 1622) <= 5
+    assert len(tokenizer) == 32000 and tokenizer.decode([31990]) == " word31990"
+    assert tokenizer.decode(tokenizer.encode("Añy text, 42!")) == "Añy text, 42!"
+
+
+def test_a_part_without_its_library_is_left_out_and_said_to_be(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    monkeypatch.setitem(SIZES, "tiny", SHORT)
+    results = Benchmark("tiny", "cpu").run(["reading"])
+    assert results["rows"] == [] and [one["part"] for one in results["skipped"]] == ["reading"]
+    assert "reading: left out" in capsys.readouterr().out
+
+
+def test_reading_beside_decord_gives_the_same_frames():
+    pytest.importorskip("decord")
+    rows = measure_reading(2, 5, 1, height=96, width=128)
+    assert [row["unit"] for row in rows] == ["s", "s", "MB"] and {row["equal"] for row in rows} == {"5 of 5 frames"}
+
+
+def test_a_repeated_minute_is_a_video_of_that_length(tmp_path):
+    from capkit import load_clip
+
+    info = load_clip(encode_video(tmp_path / "v.mp4", 3, 96, 128), timeout_seconds=None).info
+    assert info.num_frames == 3 * 60 * 25 and info.duration_seconds == pytest.approx(180)
+
+
+@pytest.mark.parametrize("arguments, told", [(["--size", "huge"], "invalid choice"), (["--parts", "x"], "known are")])
+def test_wrong_arguments_are_named(monkeypatch, capsys, arguments, told):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--size", "tiny", *arguments])
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main()
+    assert told in str(error.value) + capsys.readouterr().err
+
+
+def test_command_line_writes_where_it_is_told_or_beside_the_notebooks(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SIZES, "tiny", SHORT)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--size", "tiny", "--device", "cpu", "--parts", "preprocessing"])
+    main()
+    (out,) = (tmp_path / "notebooks" / "results").glob("*_tiny.json")
+    assert str(out.relative_to(tmp_path)) in capsys.readouterr().out and read_results(out)["size"] == "tiny"
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"size": 1}'])
+def test_files_that_are_no_results_are_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ValueError, match="r.json: not results"):
+        read_results(tmp_path / "r.json")
+
+
+def test_imports_without_notebooks_and_video_libraries():
+    missing = ["decord", "av", "jupyterlab", "IPython", "ipywidgets", "papermill", "matplotlib"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import capkit.benchmark.benchmark"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

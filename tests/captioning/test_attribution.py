@@ -1,0 +1,96 @@
+"""Grounding: the differences are those of scoring the videos in question one by one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from capkit import Clip, Decoding
+from capkit.captioning import GREY, SharedVideo, ground
+
+pytestmark = pytest.mark.golden  # caches and masks, on the oldest transformers too
+TEXT = "A red star moves to the left, and then a blue circle appears at second 3."
+
+
+@pytest.fixture
+def clip(random_clip):
+    return random_clip(5)
+
+
+def with_grey(clip, frames):
+    changed = clip.frames.copy()
+    changed[frames] = GREY
+    return Clip.from_frames(changed, clip.timestamps_seconds)
+
+
+@pytest.mark.parametrize("template", ["chat", "vqa", "base"])
+def test_each_way_is_what_scoring_that_video_gives(captioner, clip, template):
+    grounding = ground(captioner, clip, TEXT, "What happens?", template)
+    score = captioner.score(clip, TEXT, "What happens?", template)
+    assert (grounding.token_ids, grounding.tokens) == (score.token_ids, score.tokens)
+    assert grounding.logprobs == pytest.approx(np.array(score.logprobs), abs=2e-4)
+    grey = captioner.score(with_grey(clip, slice(None)), TEXT, "What happens?", template)
+    assert grounding.support == pytest.approx(np.subtract(score.logprobs, grey.logprobs), abs=4e-4)
+    assert grounding.total_support == pytest.approx(score.total_logprob - grey.total_logprob, abs=4e-3)
+    assert grounding.leaning.shape == (5, len(score.token_ids))
+    for frame in range(5):
+        without = captioner.score(with_grey(clip, frame), TEXT, "What happens?", template)
+        assert grounding.leaning[frame] == pytest.approx(np.subtract(score.logprobs, without.logprobs), abs=4e-4)
+
+
+def test_several_captions_go_together_and_each_is_what_it_is_alone(captioner, clip):
+    few = Decoding(max_new_tokens=7)
+    generated = [
+        captioner.caption(clip, "Why?", history=[("Who?", "She.")], decoding=few),
+        captioner.caption(clip, "Why?", "vqa", decoding=dataclasses.replace(few, temperature=1.0)),
+        captioner.caption(clip, "When?", frame_numbers="seconds", decoding=few),
+    ]
+    captions = [TEXT, *generated, "Short."]
+    together = ground(captioner, clip, captions)
+    for caption, grounding in zip(captions, together, strict=True):
+        alone = ground(captioner, clip, caption)
+        assert grounding.token_ids == alone.token_ids
+        assert grounding.support == pytest.approx(alone.support, abs=4e-4)
+        assert grounding.leaning == pytest.approx(alone.leaning, abs=4e-4)
+    for caption, grounding in zip(generated, together[1:], strict=False):  # a Caption's own tokens and settings
+        assert grounding.logprobs == pytest.approx(np.array(caption.logprobs), abs=2e-4)
+
+
+def test_frames_are_encoded_once(captioner, clip, monkeypatch):
+    counted, encode = [], captioner.model.model.get_video_features
+    monkeypatch.setattr(
+        captioner.model.model, "get_video_features", lambda pixels: counted.append(len(pixels)) or encode(pixels)
+    )
+    ground(captioner, clip, [TEXT, "Short."])
+    assert sum(counted) == 5 + 1  # and one grey frame for all
+
+
+def test_words_take_their_tokens_together(captioner, clip):
+    grounding = ground(captioner, clip, "Ein grüner Stern, \U0001f31f!")
+    assert "".join(word for word, _ in grounding.words).startswith("EingrünerStern,")
+    taken = [range(*tokens.indices(len(grounding.tokens))) for _, tokens in grounding.words]
+    assert [place for places in taken for place in places] == list(range(len(grounding.tokens)))
+    assert grounding.of_words(grounding.support).sum() == pytest.approx(grounding.total_support)
+    assert grounding.of_words(grounding.leaning).shape == (5, len(grounding.words))
+
+
+def test_without_leaving_frames_out(captioner, clip):
+    grounding = ground(captioner, clip, TEXT, leave_one_out=False)
+    assert grounding.frame_logprobs is None
+    assert grounding.support == pytest.approx(ground(captioner, clip, TEXT).support, abs=4e-4)
+    with pytest.raises(ValueError, match="leave_one_out"):
+        assert grounding.leaning is None
+
+
+def test_nonsense_is_refused(captioner, clip):
+    for captions, settings in (("", {}), ([TEXT, " "], {}), (TEXT, {"template": "poem"}), (TEXT, {"prompt": ""})):
+        with pytest.raises(ValueError):
+            ground(captioner, clip, captions, **settings)
+    assert ground(captioner, clip, []) == []
+
+
+def test_a_cache_in_use_is_not_touched(captioner, clip):
+    video, branch = SharedVideo(captioner, clip), [("Why?", Decoding(max_new_tokens=5))]
+    before = next(iter(video.caption(branch))).token_ids
+    ground(captioner, clip, TEXT)
+    assert next(iter(video.caption(branch))).token_ids == before

@@ -1,0 +1,479 @@
+"""Notebooks and views in a real browser: JupyterLab on loopback, driven in headless Chromium.
+
+Screenshots go to runs/browser/. Times are printed (`pytest -s`), never asserted.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import nbformat
+import numpy as np
+import pytest
+from nbconvert import HTMLExporter
+from paths import ROOT
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+import capkit
+from capkit.runs.clips import DEMO_CLIPS
+from capkit.views import compare_captions, gallery, show_caption, show_captions, show_clip, show_differences, to_webp
+
+# Once more, for Lab and Chromium on a busy machine; what the page showed the first time is kept and printed.
+pytestmark = [pytest.mark.needs_browser, pytest.mark.flaky(reruns=1)]
+SCREENSHOTS = ROOT / "runs" / "browser"
+PATIENCE_SECONDS = 90  # the machine may have other things to do
+NASTY = '<script>alert(1)</script> <img src=x onerror=alert(2)> "quoted" שלום עולם 🌟'
+NASTY_NAME = 'it\'s "quoted" <img src=x onerror=alert(3)>.mp4'
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    expect.set_options(timeout=PATIENCE_SECONDS * 1000)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        # Chromium's sandbox does not work for root, whom build machines often are.
+        arguments = ["--no-sandbox"] if hasattr(os, "getuid") and os.getuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium, request):
+    """Makes pages that reach nothing but this machine; afterwards no dialog may have come up. What they show when a
+    test fails is kept: in a picture, and printed."""
+    contexts, dialogs = [], []
+
+    def make(width=1400, height=1200, **settings):
+        context = chromium.new_context(viewport={"width": width, "height": height}, **settings)
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE_SECONDS * 1000)
+        page = context.new_page()
+        page.away = []  # what it asked of other machines
+
+        def loopback_only(route):
+            if urlsplit(route.request.url).hostname in ("127.0.0.1", None):
+                return route.continue_()
+            page.away.append(route.request.url)
+            return route.abort()
+
+        context.route("**/*", loopback_only)
+        page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        return page
+
+    yield make
+    for context in contexts:
+        if request.node.failed:
+            page = context.pages[0]
+            page.screenshot(path=SCREENSHOTS / f"failed_{request.node.name}.png")
+            print(page.inner_text("body"), page.evaluate("window.seen"), sep="\n")
+        context.close()
+    assert not dialogs
+
+
+class Lab:
+    """A JupyterLab of its own: root folder, settings and kernels apart from those of whoever runs the tests."""
+
+    def __init__(self, folder):
+        self.folder, self.own, self.token = folder / "root", folder / "own", "only-for-this-test"
+        self.folder.mkdir()
+        names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+        names += ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+        where = {name: str(self.own / name.lower()) for name in names}
+        self.set("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False})
+        self.set("notebook-extension/tracker", {"windowingMode": "none"})  # cells out of sight are in the page too
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root"]
+        command += [f"--ServerApp.root_dir={self.folder}", f"--IdentityProvider.token={self.token}"]
+        (started_by_make,) = re.findall("jupyter lab .*", (ROOT / "Makefile").read_text())
+        command += shlex.split(started_by_make)[3:]
+        self.log = open(folder / "lab.log", "w")
+        self.process = subprocess.Popen(
+            command, env=os.environ | where, stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        self.told = Path(where["JUPYTER_RUNTIME_DIR"]) / f"jpserver-{self.process.pid}.json"
+
+    def wait(self):
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not self.told.exists() or not self.told.read_text().rstrip().endswith("}"):
+            assert self.process.poll() is None and time.monotonic() < until, Path(self.log.name).read_text()
+            time.sleep(0.1)
+        self.url = f"http://127.0.0.1:{json.loads(self.told.read_text())['port']}"
+
+    def set(self, plugin, settings):
+        path = self.own / "jupyterlab_settings_dir" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+
+    def open(self, page, path):
+        page.goto(f"{self.url}/lab/tree/{path.relative_to(self.folder)}?reset&token={self.token}")
+        expect(page.locator(".jp-NotebookPanel h1")).to_be_visible()
+        page.keyboard.press("Control+B")  # the file browser only takes room
+        expect(page.get_by_text("(ipykernel) | Idle")).to_be_visible()  # until then, cells that are run are lost
+
+    def close(self):
+        self.process.terminate()  # it ends its kernels
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # kernels end when their server is gone
+            self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    try:
+        lab.wait()
+        yield lab
+    finally:
+        lab.close()
+
+
+# ---- the playground ------------------------------------------------------------------------------------------------
+
+# As slow as a large model, and never at an end: the demo model has said everything before anybody can press Stop.
+SLOWLY = """import time
+captioner.model.lm_head.register_forward_hook(lambda *_: time.sleep(0.05))
+captioner.model.config.eos_token_id = 0
+print("slow from here on")"""
+
+# When a button was pressed, when the first word was seen, when Caption could be pressed again, in milliseconds.
+WATCH = """() => {
+  window.seen = {};
+  const caption = () => [...document.querySelectorAll("button")].find(one => one.innerText.trim() == "Caption");
+  document.addEventListener("click", event => {
+    const name = event.target.closest("button")?.innerText.trim();
+    if (name == "Caption") window.seen = {};
+    if (name) window.seen[name] ??= performance.now();
+  }, true);
+  new MutationObserver(() => {
+    if (document.querySelector(".jp-NotebookPanel").textContent.includes("▏")) window.seen.word ??= performance.now();
+    else if (window.seen.word && !caption()?.disabled) window.seen.end ??= performance.now();
+  }).observe(document.body, {subtree: true, childList: true, characterData: true, attributes: true});
+}"""
+
+
+class Playground:
+    """Notebook 04 in Lab, by what a person sees of it."""
+
+    def __init__(self, lab, page, name, **parameters):
+        self.lab, self.page = lab, page
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=lab.folder))
+        self.path = self.folder / "04_playground.ipynb"
+        notebook = nbformat.read(ROOT / "notebooks" / self.path.name, 4)
+        (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+        cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+        nbformat.write(notebook, self.path)
+        self.store = capkit.CaptionStore(self.folder / "runs" / "playground" / "captions.jsonl")
+        lab.open(page, self.path)
+
+    def button(self, name):
+        return self.page.get_by_role("button", name=re.compile(rf"^\W*{name}$"))  # there may be an icon before it
+
+    def control(self, name):
+        return self.page.get_by_label(name, exact=True)
+
+    def slider(self, name):
+        return self.page.locator(f".widget-slider:has(label:text-is('{name}')) [role=slider]")  # ipywidgets names none
+
+    def cards(self):
+        return self.page.locator(".jp-NotebookPanel .widget-vbox:has(> .widget-hbox button:text('make baseline'))")
+
+    def menu(self, *names):
+        for name in names:
+            self.page.get_by_role("menuitem", name=re.compile(f"^{name}$")).click()
+
+    def run_cell(self, text):
+        self.page.locator(".jp-CodeCell .cm-content", has_text=text).click()
+        self.page.keyboard.press("Control+Enter")
+
+    def run_all(self):
+        self.menu("Run", "Run All Cells")
+        expect(self.button("Caption")).to_be_enabled()
+        self.page.evaluate(WATCH)
+
+    def caption(self):
+        """A new card, and the seconds from the click to the first word."""
+        before = self.cards().count()
+        self.button("Caption").click()
+        expect(self.cards()).to_have_count(before + 1)
+        seen = self.page.evaluate("window.seen")
+        return (seen["word"] - seen["Caption"]) / 1000
+
+    def screenshot(self, name, *, showing):
+        showing.scroll_into_view_if_needed()
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def test_playground_by_hand(lab, open_page):
+    page = open_page()
+    panel = Playground(lab, page, "by_hand")
+    panel.run_all()
+    panel.screenshot("panel_before", showing=panel.button("Caption"))
+    add_a_large_clip(panel)
+    panel.control("clip").select_option("green_cross_grows.mp4")
+    panel.slider("frame").press("ArrowRight")
+    expect(page.get_by_text("frame 2 of ")).to_be_visible()
+    first = panel.caption()
+    panel.control("prompt").fill("Describe this video in one sentence.")
+    expect(panel.control("preset")).to_have_value("sentence")  # the kernel knows of the prompt
+    second = panel.caption()
+    print(f"\nfrom click to first word: {first:.2f} s, then {second:.2f} s")
+    records = panel.store.current()
+    assert [Path(record["video"]).name for record in records] == ["green_cross_grows.mp4"] * 2
+    assert records[1]["prompt"] == "Describe this video in one sentence."
+
+    expect(panel.cards().first.locator("u")).not_to_have_count(0)  # what the baseline does not say
+    expect(panel.cards().nth(1).locator("u")).to_have_count(0)
+    panel.screenshot("panel_after", showing=panel.cards().first)
+    panel.cards().first.get_by_role("button", name="make baseline").click()
+    expect(panel.cards().first.locator("u")).to_have_count(0)
+    expect(panel.cards().nth(1).locator("u")).not_to_have_count(0)
+
+    stop_half_way(panel)
+    rate_a_pair(panel)
+
+    texts = [" ".join(record["text"].split()) for record in panel.store.current()]
+    page.keyboard.press("Control+S")
+    expect(page.locator(".jp-Document.jp-mod-dirty, .jp-mod-dirty")).to_have_count(0)
+    page.reload()
+    expect(panel.cards()).to_have_count(3)  # the kernel still has the panel
+    panel.menu("Kernel", "Restart Kernel and Run All Cells….*")
+    page.get_by_role("button", name="Confirm Kernel Restart").click()
+    expect(panel.cards()).to_have_count(0)  # the panel anew, with the first clip
+    expect(panel.button("Caption")).to_be_enabled()
+    panel.control("clip").select_option("green_cross_grows.mp4")
+    expect(panel.cards()).to_have_count(len(texts))  # one for each way of asking, the latest
+    shown = " ".join(" ".join(panel.cards().all_inner_texts()).split())
+    assert all(text in shown for text in texts)
+    panel.screenshot("panel_reloaded", showing=panel.cards().first)
+    assert page.away == []
+
+
+def add_a_large_clip(panel):
+    """Above what Jupyter takes unless it is told otherwise, as `make lab` does."""
+    large, size = panel.folder / "large.mp4", 12 * 2**20
+    video = (DEMO_CLIPS / "green_cross_grows.mp4").read_bytes()
+    large.write_bytes(video + size.to_bytes(4, "big") + b"free" + bytes(size - 8))
+    with panel.page.expect_file_chooser() as chooser:
+        panel.page.get_by_role("button", name="add a clip").click()  # its name goes on with a count
+    chooser.value.set_files(large)
+    expect(panel.control("clip")).to_have_value("large.mp4")
+    expect(panel.page.get_by_text("frame 1 of ")).to_be_visible()
+
+
+def stop_half_way(panel):
+    """Words come while the panel stays usable; Stop keeps what was said."""
+    page, words = panel.page, panel.page.get_by_text("▏")
+    cells = page.locator(".jp-CodeCell .cm-content")
+    expected = cells.count() + 1
+    page.get_by_role("button", name="Click to add a cell").click()
+    expect(cells).to_have_count(expected)
+    cells.last.fill(SLOWLY)
+    cells.last.press("Control+Enter")
+    expect(page.locator(".jp-OutputArea-output", has_text="slow from here on")).to_be_visible()
+    panel.button("Caption").click()
+    said = words.inner_text()
+    page.wait_for_function("length => document.body.innerText.split('▏')[0].length > length", arg=0)
+    expect(words).not_to_have_text(said)
+    longer = words.inner_text()
+    assert len(longer) > len(said) and longer.startswith(said.removesuffix("▏").rstrip()[:-3])
+    started = time.monotonic()
+    panel.slider("frame").press("ArrowRight")
+    expect(page.get_by_text("frame 3 of ")).to_be_visible()
+    print(f"another frame while a caption is made: {time.monotonic() - started:.2f} s")
+    panel.screenshot("panel_while", showing=panel.button("Stop"))
+    panel.button("Stop").click()
+    expect(panel.cards()).to_have_count(3)
+    page.wait_for_function("window.seen.end")
+    seen = page.evaluate("window.seen")
+    print(f"slowed to 0.05 s a token, first word: {(seen['word'] - seen['Caption']) / 1000:.2f} s", end=", ")
+    print(f"from Stop to stopped: {(seen['end'] - seen['Stop']) / 1000:.2f} s")
+    record = panel.store.lines()[-1]
+    assert record["finish_reason"] == "stopped" and 0 < record["num_tokens"] < 2048
+    expect(panel.cards().first).to_contain_text("ended by stopped")
+
+
+def rate_a_pair(panel):
+    panel.run_cell("blind = BlindRating")
+    left = panel.page.get_by_text(re.compile(r"\d+ pairs? left"))
+    pairs = left.inner_text()
+    panel.screenshot("blind", showing=panel.button("tie"))
+    panel.button("A is better").click()
+    expect(panel.page.get_by_text(pairs)).to_have_count(0)
+    (rating,) = map(json.loads, (panel.folder / "runs/playground/ratings.jsonl").read_text().splitlines())
+    assert rating["outcome"] == "first" and rating["clip"].endswith("green_cross_grows.mp4")
+
+
+def test_playground_by_keyboard_in_a_narrow_window(lab, open_page):
+    page = open_page(width=500)
+    panel = Playground(lab, page, "by_keyboard")
+    panel.run_all()
+    panel.screenshot("narrow", showing=panel.button("Caption"))
+    wide = page.evaluate(
+        "[...document.querySelectorAll('.widget-vbox')].filter(one => one.scrollWidth > one.clientWidth + 4)"
+    )
+    assert wide == []  # nothing is cut off or needs scrolling sideways
+    panel.control("clip").focus()
+    reached = [tab_on(page) for _ in range(40)]
+    assert {"prompt", "template", "max_new_tokens", "Caption"} <= set(reached)
+    assert "top_k" not in reached  # it is grey
+    panel.control("prompt").focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("List the objects in this video.")
+    while tab_on(page) != "Caption":
+        pass
+    panel.screenshot("focus", showing=panel.button("Caption"))
+    page.keyboard.press("Space")
+    expect(panel.cards()).to_have_count(1)
+    assert panel.store.current()[0]["prompt"] == "List the objects in this video."
+    panel.screenshot("narrow_result", showing=panel.cards().first)
+
+
+def tab_on(page):
+    """Press Tab; what the control then reached is called."""
+    page.keyboard.press("Tab")
+    return page.evaluate("""() => { const at = document.activeElement;
+        return (at.labels?.[0]?.innerText || at.getAttribute("aria-label") || at.innerText || "").trim() }""")
+
+
+def test_whatever_texts_and_file_names_say_is_shown_as_text_in_the_playground(lab, open_page):
+    page = open_page()
+    lab.set("apputils-extension/themes", {"theme": "JupyterLab Dark"})
+    clips = lab.folder / "nasty_clips"
+    clips.mkdir(exist_ok=True)
+    shutil.copy(DEMO_CLIPS / "green_cross_grows.mp4", clips / NASTY_NAME)
+    panel = Playground(lab, page, "nasty", videos=str(clips))
+    panel.run_all()
+    panel.caption()
+    panel.control("prompt").fill(NASTY)
+    expect(panel.control("preset")).to_have_value("")  # the kernel knows of the prompt
+    panel.caption()
+    card = panel.cards().first
+    expect(card).to_contain_text(NASTY)
+    card.get_by_role("button", name="edit").click()
+    card.get_by_role("textbox").fill(NASTY)
+    card.get_by_role("button", name="edit").click()
+    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    assert panel.cards().first.inner_text().count(NASTY) == 2  # prompt and caption
+    panel.screenshot("dark_panel", showing=card)
+    panel.run_cell("blind = BlindRating")
+    expect(page.get_by_text(NASTY_NAME + ", 1 pair left")).to_be_visible()
+    expect(page.locator(".jp-OutputArea-output", has=panel.button("tie"))).to_contain_text(NASTY)
+    panel.screenshot("dark_blind", showing=panel.button("tie"))
+    lab.set("apputils-extension/themes", {"theme": "JupyterLab Light"})
+
+
+# ---- views ---------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_texts_and_file_names_say_is_shown_as_text_in_views(open_page, tmp_path):
+    clip = capkit.load_clip(shutil.copy(DEMO_CLIPS / "green_cross_grows.mp4", tmp_path / NASTY_NAME))
+    captioner = capkit.load_captioner("demo", device="cpu")
+    store = capkit.CaptionStore(tmp_path / "captions.jsonl")
+    result = capkit.run_sweep(captioner, [clip.info.path], store, prompts=["default", NASTY])
+    for record in result.records:
+        store.edit(record["request"], NASTY)
+    records = store.current()
+    views = {
+        "captions": show_captions(store, records),
+        "clip": show_clip(clip),
+        "caption": show_caption(records[0], clip),
+        "compared": compare_captions([NASTY, records[1]], [NASTY, NASTY_NAME], clip),
+        "differences": show_differences(store, records[0], NASTY, (NASTY, NASTY_NAME)),
+        "gallery": gallery(store, title=NASTY),
+    }
+    page = open_page(height=900)
+    for name, view in views.items():
+        page.set_content(f'<meta charset="utf-8">{view._repr_html_()}')
+        page.screenshot(path=SCREENSHOTS / f"view_{name}.png", full_page=True)
+        assert name == "clip" or NASTY in unwrapped(page), name
+        assert name == "caption" or NASTY_NAME in unwrapped(page), name
+        assert page.locator("script, img[src=x]").count() == 0, name
+        assert pictures(page.locator("img")), name
+    page.goto(views["gallery"].save(tmp_path / "gallery.html").as_uri())
+    assert NASTY in unwrapped(page) and NASTY_NAME in unwrapped(page)
+    assert page.locator("script, img[src=x]").count() == 0
+
+
+def unwrapped(page):
+    """What the page says, on one line."""
+    return " ".join(page.locator("body").inner_text().split())
+
+
+def pictures(images):
+    """How many pictures there are; all of them must be there to be seen."""
+    widths = images.evaluate_all(
+        "all => Promise.all(all.map(one => one.decode().then(() => one.naturalWidth, () => 0)))"
+    )
+    assert all(widths)
+    return len(widths)
+
+
+@pytest.mark.parametrize("name", ["01", "02", "03"])
+def test_executed_notebooks_show_their_pictures_to_anybody(lab, open_page, executed, name):
+    """Opened untrusted in Lab, and as HTML: with JavaScript off, and without a network."""
+    _, notebook, _ = executed(name)
+    (lab.folder / "executed").mkdir(exist_ok=True)
+    path = lab.folder / "executed" / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    assert path.stat().st_size < 8e6
+    outputs = [str(output.get("data", {})) for cell in notebook.cells for output in cell.get("outputs", ())]
+    wanted = sum(output.count("<img ") + output.count("'image/png'") for output in outputs)
+    assert wanted >= 4
+    page = open_page()
+    lab.open(page, path)
+    expect(page.locator(".jp-OutputArea-output img")).to_have_count(wanted)
+    assert pictures(page.locator(".jp-OutputArea-output img")) == wanted
+    panel_is_untrusted = page.locator("[title*='not trusted' i], [aria-label*='not trusted' i]")
+    expect(panel_is_untrusted.first).to_be_attached()
+    page.screenshot(path=SCREENSHOTS / f"untrusted_{name}.png")
+    html = path.with_suffix(".html")
+    html.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    for has_scripts in (True, False):
+        page = open_page(java_script_enabled=has_scripts)
+        page.goto(html.as_uri(), wait_until="domcontentloaded")
+        assert pictures(page.locator(".jp-OutputArea-output img")) == wanted
+    page.screenshot(path=SCREENSHOTS / f"html_{name}.png", full_page=True)
+
+
+def test_a_gallery_of_a_thousand_captions_opens_alone(open_page, tmp_path):
+    """It reaches for nothing. Its strips are as large as they may be: noise of 4 frames is as much as 24 of a film."""
+    record = {"request": "0", "prompt": "What happens?", "status": "ok", "error": None, "strip": "0.webp"}
+    record |= {"text": "The video shows a room. " * 40, "timestamps_seconds": [0.0], "num_tokens": 200}
+    record |= {"mean_logprob": -1.0, "finish_reason": "eos", "seconds": 1.0}
+    names = (
+        {"request": str(number), "video": f"/clips/{number}.mp4", "strip": f"{number}.webp"} for number in range(1000)
+    )
+    store = capkit.CaptionStore(tmp_path / "captions.jsonl")
+    store.path.write_text("".join(json.dumps(record | one) + "\n" for one in names))
+    store.strips.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (112, 4 * 112, 3), np.uint8)
+    strip = to_webp(Image.fromarray(noise), 15)
+    for number in range(1000):
+        (store.strips / f"{number}.webp").write_bytes(strip + f"{number:4}".encode())  # each its own picture
+    path = gallery(store).save(tmp_path / "gallery.html")
+    assert 10e6 < path.stat().st_size < 30e6
+    page = open_page(height=900)
+    page.goto(path.as_uri())
+    opened, painted = page.evaluate("""() => new Promise(done => requestAnimationFrame(() => done([
+        performance.getEntriesByType('navigation')[0].loadEventEnd, performance.now()])))""")
+    strip_kb, page_mb = len(strip) / 1e3, path.stat().st_size / 1e6
+    print(f"\n1000 captions, strips of {strip_kb:.1f} KB, {page_mb:.1f} MB: open after {opened / 1000:.2f} s", end=", ")
+    print(f"painted by {painted / 1000:.2f} s")
+    assert page.locator("article").count() == 1000 and page.away == []
+    page.screenshot(path=SCREENSHOTS / "gallery.png")
+    last = page.locator("article").last
+    last.scroll_into_view_if_needed()
+    expect(last).to_be_in_viewport()
+    assert pictures(last.locator("img")) == 1

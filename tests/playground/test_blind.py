@@ -1,0 +1,109 @@
+"""Blind ratings: nothing on screen tells the two apart, nothing rated is lost or asked again."""
+
+import json
+
+import pytest
+
+from capkit import CaptionStore
+from capkit.playground import BlindRating
+from capkit.playground.blind import ranking, read_ratings, variant_name
+
+PROMPTS = ("Describe it.", "What happens?", "Why?")
+
+
+def record(video, prompt, text):
+    return {
+        "request": f"{video} {prompt}",
+        "video": f"/clips/{video}.mp4",
+        "prompt": prompt,
+        "template": "chat",
+        "frame_sampling": {"strategy": "chat", "num_frames": 24, "frames_per_second": None},
+        "decoding": {"max_new_tokens": 2048},
+        "status": "ok" if text else "error",
+        "text": text,
+        "error": None if text else "broken",
+        "strip": "none.webp",
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    for video in "abcdef":
+        for prompt in PROMPTS[:2]:
+            store.append(record(video, prompt, f" <b>{video}</b> in answer {PROMPTS.index(prompt)}"))
+    store.append(record("a", PROMPTS[2], None))  # failed: nothing to compare
+    store.append(record("g", PROMPTS[0], "alone"))
+    return store
+
+
+def test_every_pair_is_shown_once_in_an_order_of_its_seed(store, tmp_path):
+    rating = BlindRating(store, tmp_path / "ratings.jsonl")
+    assert sorted(clip for clip, *_ in rating.pairs) == [f"/clips/{video}.mp4" for video in "abcdef"]
+    assert rating.pairs == BlindRating(store, tmp_path / "ratings.jsonl").pairs
+    others = [BlindRating(store, tmp_path / "ratings.jsonl", seed=seed).pairs for seed in range(1, 5)]
+    assert any(pairs != rating.pairs for pairs in others)
+    firsts = [first for pairs in others for _, first, _ in pairs]
+    assert 4 <= sum(PROMPTS[0] in first for first in firsts) <= 20  # either may stand on either side
+
+
+def test_nothing_tells_where_a_caption_comes_from(store, tmp_path):
+    rating = BlindRating(store, tmp_path / "ratings.jsonl")
+    assert not any(prompt in rating.shown.value for prompt in PROMPTS)
+    assert "&lt;b&gt;" in rating.shown.value and "<b>a" not in rating.shown.value
+    assert rating.static()._repr_html_() == rating.shown.value
+
+
+def test_ratings_are_kept_and_a_second_sitting_goes_on(store, tmp_path):
+    path = tmp_path / "sub" / "ratings.jsonl"
+    rating = BlindRating(store, path, seed=3)
+    pairs = list(rating.pairs)
+    for button, outcome in zip(rating.buttons.children, ("first", "tie", "second"), strict=True):
+        button.click()
+        assert read_ratings(path)[-1]["outcome"] == outcome
+    assert [(one["clip"], one["first"], one["second"]) for one in read_ratings(path)] == pairs[:3]
+    again = BlindRating(store, path, seed=3)
+    assert again.pairs == pairs[3:]
+    for _ in range(3):
+        again.rate("tie")
+    assert "All rated" in again.shown.value and all(button.disabled for button in again.buttons.children)
+    with pytest.raises(ValueError, match="outcome"):
+        again.rate("tie")
+
+
+def test_the_better_variant_comes_first(store, tmp_path):
+    rating = BlindRating(store, tmp_path / "ratings.jsonl")
+    while rating.pairs:
+        _, first, _ = rating.pairs[0]
+        rating.rate("first" if PROMPTS[1] in first else "second")
+    table = ranking(tmp_path / "ratings.jsonl")
+    assert PROMPTS[1] in table["variant"][0] and table["strength"][0] > 0 and table["low"][0] > table["high"][1]
+
+
+def test_a_hand_edit_is_what_is_rated(store, tmp_path):
+    for video in "abcdef":
+        store.edit(f"{video} {PROMPTS[0]}", "by hand")
+    assert "by hand" in BlindRating(store, tmp_path / "ratings.jsonl").shown.value
+
+
+def test_what_was_stopped_half_way_is_not_rated(store, tmp_path):
+    store.append(record("g", PROMPTS[1], "half a") | {"finish_reason": "stopped"})
+    assert not any("/g.mp4" in clip for clip, *_ in BlindRating(store, tmp_path / "ratings.jsonl").pairs)
+
+
+def test_only_the_variants_asked_for(store, tmp_path):
+    store.append(record("a", PROMPTS[2], "a third"))
+    names = [variant_name(record("a", prompt, "x")) for prompt in PROMPTS]
+    rating = BlindRating(store, tmp_path / "ratings.jsonl", variants=names[1:])
+    assert [set(pair) for _, *pair in rating.pairs] == [set(names[1:])]
+    with pytest.raises(ValueError, match="two variants"):
+        BlindRating(store, tmp_path / "ratings.jsonl", variants=names[:1])
+
+
+def test_damaged_ratings_are_named(tmp_path):
+    path = tmp_path / "ratings.jsonl"
+    for line in ("{", json.dumps({"clip": "a"}), "[]"):
+        path.write_text(line + "\n")
+        with pytest.raises(ValueError, match="line 1"):
+            read_ratings(path)
+    assert read_ratings(tmp_path / "none.jsonl") == []

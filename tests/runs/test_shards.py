@@ -1,0 +1,491 @@
+"""Many clips into a store: which clips, bad ones among them, kills, retries, memory."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from paths import GOLDEN
+from video_factory import cut, encode_clip
+
+import capkit
+import capkit.__main__
+import capkit.runs.prefetch
+from capkit import CaptionStore, Decoding, VideoError
+from capkit.runs import Shard, ShardBusy, caption_clips, caption_shard, find_clips, merge, read_ahead
+from capkit.runs.caption import plan_clips
+from capkit.runs.clips import Item
+from capkit.runs.prefetch import Quarantine
+from capkit.video import ReaderHung, ReaderLost
+
+FEW = Decoding(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def eight_clips(tmp_path_factory):
+    """Five good clips, one of them AV1; an empty file, one cut short, a text file named .mp4."""
+    folder = tmp_path_factory.mktemp("eight clips")
+    for index, seconds in enumerate((2, 3, 1, 4)):
+        encode_clip(folder / f"good {index}.mp4", range(10 * index, 10 * index + seconds * 10), fps=10)
+    encode_clip(folder / "modern.mkv", range(20), fps=10, codec="libsvtav1")
+    (folder / "empty.mp4").touch()
+    cut(folder / "good 3.mp4", folder / "short.mp4", 0.6)
+    (folder / "text.mp4").write_text("These are not the frames you are looking for.\n" * 100)
+    (folder / "notes.txt").write_text("not a video, and not named like one")
+    return folder
+
+
+class TestFindClips:
+    def test_folder_glob_file_and_list(self, tmp_path):
+        for name in ("b.mp4", "a.MOV", "notes.txt", "sub/c.webm", "sub/d d.mkv"):
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        assert [item.video for item in find_clips(tmp_path)] == [
+            str(tmp_path / name) for name in ("a.MOV", "b.mp4", "sub/c.webm", "sub/d d.mkv")
+        ]
+        assert find_clips(f"{tmp_path}/*.mp4") == [Item(str(tmp_path / "b.mp4"))]
+        assert len(find_clips(f"{tmp_path}/**/*.*")) == 5
+        assert [item.video for item in find_clips([f"{tmp_path}/sub", tmp_path / "b.mp4"], limit=2)] == [
+            str(tmp_path / "sub/c.webm"),
+            str(tmp_path / "sub/d d.mkv"),
+        ]
+
+    def test_a_file_that_is_not_there_is_kept_to_be_reported(self, tmp_path):
+        assert find_clips(["missing.mp4", str(tmp_path / "[1].mp4")])[0] == Item("missing.mp4")
+
+    def test_a_name_with_glob_characters(self, tmp_path):
+        (tmp_path / "take [1].mp4").touch()
+        assert find_clips(tmp_path / "take [1].mp4") == [Item(str(tmp_path / "take [1].mp4"))]
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl"])
+    def test_manifest(self, tmp_path, kind):
+        path = tmp_path / f"list.{kind}"
+        if kind == "csv":
+            path.write_text(
+                "video,prompt,reference,start,end\n007.mp4,,,,\n"
+                'sub/b.mp4,"Why, ""so""?",None,1.5,4\n/abs/c.mp4,NA,null,,2\n'
+            )
+        else:
+            rows = [
+                {"video": "007.mp4"},
+                {"video": "sub/b.mp4", "prompt": 'Why, "so"?', "reference": "None", "start": 1.5, "end": 4},
+                {"video": "/abs/c.mp4", "prompt": "NA", "reference": "null", "end": 2},
+            ]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert find_clips(path) == [
+            Item(str(tmp_path / "007.mp4")),
+            Item(str(tmp_path / "sub/b.mp4"), 'Why, "so"?', "None", 1.5, 4.0),
+            Item("/abs/c.mp4", "NA", "null", 0.0, 2.0),
+        ]
+
+    @pytest.mark.parametrize(
+        "name, content, told",
+        [
+            ("a.csv", "file,prompt\nx.mp4,\n", "has no column 'video'"),
+            ("a.csv", "", "no videos found"),
+            ("a.csv", "video\n\x00\xff", "cannot be read as a manifest"),
+            ("a.jsonl", "[1]\n", "cannot be read as a manifest"),
+            ("a.jsonl", "{broken", "cannot be read as a manifest"),
+            ("a.csv", "video,start\nx.mp4,soon\n", "start and end must be seconds"),
+            ("a.csv", "video\n", "no videos found"),
+        ],
+    )
+    def test_bad_manifests(self, tmp_path, name, content, told):
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError) as error:
+            find_clips(tmp_path / name)
+        assert told in str(error.value) and name in str(error.value)
+
+    def test_misspelt_columns_are_named(self, tmp_path):
+        (tmp_path / "a.csv").write_text("video,promt\nx.mp4,Why?\n")
+        with pytest.warns(UserWarning, match=r"ignored columns \['promt'\]; known: video, prompt"):
+            find_clips(tmp_path / "a.csv")
+        with pytest.raises(ValueError, match="nothing else"):
+            find_clips([{"video": "x.mp4", "promt": "Why?"}])
+
+    def test_nothing_found(self, tmp_path):
+        for videos in (tmp_path, f"{tmp_path}/*.mp4", []):
+            with pytest.raises(ValueError, match="no videos found"):
+                find_clips(videos)
+        with pytest.raises(ValueError, match="limit=0"):
+            find_clips("x.mp4", limit=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_five_are_captioned_and_three_recorded_as_errors(captioner, eight_clips, tmp_path, batch_size):
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    records = caption_clips(captioner, find_clips(eight_clips), store, decoding=FEW, batch_size=batch_size)
+    assert [record["video"] for record in records] == [item.video for item in find_clips(eight_clips)]
+    assert len(records) == 8 and sorted(map(str, records)) == sorted(map(str, store.current()))
+    good = {r["video"] for r in records if r["status"] == "ok"}
+    names = ("good 0.mp4", "good 1.mp4", "good 2.mp4", "good 3.mp4", "modern.mkv")
+    assert good == {str(eight_clips / name) for name in names}
+    for record in records:
+        if record["status"] == "error":
+            assert record["video"] in record["error"] and len(record["error"]) > len(record["video"]) + 10
+        else:
+            alone = captioner.caption(capkit.load_clip(record["video"]), decoding=FEW)
+            assert record["text"] == alone.text
+            assert store.strip_path(record).is_file()
+
+
+def test_a_second_run_does_nothing_and_a_retry_only_errors(captioner, eight_clips, tmp_path, capsys):
+    store, items = CaptionStore(tmp_path / "captions.jsonl"), find_clips(eight_clips)
+    first = caption_clips(captioner, items, store, decoding=FEW)
+    capsys.readouterr()
+    assert caption_clips(captioner, items, store, decoding=FEW) == first
+    assert "0 clips to caption, 8 done before" in capsys.readouterr().out
+    caption_clips(captioner, items, store, decoding=FEW, retry_errors=True)
+    assert len(store.lines()) == 8 + 3
+    caption_clips(captioner, items, store, "Something else?", decoding=FEW)
+    assert len(store.current()) == 16
+
+
+def captioning_process(videos, store, pause_seconds):
+    """Start a process that captions, with a pause after each record."""
+    code = f"""
+import capkit, time
+from capkit.runs import caption_clips, find_clips
+append = capkit.CaptionStore.append
+def slowly(self, record):
+    append(self, record)
+    time.sleep({pause_seconds})
+capkit.CaptionStore.append = slowly
+captioner = capkit.load_captioner({str(GOLDEN)!r}, device="cpu")
+store = capkit.CaptionStore({str(store)!r})
+caption_clips(captioner, find_clips({str(videos)!r}), store, decoding=capkit.Decoding(max_new_tokens=6))
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def kill_after(process, path, num_records):
+    while not (path.exists() and path.read_bytes().count(b"\n") >= num_records):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_half_way_it_captions_only_what_was_missing(eight_clips, tmp_path):
+    path = tmp_path / "captions.jsonl"
+    kill_after(captioning_process(eight_clips, path, pause_seconds=0.5), path, num_records=3)
+    before = CaptionStore(path).lines()
+    assert 3 <= len(before) < 8
+    again = captioning_process(eight_clips, path, pause_seconds=0)
+    told, _ = again.communicate()
+    assert again.returncode == 0
+    assert f"{8 - len(before)} clips to caption, {len(before)} done before" in told
+    lines = CaptionStore(path).lines()
+    assert lines[: len(before)] == before and len(lines) == len({line["request"] for line in lines}) == 8
+    assert sorted(line["status"] for line in lines) == ["error"] * 3 + ["ok"] * 5
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:.*torn")
+def test_soak_killed_again_and_again_it_ends_with_a_record_a_clip(tmp_path):
+    """400 clips, killed at random moments until it is done: nothing lost, nothing twice."""
+    clips, path, random = tmp_path / "clips", tmp_path / "captions.jsonl", Random(0)
+    clips.mkdir()
+    for number in range(400):
+        encode_clip(clips / f"{number}.mp4", [number] * 3, fps=10)
+    kills = 0
+    while (num_records := len(CaptionStore(path).current())) < 400:
+        process = captioning_process(clips, path, pause_seconds=0)
+        num_more = random.randint(10, 80)
+        if num_records + num_more >= 400:
+            process.communicate()
+            assert process.returncode == 0
+        else:
+            kill_after(process, path, num_records + num_more)
+            kills += 1
+    lines = CaptionStore(path).lines()
+    print(f"{kills} kills, {len(lines)} lines, {len({line['request'] for line in lines})} requests")
+    assert kills >= 4 and len(lines) == len({line["request"] for line in lines}) == 400
+
+
+def test_items_of_their_own_prompt_and_window(captioner, eight_clips, tmp_path):
+    video = str(eight_clips / "good 3.mp4")
+    items = [
+        Item(video, "Why?", "because", 1.0, 3.0),
+        Item(video),
+        Item(video, " "),
+        Item(video, "<|reserved_special_token_0|>?"),
+        Item(video, start=9.0),
+        Item(video, start=3.0, end=1.0),
+        Item(video),
+    ]
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    records = caption_clips(captioner, items, store, decoding=FEW, batch_size=4)
+    assert [r["status"] for r in records] == ["ok", "ok", "error", "error", "error", "error", "ok"]
+    assert (records[0]["prompt"], records[0]["reference"]) == ("Why?", "because")
+    assert records[0]["timestamps_seconds"][0] == 1.0 and records[0]["frame_indices"][0] == 10
+    for record, word in zip(records[2:6], ("not empty", "marks", "between 9 s", "end_seconds"), strict=True):
+        assert word in record["error"]
+    assert records[6] == records[1] and len(store.lines()) == 6
+
+
+def test_settings_that_fit_no_clip_stop_before_anything_starts(captioner, eight_clips, tmp_path):
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    for settings in ({"template": "poem"}, {"prompt": ""}, {"frame_sampling": "all"}, {"batch_size": 0}):
+        with pytest.raises(ValueError):
+            caption_clips(captioner, find_clips(eight_clips), store, **settings)
+    assert not store.path.exists()
+
+
+def test_a_clip_that_does_not_fit_into_memory_is_recorded(new_captioner, eight_clips, tmp_path, monkeypatch):
+    model = new_captioner.model.model
+    encode = model.get_video_features
+
+    def cramped(pixel_values_videos):
+        if len(pixel_values_videos) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixel_values_videos)
+
+    monkeypatch.setattr(model, "get_video_features", cramped)
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    records = caption_clips(new_captioner, find_clips(f"{eight_clips}/good*"), store, decoding=FEW, batch_size=4)
+    failed = [r for r in records if r["status"] == "error"]
+    assert [len(r["frame_indices"]) for r in failed] == [5]
+    assert "out of memory" in failed[0]["error"] and failed[0]["video"] in failed[0]["error"]
+
+
+def test_progress_in_a_log_is_a_few_plain_lines(captioner, eight_clips, tmp_path, capsys):
+    caption_clips(captioner, find_clips(eight_clips), CaptionStore(tmp_path / "c.jsonl"), decoding=FEW)
+    told = capsys.readouterr()
+    assert "\r" not in told.out + told.err
+    assert "8/8 clips, 3 errors" in told.out and told.out.count("error: ") == 3
+
+
+class TestShard:
+    def test_parts_are_disjoint_and_complete(self):
+        items = list(range(23))
+        parts = [Shard(index, 4).of(items) for index in range(4)]
+        assert sorted(sum(parts, [])) == items and max(map(len, parts)) - min(map(len, parts)) <= 1
+        halves = [Shard(3, 4).split(Shard(index, 2)).of(items) for index in range(2)]
+        assert sorted(sum(halves, [])) == parts[3]
+        assert (str(Shard.parse("2/8")), Shard.parse("2/8").name) == ("2/8", "shard-00002-of-00008")
+
+    @pytest.mark.parametrize("text", ["8/8", "-1/8", "1/0", "1", "a/b", "1/2/3", ""])
+    def test_nonsense_is_refused(self, text):
+        with pytest.raises(ValueError, match="shard"):
+            Shard.parse(text)
+
+    @pytest.mark.parametrize(
+        "environment, shard",
+        [
+            ({}, "0/1"),
+            ({"RANK": "1", "WORLD_SIZE": "4"}, "1/4"),
+            ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}, "2/3"),
+            ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, "0/1"),  # in the batch script itself, outside of srun
+            ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "5"}, "4/5"),
+            ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "3"}, "2/3"),
+            (
+                {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "3", "WORLD_SIZE": "4"},
+                "7/8",
+            ),
+        ],
+    )
+    def test_from_slurm_and_torchrun(self, environment, shard):
+        assert str(Shard.from_environment(environment)) == shard
+
+
+def in_shards(captioner, items, folder, shard="0/1", **settings):
+    return caption_shard(lambda: captioner, items, folder, shard, **{"decoding": FEW, "batch_size": 3} | settings)
+
+
+class TestCaptionShard:
+    def test_two_shards_are_merged_and_accounted_for(self, captioner, eight_clips, tmp_path):
+        items = find_clips(eight_clips)
+        records = in_shards(captioner, items + items[:1], tmp_path, "0/2")
+        assert [record["video"] for record in records] == [item.video for item in items[::2]]
+        half = merge(tmp_path)
+        assert len(half.problems) == 1 and "shard 1/2 was never started" in half.problems[0]
+        in_shards(captioner, items, tmp_path, "1/2")
+        merged = merge(tmp_path)
+        assert (merged.num_ok, merged.num_errors) == (5, 3) and "another list of clips" not in str(merged)
+        lines = merged.store.lines()
+        assert [line["video"] for line in lines] == [item.video for item in items]
+        assert all(merged.store.strip_path(line).is_file() for line in lines if line["status"] == "ok")
+        beat = json.loads((tmp_path / "shard-00001-of-00002.heartbeat.json").read_text())
+        assert (beat["state"], beat["total"], beat["done"], beat["pid"]) == ("finished", 4, 4, os.getpid())
+
+        merged.store.edit(lines[1]["request"], "By hand.")
+        merged.store.append({"request": "of before", "video": "x", "status": "ok", "text": "kept"})
+        again = merge(tmp_path)
+        assert [line.get("edited_text") for line in again.store.current()].count("By hand.") == 1
+        assert len(again.store.current()) == 9 and not again.problems
+
+    def test_what_is_done_stays_done_with_another_number_of_shards(self, captioner, eight_clips, tmp_path, capsys):
+        items = find_clips(f"{eight_clips}/good*")
+        in_shards(captioner, items, tmp_path, "0/2")
+        for index in range(3):
+            in_shards(captioner, items, tmp_path, f"{index}/3")
+        assert sum(int(told) for told in re.findall(r"(\d+) clips to caption", capsys.readouterr().out)) == len(items)
+        merged = merge(tmp_path)
+        assert merged.num_ok == len(items) == len(merged.store.lines()) and not merged.problems
+
+    def test_shards_that_do_not_go_together_are_told(self, captioner, eight_clips, tmp_path):
+        items = find_clips(f"{eight_clips}/good*")
+        in_shards(captioner, items, tmp_path, "0/3")
+        in_shards(captioner, items[:3], tmp_path, "1/3")
+        in_shards(captioner, items, tmp_path, "2/3", template="vqa", prompt="Why?")
+        told = "\n".join(merge(tmp_path).problems)
+        assert "another list of clips" in told and "differ in template, prompt from" in told
+        for name in ("shard-00000-of-00003.jsonl", "captions.jsonl"):
+            (tmp_path / name).unlink()
+        assert f"no record of {items[0].video}" in str(merge(tmp_path))
+        with pytest.raises(ValueError, match="holds no shards"):
+            merge(tmp_path / "nowhere")
+
+    def test_a_shard_started_twice_is_refused_and_a_dead_ones_lock_is_not(self, captioner, eight_clips, tmp_path):
+        items = find_clips(f"{eight_clips}/good 0.mp4")
+        code = "import filelock, sys; x = filelock.FileLock(sys.argv[1]); x.acquire(); print('held', flush=1); input()"
+        lock = tmp_path / "shard-00000-of-00001.lock"
+        holder = subprocess.Popen(
+            [sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(ShardBusy, match="is at work on this shard"):
+                in_shards(captioner, items, tmp_path)
+            assert not list(tmp_path.glob("*.jsonl"))
+        finally:
+            holder.kill()
+            holder.communicate()
+        assert in_shards(captioner, items, tmp_path)[0]["status"] == "ok"
+
+    def test_a_disk_that_fills_up(self, captioner, eight_clips, tmp_path):
+        """The system itself cuts the writing short, at a size that files may not pass."""
+        resource = pytest.importorskip("resource")
+        items, path = find_clips(f"{eight_clips}/good*"), tmp_path / "shard-00000-of-00001.jsonl"
+        in_shards(captioner, items[:1], tmp_path)
+        before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
+        try:
+            with pytest.raises(OSError) as error:
+                in_shards(captioner, items, tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert str(tmp_path) in str(error.value) and path.read_bytes() == before
+        assert [record["status"] for record in in_shards(captioner, items, tmp_path)] == ["ok"] * 4
+        assert not merge(tmp_path).problems
+
+
+class TestReading:
+    @pytest.fixture
+    def reading(self, monkeypatch):
+        """Set `reading.fault` to an error for the clips named in `reading.bad`; `reading.read` names what was read."""
+        reading = SimpleNamespace(bad=(), fault=None, read=[])
+
+        def load_clip(path, *arguments):
+            reading.read.append(Path(path).name)
+            if Path(path).name in reading.bad and reading.fault is not None:
+                raise reading.fault(path, "as was to be shown")
+            return capkit.load_clip(path, *arguments)
+
+        monkeypatch.setattr(capkit.runs.prefetch, "load_clip", load_clip)
+        return reading
+
+    def test_a_clip_that_hangs_goes_to_quarantine(self, captioner, eight_clips, tmp_path, reading):
+        items = find_clips(f"{eight_clips}/good [01]*")
+        reading.bad, reading.fault = ("good 0.mp4",), ReaderHung
+        for expected in (["good 0.mp4", "good 1.mp4"], []):
+            records = in_shards(captioner, items, tmp_path / "out", retry_errors=True)
+            assert [record["status"] for record in records] == ["error", "ok"]
+            assert sorted(reading.read) == expected
+            reading.read.clear()
+        assert "as was to be shown; not read again, because it stands in" in records[0]["error"]
+        in_shards(captioner, items, tmp_path / "out", prompt="Something else?")
+        assert reading.read == ["good 1.mp4"]
+        reading.fault = None
+        records = in_shards(captioner, items, tmp_path / "out", retry_quarantined=True)
+        assert [record["status"] for record in records] == ["ok", "ok"] and reading.read[1:] == ["good 0.mp4"]
+        assert merge(tmp_path / "out").num_ok == 2
+
+    def test_a_clip_in_quarantine_is_read_again_once_replaced(self, eight_clips, tmp_path):
+        video = shutil.copy(eight_clips / "good 0.mp4", tmp_path)
+        quarantine = Quarantine(tmp_path / "q.jsonl")
+        quarantine.add(video, "hung")
+        with pytest.raises(VideoError, match="hung; not read again"):
+            Quarantine(tmp_path / "q.jsonl").check(video)
+        shutil.copy(eight_clips / "good 1.mp4", video)
+        assert Quarantine(tmp_path / "q.jsonl").check(video) is None
+
+    def test_a_reader_that_died_has_a_second_try(self, captioner, eight_clips, tmp_path, reading):
+        reading.bad, reading.fault = ("good 0.mp4",), ReaderLost
+        (record,) = in_shards(captioner, find_clips(eight_clips / "good 0.mp4"), tmp_path)
+        assert record["status"] == "error" and reading.read == ["good 0.mp4"] * 2
+        assert len((tmp_path / "shard-00000-of-00001.quarantine.jsonl").read_text().splitlines()) == 1
+
+    def test_batches_are_of_like_length(self, captioner, eight_clips, tmp_path, monkeypatch):
+        batches, caption_batch = [], captioner.caption_batch
+
+        def noting(clips, *arguments):
+            batches.append(sorted(map(len, clips)))
+            return caption_batch(clips, *arguments)
+
+        monkeypatch.setattr(captioner, "caption_batch", noting)
+        video = str(eight_clips / "good 3.mp4")
+        items = [Item(video, start=0.1 * i, end=0.1 * i + (1, 3)[i % 2]) for i in range(8)]
+        records = caption_clips(captioner, items, CaptionStore(tmp_path / "c.jsonl"), decoding=FEW, batch_size=4)
+        assert len(batches) == 2 and batches[0][-1] < batches[1][0]
+        assert [record["start_seconds"] for record in records] == [item.start for item in items]
+
+    def test_clips_that_wait_take_no_more_memory_than_they_may(self, captioner, eight_clips, reading):
+        planned = plan_clips(captioner, find_clips([eight_clips / "good 0.mp4"] * 12))
+        num_bytes = capkit.load_clip(eight_clips / "good 0.mp4", timeout_seconds=None).frames.nbytes
+        with closing(read_ahead(planned, None, 8, 2, memory_bytes=3 * num_bytes)) as pairs:
+            for number, _ in enumerate(pairs, 1):
+                time.sleep(0.05)
+                assert len(reading.read) <= number + 3 + 2
+        assert number == 12 == len(reading.read)
+
+
+class TestCommandLine:
+    def run(self, monkeypatch, capsys, *arguments):
+        monkeypatch.setattr(sys, "argv", ["capkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            capkit.__main__.main()
+        told = capsys.readouterr()
+        return ended.value.code, told.out + told.err
+
+    def test_wrong_arguments_and_a_folder_that_cannot_be_written(self, monkeypatch, capsys, eight_clips, tmp_path):
+        (tmp_path / "file").touch()
+        few = ("--decoding", '{"max_new_tokens": 6}', "--device", "cpu")
+        for code, word, arguments in (
+            (2, "shard 5/4", (eight_clips, "--output", tmp_path, "--shard", "5/4")),
+            (2, "no videos found", (tmp_path / "*.mp4", "--output", tmp_path / "o")),
+            (2, "unknown frame sampling", (eight_clips, "--output", tmp_path / "o", "--frame-sampling", "all")),
+            (2, "window_seconds=-1", (eight_clips, "--output", tmp_path / "o", "--window-seconds", "-1")),
+            (2, "unknown trainer", (eight_clips, "--output", tmp_path / "o", "--trainer", "sora")),
+            (2, "top_q", (eight_clips, "--output", tmp_path / "o", "--decoding", '{"top_q": 1}')),
+            (1, "no/model", (eight_clips, "--output", tmp_path / "o", "--model", "no/model/here")),
+            (1, str(tmp_path / "file"), (eight_clips, "--output", tmp_path / "file" / "o", *few)),
+        ):
+            ended, told = self.run(monkeypatch, capsys, "caption-shard", *arguments)
+            assert ended == code and word in told and "Traceback" not in told, told
+        assert self.run(monkeypatch, capsys, "merge", tmp_path / "nowhere")[0] == 2
+
+    def test_one_process_for_each_device(self, monkeypatch, capsys, eight_clips, tmp_path):
+        arguments = ["caption-shard", eight_clips, "--output", tmp_path, "--devices", "cpu,cpu"]
+        arguments += ["--decoding", '{"max_new_tokens": 6}', "--model", GOLDEN]
+        run = subprocess.run([sys.executable, "-m", "capkit", *arguments], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "shard 0/2: 4 clips" in run.stdout and "shard 1/2: 4 clips" in run.stdout
+        code, told = self.run(monkeypatch, capsys, "merge", tmp_path)
+        assert code == 0 and "5 captions and 3 errors" in told
+        for name in ("shard-00001-of-00002.jsonl", "captions.jsonl"):
+            (tmp_path / name).unlink()
+        code, told = self.run(monkeypatch, capsys, "merge", tmp_path)
+        assert code == 1 and told.count("no record of") == 4

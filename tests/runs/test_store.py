@@ -1,0 +1,234 @@
+"""The caption store: what is on disk after a kill, what is current, what is done, edits, strips."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import capkit
+from capkit import CaptionStore
+from capkit.runs import new_record, request_settings
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CaptionStore(tmp_path / "out" / "captions.jsonl")
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"not really a video")
+    return path
+
+
+def attempt(request, status="ok", **fields):
+    return {"request": request, "status": status, "text": f"caption of {request}"} | fields
+
+
+def test_latest_attempt_counts_in_the_order_of_first_attempts(store):
+    for record in (attempt("a"), attempt("b", "error"), attempt("c"), attempt("a", text="again"), attempt("b")):
+        store.append(record)
+    assert [(r["request"], r["text"]) for r in store.current()] == [
+        ("a", "again"),
+        ("b", "caption of b"),
+        ("c", "caption of c"),
+    ]
+    assert len(store.lines()) == 5
+
+
+def test_errors_are_retried_only_on_request(store):
+    store.append(attempt("a"))
+    store.append(attempt("b", "error"))
+    assert store.done() == {"a", "b"}
+    assert store.done(retry_errors=True) == {"a"}
+
+
+def test_a_caption_stopped_by_hand_is_no_answer_and_replaces_none(store):
+    stopped = {"finish_reason": "stopped", "text": "half a"}
+    for record in (attempt("a", finish_reason="eos"), attempt("a", **stopped), attempt("b", **stopped)):
+        store.append(record)
+    assert [record["text"] for record in store.current()] == ["caption of a", "half a"]
+    assert store.done() == {"a"}
+    store.append(attempt("b", finish_reason="length"))
+    assert store.current()[1]["text"] == "caption of b" and store.done() == {"a", "b"}
+
+
+def test_an_empty_store_and_one_that_does_not_exist(store):
+    assert store.current() == [] and store.done() == set()
+    assert not store.path.parent.exists()
+    store.path.parent.mkdir()
+    store.path.touch()
+    store.append(attempt("a"))
+    assert len(store.current()) == 1
+
+
+def test_edits_refer_to_a_request_and_survive_reruns(store):
+    store.append(attempt("a"))
+    store.edit("a", "by hand")
+    store.append(attempt("a", text="from a rerun"))
+    (record,) = store.current()
+    assert (record["text"], record["edited_text"]) == ("from a rerun", "by hand")
+    store.edit("a", "by hand, better")
+    assert store.current()[0]["edited_text"] == "by hand, better"
+    with pytest.raises(ValueError, match="has no request 'z' to edit"):
+        store.edit("z", "text")
+
+
+def test_any_torn_last_line_is_set_aside_and_reported(store):
+    """Cut the file at every byte of its last line, as a kill would."""
+    store.append(attempt("a", text="Ein schöner Tag 🎈"))
+    whole = store.path.read_bytes()
+    store.append(attempt("b", text="naïve"))
+    both = store.path.read_bytes()
+    for cut in range(len(whole) + 1, len(both)):
+        store.path.write_bytes(both[:cut])
+        torn = store.path.with_name("captions.jsonl.torn")
+        torn.unlink(missing_ok=True)
+        again = CaptionStore(store.path)
+        if cut < len(both) - 1:
+            with pytest.warns(UserWarning, match="line 2 is not a whole record"):
+                assert [r["request"] for r in again.current()] == ["a"]
+        with pytest.warns(UserWarning, match="the last line was torn"):
+            again.append(attempt("c"))
+        assert [r["request"] for r in again.current()] == ["a", "c"]
+        assert torn.read_bytes() == both[len(whole) : cut] + b"\n"
+
+
+def test_a_damaged_line_in_the_middle_is_skipped_and_named(store):
+    for name in "abc":
+        store.append(attempt(name))
+    lines = store.path.read_bytes().split(b"\n")
+    lines[1] = lines[1][:10] + b"\xff\xfe\x00"
+    store.path.write_bytes(b"\n".join(lines))
+    with pytest.warns(UserWarning, match="line 2 is not a whole record; skipped"):
+        assert [r["request"] for r in store.current()] == ["a", "c"]
+
+
+def test_kill_9_at_any_moment_loses_nothing_that_was_appended(store):
+    """The writer says a number once its record is appended; after the kill every number said is in the store."""
+    code = f"""
+import sys
+from capkit.runs import CaptionStore
+store = CaptionStore({str(store.path)!r})
+for number in range(10**6):
+    store.append({{"request": f"r{{number}}", "status": "ok", "text": "x" * 5000}})
+    print(number, flush=True)
+"""
+    for wait in (0.0, 0.05, 0.2):
+        store.path.unlink(missing_ok=True)
+        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        writer.stdout.readline()
+        time.sleep(wait)
+        writer.send_signal(signal.SIGKILL)
+        said = [0] + [int(line) for line in writer.stdout if line.endswith("\n")]
+        writer.wait()
+        again = CaptionStore(store.path)
+        kept = len(again.path.read_bytes().splitlines())
+        assert kept >= said[-1] + 1
+        os.truncate(again.path, os.path.getsize(again.path) - 7)
+        with pytest.warns(UserWarning, match="torn"):
+            again.append(attempt("after"))
+        assert len(again.current()) == kept
+
+
+def test_records_that_cannot_be_kept(store):
+    with pytest.raises(ValueError, match="needs its `request`"):
+        store.append({"text": "x"})
+    with pytest.raises(ValueError):
+        store.append(attempt("a", mean_logprob=float("nan")))
+    assert not store.path.exists()
+
+
+class TestRequests:
+    def test_every_setting_makes_another_request(self, captioner, video, tmp_path):
+        other = tmp_path / "other.mp4"
+        other.write_bytes(video.read_bytes())
+        base = {"captioner": captioner, "video": video, "prompt": "What?"}
+        changes = [
+            {},
+            {"video": other},
+            {"prompt": "Why?"},
+            {"template": "vqa"},
+            {"history": [("q", "a")]},
+            {"frame_numbers": "seconds"},
+            {"decoding": capkit.Decoding(num_beams=2)},
+            {"frame_sampling": "base"},
+            {"frame_sampling": capkit.FrameSampling("chat", 12)},
+            {"start_seconds": 1.0},
+            {"end_seconds": 2.0},
+            {"sample": 1},
+            {"video": tmp_path / "missing.mp4"},
+        ]
+        requests = [request_settings(**(base | change))["request"] for change in changes]
+        assert len(set(requests)) == len(changes)
+
+    def test_equal_settings_make_equal_requests(self, captioner, video, monkeypatch):
+        pasted = capkit.Decoding.from_generate_kwargs(do_sample=False, temperature=0.1)
+        first = request_settings(captioner, video, "What?", decoding=pasted)
+        monkeypatch.chdir(video.parent)
+        second = request_settings(captioner, video.name, "What?", frame_sampling=capkit.FrameSampling("chat", 24))
+        assert first == second
+
+    def test_a_changed_file_or_model_is_another_request(self, captioner, video, monkeypatch):
+        before = request_settings(captioner, video, "What?")["request"]
+        os.utime(video, (1, 1))
+        after = request_settings(captioner, video, "What?")["request"]
+        monkeypatch.setattr(captioner, "fingerprint", "retrained")
+        assert len({before, after, request_settings(captioner, video, "What?")["request"]}) == 3
+
+
+def test_a_record_has_the_designs_fields(captioner, video, random_clip, store):
+    clip = random_clip(2)
+    settings = request_settings(captioner, video, "What?")
+    caption = captioner.caption(clip, "What?", decoding=capkit.Decoding(max_new_tokens=3))
+    good, bad = new_record(settings, caption, clip), new_record(settings, capkit.VideoError(video, "is not a video"))
+    fields = """request video video_sha256 frame_sampling frame_indices timestamps_seconds start_seconds end_seconds
+        template frame_numbers prompt history decoding sample model model_fingerprint dtype quantization text num_tokens
+        mean_logprob finish_reason seconds status error capkit_version created""".split()
+    for record in (good, bad):
+        assert set(fields) <= set(record)
+        store.append(record)
+    assert (good["status"], good["num_tokens"], good["frame_indices"]) == ("ok", 3, [0, 1])
+    assert good["video_sha256"] == hashlib.sha256(video.read_bytes()).hexdigest()
+    assert bad["status"] == "error" and str(video) in bad["error"] and "is not a video" in bad["error"]
+    assert json.loads(store.path.read_text().splitlines()[0]) == good
+
+
+def test_strip_shows_the_frames_that_the_model_saw(store):
+    """A wide red clip with green sides: the model sees the middle, so the strip has no green."""
+    frames = np.zeros((14, 30, 90, 3), np.uint8)
+    frames[..., 1] = 255
+    frames[:, :, 28:62] = (255, 0, 0)
+    path = store.save_strip({"strip": "x.webp"}, capkit.Clip.from_frames(frames), image_size=56)
+    assert path == store.strip_path({"strip": "x.webp"}) and path.stat().st_size < 30_000
+    strip = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert strip.shape == (2 * 114 - 2, 12 * 114 - 2, 3)
+    for index in range(14):  # a little inside each frame's edge, where colours bleed
+        top, left = index // 12 * 114 + 8, index % 12 * 114 + 8
+        assert (abs(strip[top : top + 96, left : left + 96] - (255, 0, 0)) < 40).all()
+    assert (strip[114 + 8 :, 2 * 114 + 8 :] > 235).all()  # 14 frames: two in the second row, the rest is empty
+
+
+def test_clips_of_the_same_frames_may_save_their_strip_at_the_same_time(store):
+    """As captions of one video under several prompts do, which are read by several threads."""
+    clip, together = capkit.Clip.from_frames(np.zeros((1, 56, 56, 3), np.uint8)), Barrier(4)
+
+    def save(name):
+        together.wait(timeout=60)
+        return store.save_strip({"strip": name}, clip, image_size=56)
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(50):
+            paths = [*pool.map(save, [f"{number}.webp"] * 4)]
+            assert set(paths) == {store.strips / f"{number}.webp"}
+    assert len([*store.strips.iterdir()]) == 50  # and nothing half written

@@ -1,0 +1,156 @@
+"""Parts of videos: consecutive windows, subtitles, and where trainers look."""
+
+import pytest
+from video_factory import cut, encode_clip
+
+from capkit.runs import cut_into, find_clips, write_webvtt
+from capkit.runs.clips import Item
+from capkit.runs.windows import TRAINERS, into_windows, trainer_indices, trainer_windows, unseen_by_trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """long.mp4 of 100 frames in 10 s; one cut short."""
+    folder = tmp_path_factory.mktemp("windows")
+    encode_clip(folder / "long.mp4", range(100), fps=10)
+    cut(folder / "long.mp4", folder / "short.mp4", 0.5)
+    return folder
+
+
+def spans(items):
+    return [(item.start, item.end) for item in items]
+
+
+class TestIntoWindows:
+    @pytest.mark.parametrize(
+        "window_seconds, expected",
+        [
+            (5, [(0, 5), (5, None)]),
+            (4, [(0, 4), (4, 8), (8, None)]),
+            (4.6, [(0, 4.6), (4.6, None)]),  # what is left is less than a quarter of a window
+            (10, [(0, None)]),
+            (60, [(0, None)]),
+        ],
+    )
+    def test_consecutive_and_complete(self, folder, window_seconds, expected):
+        assert spans(into_windows(find_clips(folder / "long.mp4"), window_seconds)) == expected
+
+    def test_an_items_own_window_prompt_and_reference(self, folder):
+        item = Item(str(folder / "long.mp4"), "Why?", "because", 2.0, 9.0)
+        windows = into_windows([item], 3.0)
+        assert spans(windows) == [(2, 5), (5, 8), (8, 9)]
+        assert all((window.prompt, window.reference) == ("Why?", None) for window in windows)
+        assert into_windows([item], 7.0) == [item]
+
+    def test_what_cannot_be_read_stays_to_be_reported(self, folder):
+        items = find_clips([folder / "short.mp4", "gone.mp4"])
+        assert into_windows(items, 2.0) == items == trainer_windows(items, "cogvideo")
+
+    @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+    def test_nonsense_is_refused(self, seconds):
+        with pytest.raises(ValueError, match="window_seconds"):
+            into_windows([], seconds)
+
+
+def test_one_way_of_cutting_is_chosen(folder):
+    items = find_clips(folder / "long.mp4")
+    assert cut_into(items) == items
+    assert cut_into(items, 4.0) == into_windows(items, 4.0) != items
+    assert cut_into(items, trainer="cogkit", num_frames=9) == trainer_windows(items, "cogkit", 9) != items
+    for wrong, told in (
+        ({"window_seconds": 4.0, "trainer": "cogkit"}, "choose one"),
+        ({"window_seconds": 0}, "window_seconds=0"),
+        ({"trainer": "sora"}, "unknown trainer"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            cut_into([], **wrong)
+
+
+def record(video, start, duration, text, **more):
+    times = {"start_seconds": start, "duration_seconds": duration}
+    return {"video": video, "status": "ok", "text": text, "request": f"{video} {start}"} | times | more
+
+
+class TestWebVTT:
+    def test_cues_in_order_escaped_and_on_a_line(self, tmp_path):
+        records = [
+            record("/a/film.mp4", 3599.5, 1.25, " A --> B\n\n& <b>C</b>"),
+            record("/a/film.mp4", 0.0, 2.0, "First", edited_text="By hand."),
+            record("/b/film.mkv", 0.0, 1.0, "Another of that name"),
+            {"video": "/c/bad.mp4", "status": "error", "text": None},
+        ]
+        paths = write_webvtt(records, tmp_path / "subtitles")
+        assert [path.name for path in paths] == ["film.vtt", "film (2).vtt"]
+        assert paths[0].read_text(encoding="utf-8") == (
+            "WEBVTT\n\n00:00:00.000 --> 00:00:02.000\nBy hand.\n\n"
+            "00:59:59.500 --> 01:00:00.750\nA --&gt; B &amp; &lt;b&gt;C&lt;/b&gt;\n"
+        )
+
+    def test_a_player_reads_them(self, tmp_path):
+        """FFmpeg's parser finds the times and the texts again."""
+        import av
+
+        (path,) = write_webvtt([record("a.mp4", 1.5, 2.0, "Tom & Jerry"), record("a.mp4", 3.5, 1.0, "End")], tmp_path)
+        with av.open(str(path)) as container:
+            cues = [packet for packet in container.demux(subtitles=0) if packet.size]
+            assert [(float(cue.pts * cue.time_base), float(cue.duration * cue.time_base)) for cue in cues] == [
+                (1.5, 2.0),
+                (3.5, 1.0),
+            ]
+            assert bytes(cues[0]) == b"Tom &amp; Jerry"
+
+
+class TestTrainers:
+    @pytest.mark.parametrize("trainer, num_video_frames, expected", [
+        ("cogvideo", 49, range(49)),
+        ("cogvideo", 97, range(49)),
+        ("cogkit", 98, range(0, 98, 2)),
+        ("cogvideo", 20, range(20)),
+        ("diffusers", 97, range(49)),
+        ("diffusers", 20, range(17)),
+        ("diffusers", 1, range(1)),
+        ("sat", 400, range(3, 3 + 49 * 3, 3)),
+        ("sat", 100, range(3, 52)),
+        ("sat", 40, range(3, 36)),
+        ("sat", 6, []),
+    ])  # fmt: skip
+    def test_the_frames_that_they_look_at(self, trainer, num_video_frames, expected):
+        assert trainer_indices(trainer, num_video_frames, 25.0, 49) == list(expected)
+
+    @pytest.mark.parametrize("trainer", TRAINERS)
+    def test_always_frames_of_the_video_and_never_too_many(self, trainer):
+        for count in [*range(1, 60), 97, 98, 150, 1000]:
+            for fps in (5.0, 8.0, 23.976, 60.0):
+                for num_frames in (1, 13, 49):
+                    indices = trainer_indices(trainer, count, fps, num_frames)
+                    assert len(indices) <= num_frames and indices == sorted(set(indices))
+                    assert all(0 <= index < count for index in indices)
+                    assert indices or trainer == "sat"
+
+    def test_windows_hold_just_the_frames_that_are_seen(self, folder):
+        """Of 100 frames at 10 a second: 49 with every second, the last is frame 96; 30 with every third, frame 87."""
+        items = find_clips(folder / "long.mp4")
+        assert spans(trainer_windows(items, "cogvideo", 49)) == [(0.0, pytest.approx(9.7, abs=1e-4))]
+        assert spans(trainer_windows(items, "cogkit", 30)) == [(0.0, pytest.approx(8.8, abs=1e-4))]
+        assert spans(trainer_windows(items, "cogvideo", 100)) == [(0.0, None)]
+        assert spans(trainer_windows(items, "sat", 9))[0][0] == pytest.approx(0.3, abs=1e-4)
+
+    def test_captions_of_what_is_never_seen_are_flagged(self, folder):
+        video = str(folder / "long.mp4")
+        records = [
+            record(video, 0.0, 10.0, "All", frame_indices=[0, 30, 60, 90]),
+            record(video, 0.0, 3.0, "The beginning", frame_indices=[0, 10, 20]),
+            record("gone.mp4", 0.0, 3.0, "Gone", frame_indices=[0]),
+            {"video": video, "status": "error"},
+        ]
+        (flagged,) = unseen_by_trainer(records, "cogvideo", 60)
+        assert (flagged["request"], flagged["num_unseen"], flagged["num_captioned"]) == (f"{video} 0.0", 2, 4)
+        assert (flagged["seen_from_seconds"], flagged["seen_to_seconds"]) == (0.0, pytest.approx(5.9, abs=1e-4))
+
+    def test_nonsense_is_refused(self, folder):
+        with pytest.raises(ValueError, match="unknown trainer 'sora'; choose one of cogvideo"):
+            trainer_windows([], "sora")
+        with pytest.raises(ValueError, match="num_frames=0"):
+            trainer_windows([], "sat", 0)
+        with pytest.raises(ValueError, match="cut it first"):
+            trainer_windows([Item(str(folder / "long.mp4"), end=3.0)], "sat")

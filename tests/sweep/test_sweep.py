@@ -1,0 +1,352 @@
+"""Sweeps: what is planned, that each result is what captioning alone gives, and that nothing is done twice."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from paths import NOTEBOOKS
+
+import capkit
+from capkit import CaptionStore, Clip, Decoding, FrameSampling, plan_sweep, run_sweep
+from capkit.captioning import mean_support
+from capkit.runs import find_clips
+from capkit.runs.clips import DEMO_CLIPS
+from capkit.sweep import PROMPT_PRESETS, read_axes
+from capkit.sweep.run import read_captions
+
+CLIPS = sorted(map(str, DEMO_CLIPS.glob("*.mp4")))
+WARM = {"temperature": 0.8, "seed": 3, "max_new_tokens": 10}
+AXES = {
+    "prompts": ["default", "sentence"],
+    "decodings": [{"max_new_tokens": 30}, WARM, {"num_beams": 2, "max_new_tokens": 6}],
+    "templates": ["chat", "vqa"],
+    "frame_samplings": ["chat", {"strategy": "uniform", "num_frames": 3}],
+    "frame_numbers": ["index", "seconds"],
+    "num_samples": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return capkit.load_captioner("demo", device="cpu")
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_crosses_all_axes_and_leaves_out_what_would_only_repeat():
+    plan = plan_sweep(CLIPS[:2], **AXES)
+    # vqa numbers no frames, so "seconds" is nothing of its own there: 3 ways of template and number instead of 4.
+    assert len(plan.cells) == len(set(plan.cells)) == 2 * 3 * 2 * 3
+    assert plan.num_captions == len(list(plan.requests())) == 2 * (36 + 12)  # a repeat of those that sample
+    assert any("vqa" in reason for reason in plan.collapsed) and any("do not sample" in r for r in plan.collapsed)
+    assert len({plan.label(cell) for cell in plan.cells}) == len(plan.cells)
+    assert plan.to_frame()["captions"].sum() == plan.num_captions
+    assert "36 cells x 2 clips: 96 captions" in str(plan)
+
+
+def test_settings_that_come_to_the_same_are_one_cell():
+    """What people paste from the original tool is greedy, whatever temperature it names."""
+    pasted = {"do_sample": False, "top_k": 1, "top_p": 0.1, "temperature": 0.1, "max_new_tokens": 2048}
+    plan = plan_sweep(CLIPS[:1], decodings=[{}, pasted, {"temperature": 0.5}])
+    assert [cell.decoding for cell in plan.cells] == [Decoding(), Decoding(temperature=0.5)]
+    assert len(plan.collapsed) == 1 and "greedy" in plan.collapsed[0]
+
+
+def test_one_at_a_time_changes_one_axis_of_the_baseline():
+    plan = plan_sweep(CLIPS[:1], mode="one_at_a_time", **{name: AXES[name] for name in AXES if name != "num_samples"})
+    changed = []
+    for cell in plan.cells:
+        axes = dataclasses.fields(cell)
+        changed.append([a.name for a in axes if getattr(cell, a.name) != getattr(plan.baseline, a.name)])
+    assert changed == [[], ["prompt"], ["decoding"], ["decoding"], ["frame_sampling"], ["template"], ["frame_numbers"]]
+
+
+def test_repeats_have_one_seed_after_the_other():
+    plan = plan_sweep(CLIPS[:1], decodings=[WARM], num_samples=3)
+    assert [cell.sampled(sample).seed for _, cell, sample in plan.requests()] == [3, 4, 5]
+
+
+def test_labels_are_short_and_tell_cells_apart():
+    long = "Describe everything that can be seen in this video in the greatest possible detail, please. "
+    plan = plan_sweep(
+        CLIPS[:1], prompts=["default", long + "One.", long + "Two."], decodings=[{}, {"temperature": 0.5}]
+    )
+    labels = [plan.label(cell) for cell in plan.cells]
+    assert labels[0] == "default · greedy" and len(set(labels)) == 6 and max(map(len, labels)) < 70
+    assert plan_sweep(CLIPS[:1]).label(plan_sweep(CLIPS[:1]).baseline) == "default"
+
+
+@pytest.mark.parametrize(
+    "axes, told",
+    [
+        ({"prompts": []}, "prompts: is empty"),
+        ({"decodings": ()}, "decodings: is empty"),
+        ({"templates": ["chat", "chat"]}, "'chat' is there twice"),
+        ({"decodings": [{"temperature": 0.5}, {"temperature": 0.5}]}, "is there twice"),
+        ({"decodings": [{"temprature": 0.5}]}, "temprature"),
+        ({"decodings": [{"top_p": 0.5}]}, "no effect"),
+        ({"frame_samplings": ["fastest"]}, "fastest"),
+        ({"templates": ["poem"]}, "poem"),
+        ({"frame_numbers": ["minutes"]}, "minutes"),
+        ({"prompts": [" "]}, "prompt"),
+        ({"prompts": [7]}, "prompt"),
+        ({"mode": "random"}, "random"),
+        ({"num_samples": 0}, "num_samples"),
+        (
+            {"decodings": [{"seed": seed, "temperature": 1.0} for seed in range(1000)], "num_samples": 1000},
+            "max_captions",
+        ),
+        ({"clips": []}, "clips"),
+        ({"clips": [3]}, "neither a file name"),
+    ],
+)
+def test_nonsense_is_refused_before_any_work(axes, told):
+    clips = axes.pop("clips", CLIPS)
+    with pytest.raises(ValueError, match=told):
+        plan_sweep(clips, **axes)
+
+
+def test_a_prompt_that_the_tokenizer_cannot_take_stops_before_any_work(demo, tmp_path):
+    with pytest.raises(ValueError, match="marks the frames"):
+        run_sweep(demo, CLIPS, tmp_path / "s.jsonl", prompts=["Fine?", "<|reserved_special_token_0|>?"])
+    assert not (tmp_path / "s.jsonl").exists()
+    with pytest.raises(ValueError, match="belong into the plan"):
+        run_sweep(demo, plan_sweep(CLIPS), prompts=["Why?"])
+
+
+def test_a_plan_that_is_large_on_purpose():
+    decodings = [{"temperature": 1.0, "seed": seed} for seed in range(101)]
+    with pytest.raises(ValueError, match="raise max_captions"):
+        plan_sweep(CLIPS[:1], decodings=decodings, num_samples=100)
+    assert plan_sweep(CLIPS[:1], decodings=decodings, num_samples=100, max_captions=20_000).num_captions == 10_100
+
+
+def test_axes_from_a_file(tmp_path):
+    yaml = tmp_path / "axes.yaml"
+    yaml.write_text(
+        "prompts:\n- default\n- What happens?\ndecodings:\n- {}\n- {temperature: 0.8, seed: 1}\nnum_samples: 2\n"
+    )
+    table = tmp_path / "axes.csv"
+    table.write_text('prompts,decodings,templates\ndefault,{},chat\nWhat happens?,"{temperature: 0.8, seed: 1}",\n')
+    for path, num_samples in ((yaml, 2), (table, 1)):
+        plan = plan_sweep(CLIPS[:1], **read_axes(path))
+        assert [cell.prompt for cell in plan.cells[::2]] == [PROMPT_PRESETS["default"][0], "What happens?"]
+        assert plan.cells[1].decoding == Decoding(temperature=0.8, seed=1) and plan.num_samples == num_samples
+    for name, content in (
+        ("unknown.yaml", "promts: [a]"),
+        ("list.yaml", "- a"),
+        ("broken.yaml", "prompts: [a"),
+        ("empty.yaml", ""),
+        ("unknown.csv", "prompt\na\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=name):
+            read_axes(tmp_path / name)
+    with pytest.raises(ValueError, match="nowhere.yaml"):
+        read_axes(tmp_path / "nowhere.yaml")
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_result_is_what_captioning_alone_gives(demo):
+    plan = plan_sweep(CLIPS[:2], **AXES)
+    result = run_sweep(demo, plan)
+    clips = {(p, s): capkit.load_clip(p, s) for p in CLIPS[:2] for s in map(FrameSampling.of, AXES["frame_samplings"])}
+    for (source, cell, sample), record in zip(plan.requests(), result.records, strict=True):
+        clip = clips[source.video, cell.frame_sampling]
+        settings = (cell.prompt, cell.template, (), cell.frame_numbers, cell.sampled(sample))
+        alone = demo.caption(clip, *settings)
+        assert (record["text"], record["finish_reason"]) == (alone.text, alone.finish_reason)
+        assert record["num_tokens"] == len(alone.token_ids)
+        assert record["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-4)
+        assert record["decoding"] == cell.sampled(sample).to_dict() and record["sample"] == sample
+    assert {record["finish_reason"] for record in result.records} == {"eos", "length"}
+
+
+def test_the_table_has_a_row_a_caption(demo):
+    plan = plan_sweep(
+        CLIPS[:2], prompts=["default", "sentence"], decodings=[{"max_new_tokens": 4}, WARM], num_samples=2
+    )
+    table = run_sweep(demo, plan).to_frame()
+    assert len(table) == plan.num_captions and set(table["clip"]) == {Path(p).name for p in CLIPS[:2]}
+    assert table.groupby("cell")["sample"].nunique().to_dict() == {
+        plan.label(cell): 2 if cell.decoding.samples else 1 for cell in plan.cells
+    }
+    assert (table["duration_seconds"] > 3).all() and table["text"].notna().all()
+
+
+def test_what_is_stored_is_not_done_again(demo, tmp_path):
+    store, axes = tmp_path / "sweep.jsonl", {"decodings": [{"max_new_tokens": 3}, WARM], "num_samples": 2}
+    first = run_sweep(demo, CLIPS[:2], store, prompts=["default", "Why?"], **axes)
+    again = run_sweep(demo, CLIPS[:2], store, prompts=["default", "Why?"], **axes)
+    assert again.records == first.records and len(CaptionStore(store).lines()) == 12
+    changed = run_sweep(demo, CLIPS[:2], store, prompts=["default", "Who?"], **axes)
+    assert len(CaptionStore(store).lines()) == 18  # only the changed prompt's cells
+    assert [r for r in changed.records if r["prompt"] != "Who?"] == [r for r in first.records if r["prompt"] != "Why?"]
+
+
+def test_the_store_is_the_same_that_single_captions_fill(demo, tmp_path):
+    """Captions made by notebook 01 are not made again by a sweep that has them as a cell."""
+    from capkit.runs import caption_clips
+
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    caption_clips(demo, find_clips(CLIPS[:2]), store, decoding=Decoding(max_new_tokens=3))
+    run_sweep(demo, CLIPS[:2], store, decodings=[{"max_new_tokens": 3}, {"max_new_tokens": 4}])
+    assert len(store.lines()) == 4
+
+
+def test_a_clip_that_cannot_be_read_is_recorded_and_the_others_go_on(demo, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    store = tmp_path / "sweep.jsonl"
+    clips, axes = [str(tmp_path / "broken.mp4"), CLIPS[0]], {"prompts": ["default", "Why?"]}
+    axes["decodings"] = [{"max_new_tokens": 3}]
+    result = run_sweep(demo, clips, store, **axes)
+    assert [record["status"] for record in result.records] == ["error", "error", "ok", "ok"]
+    assert "broken.mp4" in result.records[0]["error"] and "2 errors" in repr(result)
+    run_sweep(demo, clips, store, **axes)
+    assert len(CaptionStore(store).lines()) == 4
+    run_sweep(demo, clips, store, retry_errors=True, **axes)
+    assert len(CaptionStore(store).lines()) == 6
+    assert result.to_frame()["text"].isna().tolist() == [True, True, False, False]
+
+
+def test_clips_in_memory_and_items_with_windows(demo, tmp_path):
+    loaded, decodings = capkit.load_clip(CLIPS[0]), [{"max_new_tokens": 5}]
+    item = {"video": CLIPS[0], "start": 1.0, "end": 3.0}
+    texts = [
+        run_sweep(demo, clips, decodings=decodings).records[0]["text"]
+        for clips in ([CLIPS[0]], [loaded], [Clip.from_frames(loaded.frames)])
+    ]
+    assert len(set(texts)) == 1
+    window = run_sweep(demo, find_clips([item]), decodings=decodings).records[0]
+    assert (window["start_seconds"], window["end_seconds"], window["duration_seconds"]) == (1.0, 3.0, 2.0)
+    # Frames in memory: other frames of them cannot be had, those of a file can.
+    with pytest.raises(ValueError, match="frames in memory"):
+        plan_sweep([Clip.from_frames(loaded.frames)], frame_samplings=["chat", "base"])
+    both = run_sweep(demo, [loaded], frame_samplings=["chat", "base"], decodings=decodings)
+    assert [len(record["frame_indices"]) for record in both.records] == [len(loaded), 24]
+
+
+def test_captions_made_elsewhere_are_one_more_cell(demo, tmp_path):
+    result = run_sweep(demo, CLIPS[:2], decodings=[{"max_new_tokens": 3}])
+    jsonl, table = tmp_path / "other.jsonl", tmp_path / "other.csv"
+    jsonl.write_text(
+        "".join(json.dumps({"video": f"/data/{Path(p).name}", "text": "Ein Stern."}) + "\n" for p in CLIPS)
+    )
+    table.write_text(f'video,caption\n{Path(CLIPS[1]).name},"A star, red."\n')
+    both = result.with_captions("other tool", jsonl).with_captions("by hand", table)
+    rows = both.to_frame()
+    assert rows["cell"].value_counts().to_dict() == {"default": 2, "other tool": 2, "by hand": 1}
+    assert rows[rows["cell"] == "by hand"]["video"].tolist() == [CLIPS[1]]
+    assert len(result.to_frame()) == 2  # the first is as it was
+    support = mean_support(demo, both.all_records)
+    assert len(support) == len(rows) and np.isfinite(support).all()
+    for name, path, told in (
+        ("other tool", jsonl, "called so already"),
+        ("default", jsonl, "called so already"),
+        ("x", tmp_path / "none.csv", "none.csv"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            both.with_captions(name, path)
+    (tmp_path / "strangers.csv").write_text("video,text\nother.mp4,a\n")
+    with pytest.raises(ValueError, match="none of the sweep's videos"):
+        both.with_captions("strangers", tmp_path / "strangers.csv")
+    (tmp_path / "wordless.csv").write_text("video,words\nother.mp4,a\n")
+    with pytest.raises(ValueError, match="wordless"):
+        read_captions(tmp_path / "wordless.csv")
+
+
+def test_a_file_name_that_may_be_one_of_several_is_refused(demo, tmp_path):
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / Path(CLIPS[0]).name
+    shutil.copy(CLIPS[0], twin)
+    result = run_sweep(demo, [CLIPS[0], str(twin)], decodings=[{"max_new_tokens": 3}])
+    captions = tmp_path / "captions.csv"
+    captions.write_text(f"video,text\n{twin},by path\n")
+    assert result.with_captions("mine", captions).all_records[-1]["video"] == str(twin)
+    captions.write_text(f"video,text\n{twin.name},by name\n")
+    with pytest.raises(ValueError, match="any of 2 clips"):
+        result.with_captions("mine", captions)
+
+
+def test_a_clip_that_is_named_twice_is_captioned_once(demo, tmp_path):
+    result = run_sweep(demo, [CLIPS[0], CLIPS[0]], tmp_path / "s.jsonl", decodings=[{"max_new_tokens": 3}])
+    assert len(result.records) == 2 and len(CaptionStore(tmp_path / "s.jsonl").lines()) == 1
+
+
+def test_references_of_a_manifest_come_along(demo, tmp_path):
+    items = find_clips([{"video": CLIPS[0], "reference": "A star."}, {"video": CLIPS[1]}])
+    table = run_sweep(demo, items, decodings=[{"max_new_tokens": 3}]).to_frame()
+    assert table["reference"].tolist()[0] == "A star." and table["reference"].isna().tolist() == [False, True]
+
+
+def test_an_estimate_is_of_the_right_size(demo):
+    plan = plan_sweep(CLIPS[:3], prompts=["default", "Why?"], decodings=[{"max_new_tokens": 20}])
+    estimated = plan.estimate_seconds(demo)
+    started = time.perf_counter()
+    run_sweep(demo, plan)
+    assert 0 < estimated < 50 * (time.perf_counter() - started)  # a bound and no timing: that it is no nonsense
+
+
+def test_a_cell_is_parameters_of_notebook_01():
+    import nbformat
+
+    notebook = nbformat.read(NOTEBOOKS / "01_caption_clips.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    for way in plan_sweep(CLIPS[:1], **AXES).cells:
+        assert all(f"\n{name}: " in f"\n{cell.source}" for name in way.to_parameters())
+        settings = way.to_parameters()
+        assert Decoding.of(settings["decoding"]) == way.sampled(0)
+        assert FrameSampling.of(settings["frame_sampling"]) == way.frame_sampling
+
+
+def sweeping_process(path, num_prompts):
+    """A sweep in a process of its own, to be killed."""
+    code = f"""
+import capkit
+captioner = capkit.load_captioner("demo", device="cpu")
+prompts = [f"What is object {{number}}?" for number in range({num_prompts})]
+decodings = [{{"max_new_tokens": 3}}, {{"temperature": 1.0, "max_new_tokens": 3}}]
+result = capkit.run_sweep(captioner, {CLIPS!r}, {str(path)!r}, prompts=prompts, decodings=decodings, num_samples=2)
+assert all(record["status"] == "ok" for record in result.records)
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+
+
+def kill_and_go_on(path, num_prompts, num_kills):
+    """Kill it so many times at random moments in its writing, then let it end; lines of the store."""
+    random, total = Random(0), 6 * num_prompts * 3
+    for _ in range(num_kills):
+        process, before = sweeping_process(path, num_prompts), path.read_bytes().count(b"\n") if path.exists() else 0
+        wanted = before + random.randint(1, max(1, total // (num_kills + 1) - 1))
+        while not (path.exists() and path.read_bytes().count(b"\n") >= wanted):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert sweeping_process(path, num_prompts).wait() == 0
+    return CaptionStore(path).lines()
+
+
+@pytest.mark.filterwarnings("ignore:.*torn")
+def test_killed_and_restarted_it_ends_with_the_planned_records(tmp_path):
+    lines = kill_and_go_on(tmp_path / "sweep.jsonl", num_prompts=12, num_kills=2)
+    assert len(lines) == len({line["request"] for line in lines}) == 6 * 12 * 3
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:.*torn")
+def test_soak_killed_ten_times_in_a_row_none_is_computed_twice(tmp_path):
+    lines = kill_and_go_on(tmp_path / "sweep.jsonl", num_prompts=60, num_kills=10)
+    print(f"10 kills, {len(lines)} lines, {len({line['request'] for line in lines})} requests")
+    assert len(lines) == len({line["request"] for line in lines}) == 6 * 60 * 3
