@@ -11,14 +11,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
     from capkit.captioning import Caption, Captioner, CaptionStream, Decoding, Score, load_captioner
-    from capkit.cogvlm2 import DEFAULT_PROMPT, CheckpointError
+    from capkit.cogvlm2 import DEFAULT_PROMPT, CheckpointError, Prompt
     from capkit.runs import CaptionStore, caption_clips, find_clips
     from capkit.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep
     from capkit.video import Clip, FrameSampling, VideoError, VideoInfo, load_clip
 
 _NAMES_BY_ROOM = {
     "video": ("Clip", "FrameSampling", "VideoError", "VideoInfo", "load_clip"),
-    "cogvlm2": ("DEFAULT_PROMPT", "CheckpointError"),
+    "cogvlm2": ("DEFAULT_PROMPT", "CheckpointError", "Prompt"),
     "captioning": ("Caption", "CaptionStream", "Captioner", "Decoding", "Score", "load_captioner"),
     "runs": ("CaptionStore", "caption_clips", "find_clips"),
     "sweep": ("SweepPlan", "SweepResult", "plan_sweep", "run_sweep"),
@@ -35,6 +35,7 @@ __all__ = [
     "Clip",
     "Decoding",
     "FrameSampling",
+    "Prompt",
     "Score",
     "SweepPlan",
     "SweepResult",

@@ -84,8 +84,8 @@ def _add_shard_commands(commands) -> None:
     add.add_argument("--device", default="auto", help="such as cuda:1; by default this local rank's GPU, or the CPU")
     add.add_argument("--devices", default="", help="such as cuda:0,cuda:1: the shard is split over a process for each")
     add.add_argument("--prompt", help="a manifest's own prompts go before it")
-    add.add_argument("--template", choices=["chat", "vqa", "base"])
-    add.add_argument("--frame-numbers", choices=["index", "seconds"])
+    add.add_argument("--template", default="chat", choices=["chat", "vqa", "base"])
+    add.add_argument("--frame-numbers", default="index", choices=["index", "seconds"])
     add.add_argument("--frame-sampling", default="chat", help="chat, base, uniform or fps")
     add.add_argument("--num-frames", type=int, default=24)
     add.add_argument("--frames-per-second", type=float, help="with --frame-sampling fps")
@@ -144,12 +144,13 @@ def caption_shard_command(arguments: argparse.Namespace) -> int:
 
 def _asked(arguments):
     from capkit.captioning import Decoding
+    from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt
     from capkit.video import FrameSampling
 
-    given = {name: getattr(arguments, name) for name in ("prompt", "template", "frame_numbers")}
-    asked = {name: value for name, value in given.items() if value is not None}
+    text = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt
+    prompt = Prompt(text, arguments.template, frame_numbers=arguments.frame_numbers)
     sampling = FrameSampling(arguments.frame_sampling, arguments.num_frames, arguments.frames_per_second)
-    return asked | {"frame_sampling": sampling, "decoding": Decoding.of(arguments.decoding)}
+    return {"prompt": prompt, "frame_sampling": sampling, "decoding": Decoding.of(arguments.decoding)}
 
 
 def _cut(arguments):

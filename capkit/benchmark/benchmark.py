@@ -35,7 +35,7 @@ from capkit.benchmark.models import DECODINGS, PROMPTS, SIZES, make_captioner, m
 from capkit.benchmark.results import describe
 from capkit.benchmark.video import measure_reading
 from capkit.captioning import EAGER_BATCHES, STATIC_DEVICES, Decoding, RoomyCache, SharedVideo, load_captioner, read_ids
-from capkit.cogvlm2 import preprocess_frames
+from capkit.cogvlm2 import Prompt, preprocess_frames
 
 SWEEPS = (4, 8)  # so many prompts x so many decodings
 NUM_CLIPS = 8  # different ones; larger batches repeat them
@@ -226,8 +226,9 @@ class Benchmark:
                     plain[cell] = seconds_of(
                         partial(plain_caption, self.plain, self.processor, clip, *cell), self.device
                     )
+            branches = [(Prompt(text), decoding) for text, decoding in cells]
             runs = [
-                seconds_of(lambda cells=cells: list(SharedVideo(self.captioner, clip).caption(cells)), self.device)
+                seconds_of(lambda todo=branches: list(SharedVideo(self.captioner, clip).caption(todo)), self.device)
                 for _ in range(self.size.repeats)
             ]
             baseline, seconds = (sum(plain[cell][0] for cell in cells), statistics.median(one for one, _ in runs))
@@ -321,7 +322,7 @@ class Benchmark:
         self.skipped.append({"part": name, "why": f"too little to be seen ({baseline_mb:.1f} and {mb:.1f} MB)"})
 
     def _ids(self):
-        return self.processor.prompt_ids(self.clips[0], PROMPTS[0])
+        return self.processor.prompt_ids(self.clips[0], Prompt(PROMPTS[0]))
 
     def _bytes_per_step(self, num_rows: int) -> int:
         """What one decoding step must read: the decoder, the head, and each row's keys and values."""

@@ -20,6 +20,7 @@ from capkit.cogvlm2 import (
     CogVLM2VideoConfig,
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoProcessor,
+    Prompt,
     loading,
     use_onednn,
 )
@@ -189,7 +190,7 @@ def plain_caption(model, processor, clip: Clip, prompt: str, decoding: Decoding)
     transformers counts penalties over the prompt and draws otherwise; so that tokens can be compared, all but greedy
     search chooses by capkit's rule, which costs about the same.
     """
-    ids = torch.tensor([processor.prompt_ids(clip, prompt)], device=model.device)
+    ids = torch.tensor([processor.prompt_ids(clip, Prompt(prompt))], device=model.device)
     config = model.config
     new_ids = model.generate(
         input_ids=ids,

@@ -3,7 +3,7 @@
 from capkit.captioning.attribution import GREY, Grounding, ground, mean_support, token_texts
 from capkit.captioning.caches import EAGER_BATCHES, STATIC_DEVICES, RoomyCache, read_ids
 from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
-from capkit.captioning.decoding import Decoding
+from capkit.captioning.decoding import Decoding, DecodingLike
 from capkit.captioning.generate import Caption, CaptionStream, Chooser, draw_key, until_end
 from capkit.captioning.shared_prefix import SharedVideo
 
@@ -23,6 +23,7 @@ __all__ = [
     "Score",
     "load_captioner",
     "Decoding",
+    "DecodingLike",
     "Caption",
     "CaptionStream",
     "Chooser",

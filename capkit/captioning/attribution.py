@@ -18,7 +18,7 @@ from capkit.captioning.caches import RoomyCache, crop, read_ids
 from capkit.captioning.captioner import Captioner
 from capkit.captioning.generate import Caption, chosen_logprobs
 from capkit.captioning.shared_prefix import SharedRow, encode_frames
-from capkit.cogvlm2 import DEFAULT_PROMPT, check_settings, image_mask
+from capkit.cogvlm2 import DEFAULT_PROMPT, CogVLM2VideoProcessor, Prompt, PromptLike, image_mask
 from capkit.video import Clip, VideoError, load_clip
 
 GREY = 128
@@ -86,10 +86,7 @@ def ground(
     captioner: Captioner,
     clip: Clip,
     captions: Caption | str | dict[str, Any] | Sequence[Caption | str | dict[str, Any]],
-    prompt: str = DEFAULT_PROMPT,
-    template: str = "chat",
-    history: Sequence[tuple[str, str]] = (),
-    frame_numbers: str = "index",
+    prompt: PromptLike = DEFAULT_PROMPT,
     leave_one_out: bool = True,
 ) -> Grounding | list[Grounding]:
     """Score captions with the video, with a grey one, and with each frame grey in turn.
@@ -102,8 +99,8 @@ def ground(
         clip: the video.
         captions: one, or several of this clip, which go through the model together. A text is scored as the model would
             write it after the prompt, as is that of a caption record; of a `Caption` its own tokens are. `Caption`s and
-            records have a prompt, template, history and frame numbers of their own.
-        prompt, template, history, frame_numbers: for texts, as in `Captioner.caption`.
+            records have a prompt of their own.
+        prompt: for texts, as in `Captioner.caption`.
         leave_one_out: False leaves the frames together, which is quicker; there is no `leaning` then.
 
     Returns:
@@ -113,41 +110,34 @@ def ground(
         ValueError: an empty text, or as in `Captioner.caption`.
     """
     if isinstance(captions, (Caption, str, dict)):
-        return ground(captioner, clip, [captions], prompt, template, history, frame_numbers, leave_one_out)[0]
-    processor, default = captioner.processor, (prompt, template, history, frame_numbers)
-    asked = [_asked(processor, caption, default) for caption in captions]
+        return ground(captioner, clip, [captions], prompt, leave_one_out)[0]
+    processor, default = captioner.processor, Prompt.of(prompt)
+    scored = [_prompt_and_tokens(processor, caption, default) for caption in captions]
     seen = encode_frames(captioner, clip.frames)
     grey = encode_frames(captioner, np.full_like(clip.frames[:1], GREY))
+    groups: dict[tuple[int, ...], list[int]] = {}  # captions whose frames carry the same numbers, by their video's ids
+    for place, (own_prompt, _) in enumerate(scored):
+        groups.setdefault(tuple(processor.video_ids(clip, own_prompt)), []).append(place)
     results: dict[int, Grounding] = {}
-    for numbered in dict.fromkeys((template, numbers) for (_, template, _, numbers), _ in asked):
-        some = [place for place, ((_, *settings), _) in enumerate(asked) if (settings[0], settings[2]) == numbered]
-        texts = [
-            (processor.text_ids(prompt, template, history), new_ids)
-            for (prompt, template, history, _), new_ids in map(asked.__getitem__, some)
-        ]
-        video_ids = processor.video_ids(clip, *numbered)
-        scored = _score_all_ways(captioner.model, video_ids, texts, seen, grey, leave_one_out)
-        for place, (_, new_ids), ways in zip(some, texts, zip(*scored, strict=True), strict=True):
-            with_video, without, *by_frame = map(np.array, ways)
+    for video_ids, places in groups.items():
+        texts = [(processor.text_ids(scored[place][0]), scored[place][1]) for place in places]
+        passes = _score_passes(captioner.model, list(video_ids), texts, seen, grey, leave_one_out)
+        for place, (_, new_ids), logprobs in zip(places, texts, zip(*passes, strict=True), strict=True):
+            with_video, without, *by_frame = map(np.array, logprobs)
             frames = np.stack(by_frame) if leave_one_out else None
             results[place] = Grounding(list(new_ids), token_texts(processor, new_ids), with_video, without, frames)
-    return [results[place] for place in range(len(asked))]
+    return [results[place] for place in range(len(scored))]
 
 
-def _asked(processor, caption, default):
-    """Settings and tokens of a caption, a record or a text."""
-    names = ("prompt", "template", "history", "frame_numbers")
+def _prompt_and_tokens(
+    processor: CogVLM2VideoProcessor, caption: Caption | str | dict[str, Any], default: Prompt
+) -> tuple[Prompt, list[int]]:
+    """The prompt that a caption, a record or a text answers, and its tokens."""
     if isinstance(caption, Caption):
-        settings, new_ids = [getattr(caption, name) for name in names], caption.token_ids
-    else:
-        settings = [caption[name] for name in names] if isinstance(caption, dict) else default
-        text = caption["text"] if isinstance(caption, dict) else caption
-        new_ids = processor.continuation_ids(text) if text.strip() else []
-    if not new_ids:
-        raise ValueError("there is no text to score")
-    check_settings(*settings)
-    prompt, template, history, frame_numbers = settings
-    return (prompt, template, tuple(map(tuple, history)), frame_numbers), new_ids
+        return caption.prompt, caption.token_ids
+    if isinstance(caption, dict):
+        return Prompt.from_record(caption), processor.continuation_ids(caption["text"])
+    return default, processor.continuation_ids(caption)
 
 
 def mean_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> list[float]:
@@ -178,7 +168,7 @@ def mean_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> lis
     return found.tolist()
 
 
-def _score_all_ways(model, video_ids, texts, seen, grey, leave_one_out):
+def _score_passes(model, video_ids, texts, seen, grey, leave_one_out):
     """Log probabilities of the texts: with the video, a grey one, and with frame 0, 1, ... grey."""
 
     def scored(cache):
@@ -195,16 +185,16 @@ def _score_all_ways(model, video_ids, texts, seen, grey, leave_one_out):
     without = scored(cache)
     cache = RoomyCache(model.config)
     read_ids(model, cache, video_ids, seen)
-    ways = [scored(cache), without]
+    passes = [scored(cache), without]
     if not leave_one_out:
-        return ways
+        return passes
     at = image_mask(torch.tensor([video_ids]), model.config.video_token_id)[0].nonzero()[:: seen.shape[1], 0].tolist()
     by_frame = []
     for frame in reversed(range(len(seen))):  # from the last, so that what stands before a frame is as it was
         crop(cache, at[frame])
         read_ids(model, cache, video_ids, torch.cat([grey, seen[frame + 1 :]]))
         by_frame.append(scored(cache))
-    return [*ways, *reversed(by_frame)]
+    return [*passes, *reversed(by_frame)]
 
 
 def token_texts(processor, ids: Sequence[int]) -> list[str]:

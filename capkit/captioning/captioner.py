@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from capkit.captioning.caches import StaticCaches
-from capkit.captioning.decoding import Decoding
+from capkit.captioning.decoding import Decoding, DecodingLike
 from capkit.captioning.generate import Caption, CaptionStream, Request, continuation_logprobs
 from capkit.cogvlm2 import (
     DEFAULT_PROMPT,
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoProcessor,
+    Prompt,
+    PromptLike,
     loading,
     one_prompt_each,
 )
@@ -116,46 +118,37 @@ class Captioner:
     def caption(
         self,
         clip: Clip,
-        prompt: str = DEFAULT_PROMPT,
-        template: str = "chat",
-        history: Sequence[tuple[str, str]] = (),
-        frame_numbers: str = "index",
-        decoding: Decoding = GREEDY,
+        prompt: PromptLike = DEFAULT_PROMPT,
+        decoding: DecodingLike = GREEDY,
     ) -> Caption:
-        """Caption one clip. With the defaults, what the original's caption tool would say of it.
+        """Caption one clip. With the defaults, the caption is the one that the original's caption tool writes.
 
         Args:
             clip: from `load_clip` or `Clip.from_frames`.
-            prompt: the question.
-            template: "chat", "vqa" or "base": see `CogVLM2VideoProcessor`.
-            history: earlier (question, answer) turns, under "chat" and "vqa".
-            frame_numbers: "index", as in the original, or "seconds".
-            decoding: how tokens are chosen.
+            prompt: a text, or a `Prompt` with another template, earlier turns or other frame numbers.
+            decoding: how tokens are chosen: a `Decoding`, or a dictionary of its fields.
 
         Raises:
-            ValueError: unknown template or frame numbers, an empty prompt, settings without effect.
+            ValueError: as in `Prompt` and `Decoding`.
         """
-        return self.caption_batch([clip], prompt, template, history, frame_numbers, decoding)[0]
+        return self.caption_batch([clip], prompt, decoding)[0]
 
     def caption_batch(
         self,
         clips: Sequence[Clip],
-        prompts: str | Sequence[str] = DEFAULT_PROMPT,
-        template: str = "chat",
-        history: Sequence[tuple[str, str]] = (),
-        frame_numbers: str = "index",
-        decoding: Decoding = GREEDY,
+        prompts: PromptLike | Sequence[PromptLike] = DEFAULT_PROMPT,
+        decoding: DecodingLike = GREEDY,
         batch_size: int | None = None,
     ) -> list[Caption]:
-        """Caption many clips together; each gets what it would get alone (token for token in float32).
+        """Caption many clips together; each gets the caption that it would get alone (token for token in float32).
 
-        Clips may differ in length and prompts in text. When memory runs out, the batch is halved and goes on,
-        and batches as large are halved from then on.
+        Clips may differ in length, and prompts in everything. When memory runs out, the batch is halved, and later
+        batches as large are halved at once.
 
         Args:
             clips: as in `caption`.
             prompts: one prompt for all, or one for each clip.
-            template, history, frame_numbers, decoding: as in `caption`, the same for all.
+            decoding: as in `caption`, the same for all.
             batch_size: clips that go through the model together; None for all of them.
 
         Returns:
@@ -163,12 +156,12 @@ class Captioner:
 
         Raises:
             ValueError: as in `caption`, or prompts and clips differ in number.
-            torch.OutOfMemoryError: one clip alone is too much.
+            torch.OutOfMemoryError: one clip alone does not fit.
         """
-        prompts = one_prompt_each(prompts, len(clips))
+        prompts = [*map(Prompt.of, one_prompt_each(prompts, len(clips)))]
+        decoding = Decoding.of(decoding)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: must be at least 1, or None for all clips together")
-        settings = (template, history, frame_numbers, decoding)
         size, captions = batch_size or max(len(clips), 1), []
         longest = max(map(len, clips), default=1)
         while size > 1 and size * longest >= self._num_frames_too_many:
@@ -176,7 +169,7 @@ class Captioner:
         while len(captions) < len(clips):
             rows = slice(len(captions), len(captions) + size)
             try:
-                captions += self._request(clips[rows], prompts[rows], *settings).run()
+                captions += self._request(clips[rows], prompts[rows], decoding).run()
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not loading.is_out_of_memory(error):
                     raise
@@ -194,55 +187,38 @@ class Captioner:
     def stream(
         self,
         clip: Clip,
-        prompt: str = DEFAULT_PROMPT,
-        template: str = "chat",
-        history: Sequence[tuple[str, str]] = (),
-        frame_numbers: str = "index",
-        decoding: Decoding = GREEDY,
+        prompt: PromptLike = DEFAULT_PROMPT,
+        decoding: DecodingLike = GREEDY,
     ) -> CaptionStream:
         """Caption one clip and show the text as it comes: iterate over the result for pieces of text.
 
         Raises:
             ValueError: as in `caption`; beam search, which has no text before its end.
         """
+        decoding = Decoding.of(decoding)
         if decoding.num_beams > 1:
             raise ValueError(f"num_beams={decoding.num_beams}: beam search has no text before its end; use caption()")
-        return CaptionStream(self._request([clip], [prompt], template, history, frame_numbers, decoding))
+        return CaptionStream(self._request([clip], [Prompt.of(prompt)], decoding))
 
-    def score(
-        self,
-        clip: Clip,
-        caption: Caption | str,
-        prompt: str | None = None,
-        template: str | None = None,
-        history: Sequence[tuple[str, str]] | None = None,
-        frame_numbers: str | None = None,
-    ) -> Score:
+    def score(self, clip: Clip, caption: Caption | str, prompt: PromptLike | None = None) -> Score:
         """How probable the model finds a caption: log P(text | clip, prompt), a token at a time.
 
         Args:
             clip: as in `caption`.
             caption: a `Caption`, whose own tokens are scored, so that the sum is what generation reported; or a text,
                 scored as the model would write it after the prompt (the end token is not counted).
-            prompt, template, history, frame_numbers: where left out, the `Caption`'s own, or for a text the defaults of
-                `caption`.
+            prompt: None for the `Caption`'s own, or for a text the default prompt.
 
         Raises:
             ValueError: an empty text, or as in `caption`.
         """
-        asked = {"prompt": prompt, "template": template, "history": history, "frame_numbers": frame_numbers}
         if isinstance(caption, Caption):
-            token_ids = caption.token_ids
-            default = {name: getattr(caption, name) for name in asked}
+            token_ids, own_prompt = caption.token_ids, caption.prompt
         else:
-            token_ids = self.processor.continuation_ids(caption) if caption.strip() else []
-            default = {"prompt": DEFAULT_PROMPT, "template": "chat", "history": (), "frame_numbers": "index"}
-        if not token_ids:
-            raise ValueError("there is no text to score")
-        asked = default | {name: value for name, value in asked.items() if value is not None}
-        inputs = self.processor([clip], asked.pop("prompt"), **asked).to(self.model.device)
+            token_ids, own_prompt = self.processor.continuation_ids(caption), Prompt()
+        inputs = self.processor([clip], own_prompt if prompt is None else Prompt.of(prompt)).to(self.model.device)
         logprobs = continuation_logprobs(self.model, inputs, [token_ids])[0]
         return Score(token_ids, [self.processor.decode([token]) for token in token_ids], logprobs)
 
-    def _request(self, clips, prompts, *settings) -> Request:
-        return Request(self.model, self.processor, self._static_caches, clips, prompts, *settings)
+    def _request(self, clips: Sequence[Clip], prompts: Sequence[Prompt], decoding: Decoding) -> Request:
+        return Request(self.model, self.processor, self._static_caches, clips, prompts, decoding)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 # What transformers 4.4x, which the original runs on, assumes when a sampling call leaves these out.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50}
 # Settings that act on the draw alone.
@@ -64,6 +66,7 @@ class Decoding:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least {low}")
+            object.__setattr__(self, name, int(value))
         for name, allowed, good in (
             ("temperature", "0 (greedy) or above", lambda x: x >= 0),
             ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
@@ -74,6 +77,8 @@ class Decoding:
             number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not good(value):
                 raise ValueError(f"{name}={value!r}: must be a number {allowed}")
+            # Not float(np.float32(0.8)), which is 0.800000011920929 and would be another request than 0.8.
+            object.__setattr__(self, name, float(str(value)) if isinstance(value, np.floating) else float(value))
         self._refuse_what_has_no_effect()
 
     def _refuse_what_has_no_effect(self) -> None:
@@ -110,7 +115,7 @@ class Decoding:
         return settings | ({"seed": self.seed or 0} if self.samples else {})
 
     @classmethod
-    def of(cls, settings: Decoding | dict[str, Any] | None) -> Decoding:
+    def of(cls, settings: DecodingLike | None) -> Decoding:
         """A `Decoding` from itself, from None (the defaults), or from a dictionary of fields.
 
         A dictionary with `do_sample` in it is taken for arguments of `generate()`: see `from_generate_kwargs`.
@@ -153,6 +158,10 @@ class Decoding:
     def __str__(self) -> str:
         kind = "sampling" if self.samples else "beam search" if self.num_beams > 1 else "greedy"
         return f"{kind} (" + ", ".join(f"{name}={value}" for name, value in self.to_dict().items()) + ")"
+
+
+DecodingLike = Decoding | dict[str, Any]
+"""What `Decoding.of` takes."""
 
 
 def _fields(cls) -> list[str]:

@@ -30,9 +30,15 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from capkit.captioning.caches import RoomyCache, read_rows
+from capkit.captioning.caches import RoomyCache, StaticCaches, read_rows
 from capkit.captioning.decoding import Decoding
-from capkit.cogvlm2 import loading, rotary_position_ids
+from capkit.cogvlm2 import (
+    CogVLM2VideoForConditionalGeneration,
+    CogVLM2VideoProcessor,
+    Prompt,
+    loading,
+    rotary_position_ids,
+)
 from capkit.video import Clip
 
 
@@ -46,7 +52,7 @@ class Caption:
         logprobs: for each of them, log P(token | clip, prompt, tokens before) under the model itself, in nats; before
             temperature, top-k, top-p and penalties.
         finish_reason: "eos", "length" (max_new_tokens reached) or "stopped".
-        prompt, template, history, frame_numbers, decoding: as asked.
+        prompt, decoding: what it was made with.
         seconds: time it took; in a batch, the batch's time shared out evenly.
     """
 
@@ -54,10 +60,7 @@ class Caption:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
-    prompt: str
-    template: str
-    history: tuple[tuple[str, str], ...]
-    frame_numbers: str
+    prompt: Prompt
     decoding: Decoding
     seconds: float
 
@@ -73,15 +76,18 @@ class Caption:
 class Request:
     """One call of generate(): inputs checked and made beforehand, tokens chosen by our own rules."""
 
-    def __init__(self, model, processor, static_caches, clips, prompts, template, history, frame_numbers, decoding):
+    def __init__(
+        self,
+        model: CogVLM2VideoForConditionalGeneration,
+        processor: CogVLM2VideoProcessor,
+        static_caches: StaticCaches,
+        clips: Sequence[Clip],
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+    ):
         self.model, self.processor, self.static_caches = model, processor, static_caches
         self.prompts, self.decoding = prompts, decoding
-        self.settings = {
-            "template": template,
-            "history": tuple((question, answer) for question, answer in history),
-            "frame_numbers": frame_numbers,
-        }
-        self.inputs = processor(clips, prompts, template, history, frame_numbers)
+        self.inputs = processor(clips, prompts)
         self.draw_keys = [*map(draw_key, clips)]
         self.stop = threading.Event()
 
@@ -102,7 +108,10 @@ class Request:
             self.static_caches.forget()
             rows, logprobs = self._generate(inputs, None, streamer)
         seconds = (time.perf_counter() - started) / len(rows)
-        return [self._caption(*row, seconds=seconds) for row in zip(rows, logprobs, self.prompts, strict=True)]
+        return [
+            make_caption(ids, row_logprobs, prompt, decoding, seconds, self.model, self.processor)
+            for ids, row_logprobs, prompt in zip(rows, logprobs, self.prompts, strict=True)
+        ]
 
     def _generate(self, inputs, static: StaticCache | None, streamer) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each row, and their log probabilities."""
@@ -143,22 +152,21 @@ class Request:
             return rows, continuation_logprobs(model, inputs, rows)
         return rows, torch.stack(chooser.logprobs, 1)[:num_rows].tolist()
 
-    def _caption(self, ids: list[int], logprobs: list[float], prompt: str, seconds: float) -> Caption:
-        asked = {"prompt": prompt, "decoding": self.decoding, **self.settings}
-        return make_caption(self.model, self.processor, ids, logprobs, seconds, asked)
 
-
-def make_caption(model, processor, ids: list[int], logprobs: list[float], seconds: float, asked: dict) -> Caption:
-    """A Caption of new tokens, up to the first end token; `asked` are its fields from `prompt` on."""
-    full = len(ids) >= asked["decoding"].max_new_tokens
-    return Caption(
-        text=processor.decode(ids, skip_special_tokens=True),
-        token_ids=ids,
-        logprobs=logprobs[: len(ids)],
-        finish_reason="eos" if is_end(ids[-1], model.config) else "length" if full else "stopped",
-        seconds=seconds,
-        **asked,
-    )
+def make_caption(
+    ids: list[int],
+    logprobs: list[float],
+    prompt: Prompt,
+    decoding: Decoding,
+    seconds: float,
+    model: CogVLM2VideoForConditionalGeneration,
+    processor: CogVLM2VideoProcessor,
+) -> Caption:
+    """A `Caption` of new tokens, which end with the first end token if there is one."""
+    is_full = len(ids) >= decoding.max_new_tokens
+    finish_reason = "eos" if is_end(ids[-1], model.config) else "length" if is_full else "stopped"
+    text = processor.decode(ids, skip_special_tokens=True)
+    return Caption(text, ids, logprobs[: len(ids)], finish_reason, prompt, decoding, seconds)
 
 
 def is_end(token: int, config) -> bool:

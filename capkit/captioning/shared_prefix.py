@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from capkit.captioning.caches import RoomyCache, crop, read_ids
 from capkit.captioning.captioner import Captioner
 from capkit.captioning.decoding import Decoding
 from capkit.captioning.generate import Caption, Chooser, draw_key, is_end, make_caption
-from capkit.cogvlm2 import check_settings, loading, preprocess_frames, rotary_position_ids
+from capkit.cogvlm2 import Prompt, PromptLike, loading, preprocess_frames, rotary_position_ids
 from capkit.video import Clip
 
 BRANCHES_TOGETHER = 32  # each also skips over the others' words, which costs more the more there are
@@ -37,75 +39,61 @@ class SharedVideo:
         self._features = None
         self._ids, self._cache = None, None
 
-    def caption(
-        self,
-        branches: Sequence[tuple[str, Decoding]],
-        template: str = "chat",
-        history: Sequence[tuple[str, str]] = (),
-        frame_numbers: str = "index",
-    ) -> Iterator[Caption]:
+    def caption(self, branches: Sequence[tuple[PromptLike, Decoding]]) -> Iterator[Caption]:
         """A caption for each (prompt, decoding), in order: what `Captioner.caption` gives (token for token in float32).
 
-        Beam search goes alone. When memory runs out, fewer branches go together.
+        Consecutive branches whose frames carry the same numbers go through the model together; beam search goes alone.
+        When memory runs out, fewer branches go together.
 
         Raises:
-            ValueError: as in `Captioner.caption`.
-            torch.OutOfMemoryError: one branch alone is too much.
+            ValueError: as in `Prompt`, or the prompt contains the token that marks the frames' positions.
+            torch.OutOfMemoryError: one branch alone does not fit.
         """
-        for prompt, _ in branches:
-            check_settings(prompt, template, history, frame_numbers)
-        settings = {"template": template, "history": tuple(map(tuple, history)), "frame_numbers": frame_numbers}
-        branches, size = list(branches), BRANCHES_TOGETHER
-        while branches:
-            if branches[0][1].num_beams > 1:
-                prompt, decoding = branches.pop(0)
-                yield self.captioner.caption(self.clip, prompt, **settings, decoding=decoding)
-                continue
-            count = next((n for n, (_, decoding) in enumerate(branches) if decoding.num_beams > 1), len(branches))
-            pack = branches[: min(size, count)]
-            try:
-                captions = self._caption_pack(pack, settings)
-            except (RuntimeError, MemoryError) as error:
-                if len(pack) == 1 or not loading.is_out_of_memory(error):
-                    raise
-                size = len(pack) // 2
-                error.__traceback__ = None  # it holds the frames whose tensors are to be freed
-                gc.collect()
-                torch.cuda.empty_cache()
-                continue
-            yield from captions
-            branches = branches[len(pack) :]
+        max_together = BRANCHES_TOGETHER
+        pairs = [(Prompt.of(prompt), decoding) for prompt, decoding in branches]
+        kinds = ((decoding.num_beams > 1, prompt.numbers(self.clip)) for prompt, decoding in pairs)
+        for (is_beam_search, _), group in groupby(zip(kinds, pairs, strict=True), key=itemgetter(0)):
+            remaining = [branch for _, branch in group]
+            while remaining:
+                pack = remaining[:1] if is_beam_search else remaining[:max_together]
+                try:
+                    captions = [self.captioner.caption(self.clip, *pack[0])] if is_beam_search else self._caption(pack)
+                except (RuntimeError, MemoryError) as error:
+                    if len(pack) == 1 or not loading.is_out_of_memory(error):
+                        raise
+                    max_together = len(pack) // 2
+                    error.__traceback__ = None  # it holds the frames whose tensors are to be freed
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    continue
+                yield from captions
+                remaining = remaining[len(pack) :]
 
     @torch.inference_mode()
-    def _caption_pack(self, branches, settings) -> list[Caption]:
+    def _caption(self, branches: Sequence[tuple[Prompt, Decoding]]) -> list[Caption]:
+        """One pack of branches whose frames carry the same numbers."""
         started = time.perf_counter()
         model, processor = self.captioner.model, self.captioner.processor
-        video_ids = processor.video_ids(self.clip, settings["template"], settings["frame_numbers"])
+        decodings = [decoding for _, decoding in branches]
+        video_ids = processor.video_ids(self.clip, branches[0][0])
         prompts = list(dict.fromkeys(prompt for prompt, _ in branches))
-        texts = [processor.text_ids(prompt, settings["template"], settings["history"]) for prompt in prompts]
-        of_branch = [prompts.index(prompt) for prompt, _ in branches]
+        prompt_of_branch = [prompts.index(prompt) for prompt, _ in branches]
         cache = self._video_cache(video_ids)
         try:
             row = SharedRow(model, cache, video_ids)
-            hidden = torch.stack([text[-1] for text in row.read_texts(texts)])
-            asked = time.perf_counter()
+            hidden = torch.stack([states[-1] for states in row.read_texts([*map(processor.text_ids, prompts)])])
+            prefilled = time.perf_counter()
             new_ids, logprobs = _choose_all(
-                model, row, hidden[of_branch], of_branch, [d for _, d in branches], draw_key(self.clip)
+                model, row, hidden[prompt_of_branch], prompt_of_branch, decodings, draw_key(self.clip)
             )
         finally:
             crop(cache, len(video_ids))
-        # The video counts for all alike, words for who said them.
-        before = (asked - started) / len(branches)
-        a_word = (time.perf_counter() - asked) / sum(map(len, new_ids))
+        # Prefill time is split evenly; decoding time in proportion to tokens.
+        prefill_seconds = (prefilled - started) / len(branches)
+        token_seconds = (time.perf_counter() - prefilled) / sum(map(len, new_ids))
         return [
-            make_caption(
-                model,
-                processor,
-                *said,
-                seconds=before + a_word * len(said[0]),
-                asked={"prompt": prompt, "decoding": decoding} | settings,
-            )
-            for (prompt, decoding), *said in zip(branches, new_ids, logprobs, strict=True)
+            make_caption(ids, row_logprobs, *branch, prefill_seconds + token_seconds * len(ids), model, processor)
+            for branch, ids, row_logprobs in zip(branches, new_ids, logprobs, strict=True)
         ]
 
     @property

@@ -11,17 +11,13 @@ from capkit.cogvlm2.modeling import (
     rotary_position_ids,
 )
 from capkit.cogvlm2.processing import (
-    DEFAULT_PROMPT,
-    FRAME_NUMBERS,
-    TEMPLATES,
     CogVLM2VideoProcessor,
-    check_settings,
     one_prompt_each,
     pixels_to_frames,
     preprocess_frames,
-    prompt_text,
     resized_and_cut,
 )
+from capkit.cogvlm2.prompt import DEFAULT_PROMPT, FRAME_NUMBERS, TEMPLATES, Prompt, PromptLike
 
 __all__ = [
     "DEFAULT_PROMPT",
@@ -33,14 +29,14 @@ __all__ = [
     "CogVLM2VideoModel",
     "CogVLM2VideoProcessor",
     "CogVLM2VisionConfig",
-    "check_settings",
+    "Prompt",
+    "PromptLike",
     "image_mask",
     "is_out_of_memory",
     "one_prompt_each",
     "pixels_to_frames",
     "place_features",
     "preprocess_frames",
-    "prompt_text",
     "resized_and_cut",
     "rotary_position_ids",
     "use_onednn",

@@ -12,15 +12,8 @@ from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from capkit.cogvlm2 import loading
+from capkit.cogvlm2.prompt import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.video import Clip
-
-# Of CogVideo's tools/caption, which wrote its training captions.
-DEFAULT_PROMPT = "Please describe this video in detail."
-
-# The original's `template_version`: what stands between question and answer, and whether frames are numbered.
-_ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
-TEMPLATES = ("chat", "vqa", "base")
-FRAME_NUMBERS = ("index", "seconds")
 
 # CLIP's, as in the original's preprocessing.
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -114,8 +107,8 @@ class CogVLM2VideoProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        videos: Clip | np.ndarray | torch.Tensor | Sequence,
-        text: str | Sequence[str] = DEFAULT_PROMPT,
+        videos: Clip | np.ndarray | torch.Tensor | Sequence[Clip | np.ndarray | torch.Tensor],
+        text: PromptLike | Sequence[PromptLike] = DEFAULT_PROMPT,
         template: str = "chat",
         history: Sequence[tuple[str, str]] = (),
         frame_numbers: str = "index",
@@ -125,29 +118,26 @@ class CogVLM2VideoProcessor(ProcessorMixin):
 
         Args:
             videos: one clip or a list: `Clip`, or uint8 RGB frames (T, H, W, 3). T may differ between clips.
-            text: one prompt for all, or one for each clip.
-            template: "chat" (`Question: ... Answer:`, frames numbered), "vqa" (`Question: ... Short answer:`) or "base"
-                (the prompt as it is). The original's caption tool uses "chat".
-            history: earlier (question, answer) turns, in front of the question; under "chat" and "vqa".
-            frame_numbers: the number a frame carries under "chat": its "index", as in the original, or its time since
-                the clip's start in whole "seconds". They are the same where there is one frame a second.
-            return_mm_token_type_ids: also say which positions are the frames'. The model does not need to be told.
+            text: one prompt for all, or one for each clip: texts, or `Prompt`s.
+            template, history, frame_numbers: the other fields of `Prompt`, for prompts given as texts.
+            return_mm_token_type_ids: also return which positions are the frames'. The model does not need it.
 
         Returns:
             `input_ids` and `attention_mask`, int64 (B, N); `pixel_values_videos`, float32 (sum of T, 3, S, S); and
-            `mm_token_type_ids`, int64 (B, N), 1 at image positions, if asked for.
+            with `return_mm_token_type_ids` also `mm_token_type_ids`, int64 (B, N), 1 at image positions.
 
         Raises:
-            ValueError: unknown template or frame numbers, an empty prompt, settings without effect, bad frames.
+            ValueError: as in `Prompt`, or bad frames.
         """
         videos = [videos] if isinstance(videos, (Clip, np.ndarray, torch.Tensor)) else videos
         clips = [video if isinstance(video, Clip) else Clip.from_frames(video) for video in videos]
         if not clips:
             raise ValueError("videos: there is no clip among them")
-        rows = [
-            self.prompt_ids(clip, prompt, template, history, frame_numbers)
-            for clip, prompt in zip(clips, one_prompt_each(text, len(clips)), strict=True)
+        prompts = [
+            Prompt(prompt, template, history, frame_numbers) if isinstance(prompt, str) else Prompt.of(prompt)
+            for prompt in one_prompt_each(text, len(clips))
         ]
+        rows = [self.prompt_ids(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)]
         pixels = torch.cat([preprocess_frames(clip.frames, self.image_size) for clip in clips])
         inputs = BatchFeature(self.pad(rows) | {"pixel_values_videos": pixels})
         if return_mm_token_type_ids:
@@ -155,44 +145,41 @@ class CogVLM2VideoProcessor(ProcessorMixin):
             inputs["mm_token_type_ids"] = (image & (inputs["attention_mask"] == 1)).long()
         return inputs
 
-    def prompt_ids(
-        self,
-        clip: Clip,
-        prompt: str,
-        template: str = "chat",
-        history: Sequence[tuple[str, str]] = (),
-        frame_numbers: str = "index",
-    ) -> list[int]:
+    def prompt_ids(self, clip: Clip, prompt: Prompt) -> list[int]:
         """Token ids of one clip and prompt, not padded: bos, the frames' positions and numbers, the text.
 
         Raises:
-            ValueError: as in `__call__`.
+            ValueError: as in `text_ids`.
         """
-        check_settings(prompt, template, history, frame_numbers)
-        return self.video_ids(clip, template, frame_numbers) + self.text_ids(prompt, template, history)
+        return self.video_ids(clip, prompt) + self.text_ids(prompt)
 
-    def video_ids(self, clip: Clip, template: str = "chat", frame_numbers: str = "index") -> list[int]:
-        """The part of `prompt_ids` that all prompts share: bos, the frames' positions and numbers."""
+    def video_ids(self, clip: Clip, prompt: Prompt) -> list[int]:
+        """The first part of `prompt_ids`: bos, the frames' positions and numbers. The prompt's text is not in it."""
         ids = [self.tokenizer.bos_token_id]
-        for index, seconds in enumerate(clip.timestamps_seconds - clip.start_seconds):
+        for number in prompt.numbers(clip):
             ids += [self.tokenizer.pad_token_id] * self.tokens_per_frame
-            if template == "chat":
-                ids += self._encode(str(index if frame_numbers == "index" else round(float(seconds))))
+            ids += [] if number is None else self._encode(str(number))
         return ids
 
-    def text_ids(self, prompt: str, template: str = "chat", history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    def text_ids(self, prompt: Prompt) -> list[int]:
         """The rest of `prompt_ids`: the text after the frames.
 
         Raises:
             ValueError: the text contains the token that marks the frames' positions.
         """
-        ids = self._encode(prompt_text(prompt, template, history))
+        ids = self._encode(prompt.full_text)
         if self.tokenizer.pad_token_id in ids:
             raise ValueError(f"the prompt contains {self.tokenizer.pad_token}, which marks the frames' positions")
         return ids
 
     def continuation_ids(self, text: str) -> list[int]:
-        """Token ids of a text as the model would write it after a prompt: with the space that follows `Answer:`."""
+        """Token ids of a text as the model would write it after a prompt: with the space that follows `Answer:`.
+
+        Raises:
+            ValueError: the text is empty.
+        """
+        if not text.strip():
+            raise ValueError("there is no text to score")
         return self._encode(text if text[:1].isspace() else " " + text)
 
     def _encode(self, text: str) -> list[int]:
@@ -203,49 +190,15 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         return dict(self.tokenizer.pad({"input_ids": list(rows)}, padding_side="left", return_tensors="pt"))
 
 
-def one_prompt_each(prompts: str | Sequence[str], num_clips: int) -> list[str]:
+def one_prompt_each(prompts: PromptLike | Sequence[PromptLike], num_clips: int) -> list[PromptLike]:
     """One prompt for each clip, from one for all or from a list.
 
     Raises:
         ValueError: neither, or not as many as there are clips.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Prompt, dict)):
         return [prompts] * num_clips
     if not isinstance(prompts, Sequence) or len(prompts) != num_clips:
-        told = f"{len(prompts)} prompts" if isinstance(prompts, Sequence) else repr(prompts)
-        raise ValueError(f"{told} for {num_clips} clips: give one prompt, or one for each clip")
+        count = f"{len(prompts)} prompts" if isinstance(prompts, Sequence) else repr(prompts)
+        raise ValueError(f"{count} for {num_clips} clips: give one prompt, or one for each clip")
     return list(prompts)
-
-
-def check_settings(
-    prompt: str, template: str = "chat", history: Sequence[tuple[str, str]] = (), frame_numbers: str = "index"
-) -> None:
-    """Refuse what no clip could be asked.
-
-    Raises:
-        ValueError: unknown template or frame numbers, an empty prompt, history that is not pairs of texts, or settings
-            that have no effect beside the others.
-    """
-    for name, value, allowed in (
-        ("template", template, TEMPLATES),
-        ("frame_numbers", frame_numbers, FRAME_NUMBERS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"prompt={prompt!r}: must be a text that is not empty")
-    for turn in history:
-        if isinstance(turn, str) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
-            raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
-    if history and template == "base":
-        raise ValueError('history: no effect under template "base", which takes the prompt as it is')
-    if frame_numbers == "seconds" and template != "chat":
-        raise ValueError(f'frame_numbers="seconds": no effect under template "{template}", which numbers no frames')
-
-
-def prompt_text(prompt: str, template: str = "chat", history: Sequence[tuple[str, str]] = ()) -> str:
-    """The text after the frames, as the original's `build_conversation_input_ids` writes it."""
-    if template == "base":
-        return prompt
-    turns = "".join(f"Question: {question} {_ANSWER[template]} {answer}\n" for question, answer in history)
-    return f"{turns}Question: {prompt} {_ANSWER[template]}"

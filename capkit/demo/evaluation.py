@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from capkit.captioning import Decoding
+from capkit.cogvlm2 import Prompt
 from capkit.demo.claims import COLOUR_WORDS, MOTION_WORDS, NUMBER_WORDS, SHAPE_WORDS, claims
 from capkit.demo.facts import Facts, see
 from capkit.demo.planning import make_scene
@@ -301,7 +302,7 @@ def _held_out(num_scenes, seed, frame_sampling, folder, change=lambda scene: sce
 
 
 def _captions(captioner, clips, prompts, template, decoding):
-    return captioner.caption_batch(clips, prompts, template, decoding=decoding, batch_size=BATCH_SIZE)
+    return captioner.caption_batch(clips, [Prompt(text, template) for text in prompts], decoding, BATCH_SIZE)
 
 
 def _answered(captioner, asked, measure, judge, decoding):

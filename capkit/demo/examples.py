@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
-from capkit.cogvlm2 import CogVLM2VideoProcessor, pixels_to_frames, preprocess_frames, prompt_text
+from capkit.cogvlm2 import CogVLM2VideoProcessor, Prompt, pixels_to_frames, preprocess_frames
 from capkit.demo.facts import Facts, see
 from capkit.demo.planning import make_scene
 from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, pick
@@ -199,7 +199,11 @@ def tokens_that_matter(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 
 def _whole_text(example: Example) -> str:
-    return f"{prompt_text(example.prompt, example.template, example.history)} {example.answer}"
+    return f"{_prompt(example).full_text} {example.answer}"
+
+
+def _prompt(example: Example) -> Prompt:
+    return Prompt(example.prompt, example.template, example.history)
 
 
 class Frames(torch.utils.data.Dataset):
@@ -307,9 +311,7 @@ class Examples(torch.utils.data.Dataset):
     def _ids_and_labels(self, clip: Clip, example: Example) -> tuple[list[int], list[int]]:
         """Every answer is to be learnt, those of the history too, but neither questions nor frames."""
         tokenizer = self.processor.tokenizer
-        asked = (example.prompt, example.template, example.history)
-        num_prompt_text_tokens = len(tokenizer.encode(prompt_text(*asked), add_special_tokens=False))
-        frames = self.processor.prompt_ids(clip, *asked)[:-num_prompt_text_tokens]
+        frames = self.processor.video_ids(clip, _prompt(example))
         text = _whole_text(example)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans, start = [], 0

@@ -15,13 +15,13 @@ import yaml
 from PIL import Image
 
 from capkit.captioning import Caption, Captioner, Decoding
-from capkit.cogvlm2 import pixels_to_frames, preprocess_frames
+from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.playground.blind import settings_name
 from capkit.playground.controls import WIDE, asking_controls, decoding_controls, frame_controls
 from capkit.runs import CaptionStore, new_record, request_settings
 from capkit.sweep import PROMPT_PRESETS
-from capkit.video import FrameSampling, VideoError, load_clip
-from capkit.views import MUTED, RED, mark_differences, numbers_warning, picture, prompt_numbers, record_text, to_webp
+from capkit.video import Clip, FrameSampling, VideoError, load_clip
+from capkit.views import MUTED, RED, mark_differences, numbers_warning, picture, record_text, to_webp
 
 _GRID = {"grid_template_columns": "repeat(auto-fill, minmax(min(100%, 290px), 1fr))", "grid_gap": "2px 12px"}
 _CARDS = _GRID | {"grid_template_columns": _GRID["grid_template_columns"].replace("fill", "fit")}
@@ -160,7 +160,15 @@ class Playground(widgets.VBox):
         rate = self.frames_per_second.value if self.strategy.value == "fps" else None
         return FrameSampling(self.strategy.value, self.num_frames.value, rate)
 
-    def _frame_numbers(self):
+    def chosen_prompt(self) -> Prompt:
+        """The prompt that the controls stand for.
+
+        Raises:
+            ValueError: the prompt is empty.
+        """
+        return Prompt(self.prompt.value, self.template.value, frame_numbers=self._frame_numbers())
+
+    def _frame_numbers(self) -> str:
         return self.frame_numbers.value if self.template.value == "chat" else "index"
 
     def _explain(self):
@@ -207,7 +215,7 @@ class Playground(widgets.VBox):
             return
         place = min(self.frame.value, len(self._seen) - 1)
         time = self.clip.timestamps_seconds[place]
-        numbers = prompt_numbers(self.clip, self._frame_numbers(), self.template.value)
+        numbers = Prompt(template=self.template.value, frame_numbers=self._frame_numbers()).numbers(self.clip)
         told = f"frame {place + 1} of {len(self._seen)}, as the model sees it; at {time:.2f} s"
         webp = to_webp(Image.fromarray(self._seen[place]), 90)
         self.picture.value = picture(webp, told, "width:300px;max-width:100%;display:block")
@@ -243,19 +251,16 @@ class Playground(widgets.VBox):
         if self.clip is None:
             self._tell("there is no clip to caption: choose one above")
             return
-        prompt, template = self.prompt.value, self.template.value
         try:
-            asked = (prompt, template, (), self._frame_numbers(), self.decoding())
-            self._stream = None
-            if asked[-1].num_beams == 1:
-                self._stream = self.captioner.stream(self.clip, *asked)
+            prompt, decoding = self.chosen_prompt(), self.decoding()
+            self._stream = self.captioner.stream(self.clip, prompt, decoding) if decoding.num_beams == 1 else None
         except ValueError as error:
             self._tell(str(error))
             return
         self._tell("")
         self.words.value = "<i>reading the frames ...</i>"
         self.caption_button.disabled, self.stop_button.disabled = True, self._stream is None
-        self._thread = threading.Thread(target=self._follow, args=(self.clip, asked), daemon=True)
+        self._thread = threading.Thread(target=self._follow, args=(self.clip, prompt, decoding), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -268,7 +273,7 @@ class Playground(widgets.VBox):
         if self._thread is not None:
             self._thread.join()
 
-    def _follow(self, clip, asked):
+    def _follow(self, clip: Clip, prompt: Prompt, decoding: Decoding) -> None:
         try:
             text, told = "", 0.0
             for piece in self._stream or ():
@@ -278,8 +283,8 @@ class Playground(widgets.VBox):
                         f'<div dir="auto" style="white-space:pre-wrap;{_TEXT}">{escape(text.lstrip())} ▏</div>'
                     )
                     told = time.monotonic()
-            caption = self._stream.caption if self._stream else self.captioner.caption(clip, *asked)
-            self._keep(clip, asked, caption)
+            caption = self._stream.caption if self._stream else self.captioner.caption(clip, prompt, decoding)
+            self._keep(clip, caption)
             self.words.value = ""
         except Exception as error:  # told in the panel, whatever it is
             self._tell(f"{type(error).__name__}: {error}")
@@ -287,17 +292,17 @@ class Playground(widgets.VBox):
         finally:
             self.caption_button.disabled, self.stop_button.disabled = False, True
 
-    def _keep(self, clip, asked, caption):
+    def _keep(self, clip: Clip, caption: Caption) -> None:
         video = clip.info.path or "frames in memory"
         how = (clip.frame_sampling or "chat", clip.start_seconds, clip.end_seconds)
-        settings = request_settings(self.captioner, video, *asked, *how)
+        settings = request_settings(self.captioner, video, caption.prompt, caption.decoding, *how)
         record = new_record(settings, caption, clip)
         if self.store is not None:
             self.store.save_strip(settings, clip, self.captioner.processor.image_size)
             self.store.append(record)
         self.results.insert(0, (record, caption))
-        if asked[0] not in self.asked_before.options:
-            self.asked_before.options = ["", asked[0], *self.asked_before.options[1:]]
+        if caption.prompt.text not in self.asked_before.options:
+            self.asked_before.options = ["", caption.prompt.text, *self.asked_before.options[1:]]
             self._name_prompt(self.prompt.value)
         self._show_results()
 

@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from capkit.captioning import GREEDY, Captioner, Decoding
-from capkit.cogvlm2 import DEFAULT_PROMPT, check_settings, is_out_of_memory
+from capkit.captioning import GREEDY, Captioner, Decoding, DecodingLike
+from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine, memory_budget, read_ahead
 from capkit.runs.progress import Progress
@@ -22,12 +22,9 @@ def caption_clips(
     captioner: Captioner,
     items: Iterable[Item],
     store: CaptionStore,
-    prompt: str = DEFAULT_PROMPT,
-    template: str = "chat",
-    history: Sequence[tuple[str, str]] = (),
-    frame_numbers: str = "index",
-    decoding: Decoding = GREEDY,
-    frame_sampling: FrameSampling | str = "chat",
+    prompt: PromptLike = DEFAULT_PROMPT,
+    decoding: DecodingLike = GREEDY,
+    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
     batch_size: int = 1,
     retry_errors: bool = False,
     timeout_seconds: float | None = 60.0,
@@ -39,9 +36,9 @@ def caption_clips(
 
     Args:
         captioner: from `load_captioner`.
-        items: from `find_clips`; a prompt of an item's own goes before `prompt`.
+        items: from `find_clips`; the text of an item's own prompt replaces that of `prompt`.
         store: where records and picture strips go, and where what is done is known from.
-        prompt, template, history, frame_numbers, decoding: as in `Captioner.caption`.
+        prompt, decoding: as in `Captioner.caption`.
         frame_sampling: as in `load_clip`.
         batch_size: clips that go through the model together.
         retry_errors: try again what failed before.
@@ -54,7 +51,7 @@ def caption_clips(
         ValueError: settings that no clip could be captioned with.
         OSError: the store cannot be written, on a full disk perhaps; what it holds is whole.
     """
-    planned = plan_clips(captioner, items, prompt, template, history, frame_numbers, decoding, frame_sampling)
+    planned = plan_clips(captioner, items, prompt, decoding, frame_sampling)
     caption_planned(captioner, planned, store, batch_size, retry_errors, timeout_seconds)
     current = {record["request"]: record for record in store.current()}
     return [current[settings["request"]] for settings in planned]
@@ -63,24 +60,20 @@ def caption_clips(
 def plan_clips(
     captioner: Captioner,
     items: Iterable[Item],
-    prompt: str = DEFAULT_PROMPT,
-    template: str = "chat",
-    history: Sequence[tuple[str, str]] = (),
-    frame_numbers: str = "index",
-    decoding: Decoding = GREEDY,
-    frame_sampling: FrameSampling | str = "chat",
+    prompt: PromptLike = DEFAULT_PROMPT,
+    decoding: DecodingLike = GREEDY,
+    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
 ) -> list[dict[str, Any]]:
     """What is asked of each item, as `request_settings` has it. Arguments and errors as in `caption_clips`.
 
     Args:
         captioner: or anything else with the attributes that `request_settings` reads.
     """
-    check_settings(prompt, template, history, frame_numbers)
-    shared = (template, history, frame_numbers, decoding, FrameSampling.of(frame_sampling))
+    prompt, decoding, frame_sampling = Prompt.of(prompt), Decoding.of(decoding), FrameSampling.of(frame_sampling)
     planned = []
     for item in items:
-        own = item.prompt if item.prompt is not None else prompt
-        planned.append(request_settings(captioner, item.video, own, *shared, item.start, item.end))
+        shared = (prompt, decoding, frame_sampling, item.start, item.end)
+        planned.append(request_settings(captioner, item.video, *shared, own_text=item.prompt))
         if item.reference is not None:
             planned[-1]["reference"] = item.reference
     return planned
@@ -101,7 +94,7 @@ def caption_planned(
     num_readers: int = 2,
     memory_bytes: int | None = None,
 ) -> None:
-    """Do what is missing of a plan; all of it has the same decoding, template, history and frame numbers.
+    """Caption the planned clips that are not yet in the store; all must share one decoding.
 
     Args:
         planned: from `plan_clips`.
@@ -186,11 +179,8 @@ def _caption_batch(captioner, readable) -> Iterator:
     if not readable:
         return iter([])
     try:
-        settings = readable[0][0]
-        shared = [settings[name] for name in ("template", "history", "frame_numbers")]
-        prompts = [settings["prompt"] for settings, _ in readable]
-        decoding = Decoding.of(settings["decoding"])
-        return iter(captioner.caption_batch([clip for _, clip in readable], prompts, *shared, decoding))
+        prompts = [Prompt.from_record(settings) for settings, _ in readable]
+        return iter(captioner.caption_batch([clip for _, clip in readable], prompts, readable[0][0]["decoding"]))
     except (ValueError, RuntimeError, MemoryError) as error:
         if not isinstance(error, ValueError) and not is_out_of_memory(error):
             raise

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from capkit.cogvlm2 import check_settings
+from capkit.cogvlm2 import Prompt
 from capkit.files import append_line, now, read_lines
 from capkit.video import Clip, ClipReader, ReaderHung, ReaderLost, VideoError, load_clip
 
@@ -108,7 +108,7 @@ def read_clip(
     again = True  # what a process died of once may have come from outside: somebody who kills, memory that others take
     while True:
         try:
-            check_settings(settings["prompt"])
+            Prompt.from_record(settings)  # a clip may have an unusable prompt of its own
             if quarantine is not None:
                 quarantine.check(video)
             return load_clip(video, settings["frame_sampling"], *window, timeout_seconds, reader)

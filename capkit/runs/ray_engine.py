@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from capkit.captioning import DEMO_CHECKPOINT, load_captioner
-from capkit.cogvlm2 import loading
+from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
+from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, loading
 from capkit.runs.caption import caption_batch_into, missing, plan_clips, prepare_clip
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine, memory_budget, read_clip
 from capkit.runs.progress import Progress
 from capkit.runs.shards import Shard, hold_shard, shard_stores, write_plan
 from capkit.runs.store import CaptionStore
-from capkit.video import Clip, ClipReader
+from capkit.video import Clip, ClipReader, FrameSampling
 
 SHARD = Shard()  # for Ray a folder is one shard, in several stores
 
@@ -48,7 +48,9 @@ def caption_on_ray(
     cpus_per_captioner: float = 1.0,
     gpus_per_captioner: float | None = None,
     cpus_per_reader: float = 1.0,
-    **asked: Any,
+    prompt: PromptLike = DEFAULT_PROMPT,
+    decoding: DecodingLike = GREEDY,
+    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
 ) -> list[dict[str, Any]]:
     """Caption items on the Ray cluster at hand, or on this machine where `ray.init` was told of none.
 
@@ -66,7 +68,7 @@ def caption_on_ray(
         num_captioners: how many models are loaded; a GPU each.
         cpus_per_captioner, gpus_per_captioner: what Ray sets aside for one; None: a GPU where the cluster has any.
         cpus_per_reader: what Ray sets aside for a process that reads clips.
-        asked: prompt, template, history, frame_numbers, decoding, frame_sampling, as in `caption_clips`.
+        prompt, decoding, frame_sampling: as in `caption_clips`.
 
     Returns:
         The current record of every item, in order.
@@ -94,8 +96,8 @@ def caption_on_ray(
     settings = (model, device, dtype, quantization, revision)
     with hold_shard(folder, SHARD) as heartbeat:
         who = ray.get(ray.remote(**resources)(_describe).remote(*settings))
-        planned = plan_clips(SimpleNamespace(**who), items, **asked)
-        write_plan(folder, SHARD, items, planned, asked)
+        planned = plan_clips(SimpleNamespace(**who), items, prompt, decoding, frame_sampling)
+        write_plan(folder, SHARD, items, planned, Prompt.of(prompt))
         todo = missing(
             planned, [CaptionStore(path) for path in shard_stores(folder)], retry_errors or retry_quarantined
         )

@@ -25,15 +25,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from capkit.captioning import Captioner
+from capkit.captioning import GREEDY, Captioner, DecodingLike
+from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.files import now, write_whole, writing_whole
-from capkit.runs.caption import caption_clips, caption_planned, plan_clips
-from capkit.runs.clips import COLUMNS, DEMO_CLIPS, VIDEO_SUFFIXES, Item, find_clips
+from capkit.runs.caption import caption_planned, plan_clips
+from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore
+from capkit.video import FrameSampling
 
-__all__ = ["COLUMNS", "DEMO_CLIPS", "VIDEO_SUFFIXES", "Item", "Shard", "ShardBusy", "caption_clips", "caption_shard"]
-__all__ += ["find_clips", "merge"]
 MERGED = "captions.jsonl"
 SETTINGS_OF_RUN = ("model_fingerprint", "dtype", "quantization", "template", "frame_numbers", "history", "decoding")
 SETTINGS_OF_RUN += ("frame_sampling",)
@@ -108,7 +108,9 @@ def caption_shard(
     num_readers: int = 2,
     memory_bytes: int | None = None,
     cut: Callable[[list[Item]], list[Item]] = list,
-    **asked: Any,
+    prompt: PromptLike = DEFAULT_PROMPT,
+    decoding: DecodingLike = GREEDY,
+    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
 ) -> list[dict[str, Any]]:
     """Caption one shard of the items into its own store in a folder that all shards share; do only what is missing.
 
@@ -121,7 +123,7 @@ def caption_shard(
         retry_quarantined: also these; the shard's quarantine file is renamed to `....old`.
         batch_size, timeout_seconds, num_readers, memory_bytes: as in `caption_planned`.
         cut: from the shard's items to parts of them: see `capkit.runs.windows`.
-        asked: prompt, template, history, frame_numbers, decoding, frame_sampling, as in `caption_clips`.
+        prompt, decoding, frame_sampling: as in `caption_clips`.
 
     Returns:
         The current record of each of the shard's items, or of their parts, in order.
@@ -140,8 +142,8 @@ def caption_shard(
         if retry_quarantined and quarantined.exists():
             os.replace(quarantined, f"{quarantined}.old")
         captioner = load()
-        planned = plan_clips(captioner, cut(shard.of(items)), **asked)
-        write_plan(folder, shard, items, planned, asked)
+        planned = plan_clips(captioner, cut(shard.of(items)), prompt, decoding, frame_sampling)
+        write_plan(folder, shard, items, planned, Prompt.of(prompt))
         store = CaptionStore(folder / f"{shard.name}.jsonl", folder / "captions_strips")
         same_run = f"-of-{shard.count:05}.jsonl"  # its other shards have other clips
         others = [CaptionStore(path) for path in shard_stores(folder) if not path.name.endswith(same_run)]
@@ -190,12 +192,12 @@ def hold_shard(folder: Path, shard: Shard) -> Iterator[Path]:
 
 
 def write_plan(
-    folder: Path, shard: Shard, items: Sequence[Item], planned: Sequence[dict[str, Any]], asked: Any
+    folder: Path, shard: Shard, items: Sequence[Item], planned: Sequence[dict[str, Any]], prompt: Prompt
 ) -> None:
-    """Write down what a shard has to do, for `merge`. `asked`: as in `caption_shard`."""
+    """Write down what a shard has to do, for `merge`."""
     digest = hashlib.sha256(json.dumps([astuple(item) for item in items]).encode()).hexdigest()[:20]
     of_run = {"num_shards": shard.count, "num_items": len(items), "items": digest, "written": now()}
-    settings = planned and {name: planned[0][name] for name in SETTINGS_OF_RUN} | {"prompt": asked.get("prompt")}
+    settings = planned and {name: planned[0][name] for name in SETTINGS_OF_RUN} | {"prompt": prompt.text}
     clips = [[settings["request"], settings["video"]] for settings in planned]
     plan = of_run | {"settings": settings, "shard": shard.index, "clips": clips}
     write_whole(folder / f"{shard.name}.plan.json", json.dumps(plan, ensure_ascii=False))

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from capkit import __version__
-from capkit.captioning import Caption, Captioner, Decoding
-from capkit.cogvlm2 import pixels_to_frames, preprocess_frames
+from capkit.captioning import GREEDY, Caption, Captioner, Decoding
+from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
 from capkit.files import append_line, file_sha256, now, read_lines, write_whole
 from capkit.video import Clip, FrameSampling
 
@@ -138,15 +137,13 @@ class CaptionStore:
 def request_settings(
     captioner: Captioner,
     video: str | os.PathLike,
-    prompt: str,
-    template: str = "chat",
-    history: Sequence[tuple[str, str]] = (),
-    frame_numbers: str = "index",
-    decoding: Decoding = Decoding(),  # noqa: B008 - frozen
-    frame_sampling: FrameSampling | str = "chat",
+    prompt: PromptLike,
+    decoding: Decoding = GREEDY,
+    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
     start_seconds: float = 0.0,
     end_seconds: float | None = None,
     sample: int = 0,
+    own_text: str | None = None,
 ) -> dict[str, Any]:
     """What is asked of a video, with `request`, the digest of it all that tells whether it has been answered.
 
@@ -156,6 +153,7 @@ def request_settings(
         captioner: by its weights' fingerprint, dtype and quantization, not by its name.
         video: file name; need not exist.
         sample: number among repeats of the same request.
+        own_text: replaces the text of the prompt; checked only when the clip is read, so that it fails alone.
 
     Returns:
         The first part of a record.
@@ -168,10 +166,8 @@ def request_settings(
         "end_seconds": None if end_seconds is None else float(end_seconds),
     }
     settings = {
-        "template": template,
-        "frame_numbers": frame_numbers,
-        "prompt": prompt,
-        "history": [list(turn) for turn in history],
+        **Prompt.of(prompt).to_record(),
+        **({} if own_text is None else {"prompt": own_text}),
         "decoding": decoding.to_dict(),
         "sample": sample,
         "model_fingerprint": captioner.fingerprint,

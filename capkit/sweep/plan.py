@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from capkit.captioning import Captioner, Decoding, SharedVideo
-from capkit.cogvlm2 import DEFAULT_PROMPT, check_settings
+from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt
 from capkit.video import Clip, FrameSampling, load_clip
 
 PROMPT_PRESETS = {
@@ -47,11 +47,9 @@ MODES = ("grid", "one_at_a_time")
 class Cell:
     """One way of captioning: a value for each axis."""
 
-    prompt: str
+    prompt: Prompt
     decoding: Decoding
     frame_sampling: FrameSampling
-    template: str
-    frame_numbers: str
 
     def sampled(self, sample: int) -> Decoding:
         """The decoding of a repeat: its seed is `sample` higher."""
@@ -68,20 +66,20 @@ class Cell:
         how = [f"{name}={value}" for name, value in decoding.items() if (name, value) != ("seed", 0)]
         how += [f"max_new_tokens={longest}"] if longest != Decoding().max_new_tokens else []
         return {
-            "prompt": self.prompt,
+            "prompt": self.prompt.text,
             "decoding": " ".join(how if self.decoding.samples else ["greedy", *how]),
             "frame_sampling": " ".join([sampling.strategy, *told]),
-            "template": self.template,
-            "frame_numbers": self.frame_numbers,
+            "template": self.prompt.template,
+            "frame_numbers": self.prompt.frame_numbers,
         }
 
     def to_parameters(self) -> dict[str, Any]:
         """Its settings as parameters of `notebooks/01_caption_clips.ipynb`."""
         return {
-            "prompt": self.prompt,
-            "template": self.template,
+            "prompt": self.prompt.text,
+            "template": self.prompt.template,
             "frame_sampling": asdict(self.frame_sampling),
-            "frame_numbers": self.frame_numbers,
+            "frame_numbers": self.prompt.frame_numbers,
             "decoding": self.decoding.to_dict(),
         }
 
@@ -111,15 +109,13 @@ class SweepPlan:
         sources: the clips.
         cells: the first is the baseline.
         num_samples: repeats of each cell whose decoding samples.
-        collapsed: in words, what was asked for and would only repeat another cell.
-        history: earlier turns, the same in all cells.
+        collapsed: in words, which settings would only repeat another cell.
     """
 
     sources: tuple[Source, ...]
     cells: tuple[Cell, ...]
     num_samples: int = 1
     collapsed: tuple[str, ...] = ()
-    history: tuple[tuple[str, str], ...] = ()
 
     @property
     def baseline(self) -> Cell:
@@ -144,9 +140,9 @@ class SweepPlan:
         presets = {prompt: name for name, (prompt, _) in PROMPT_PRESETS.items()}
         prompts = dict.fromkeys(name["prompt"] for name in names)
         short = {text: presets.get(text) or textwrap.shorten(text, 40, placeholder=" ...") for text in prompts}
-        prompt = short[cell.prompt]
+        prompt = short[cell.prompt.text]
         if list(short.values()).count(prompt) > 1:
-            prompt = f"{prompt} ({list(short).index(cell.prompt) + 1})"
+            prompt = f"{prompt} ({list(short).index(cell.prompt.text) + 1})"
         return " · ".join((own | {"prompt": prompt})[axis] for axis in varying)
 
     def to_frame(self) -> pd.DataFrame:
@@ -175,18 +171,17 @@ class SweepPlan:
         window = (source.start_seconds, source.end_seconds)
         clip = source.clip or load_clip(source.video, cell.frame_sampling, *window)
         video = SharedVideo(captioner, clip)
-        settings = (cell.template, self.history, cell.frame_numbers)
-        list(video.caption([(cell.prompt, Decoding(max_new_tokens=1))], *settings))
+        list(video.caption([(cell.prompt, Decoding(max_new_tokens=1))]))
         read = time.perf_counter() - started
-        list(video.caption([(cell.prompt, cell.decoding)], *settings))
+        list(video.caption([(cell.prompt, cell.decoding)]))
         words = time.perf_counter() - started - read
-        groups = {(one.frame_sampling, one.template, one.frame_numbers) for one in self.cells}
+        groups = {(one.frame_sampling, one.prompt.template, one.prompt.frame_numbers) for one in self.cells}
         return len(self.sources) * len(groups) * read + self.num_captions * words
 
 
 def plan_sweep(
     clips: Sequence,
-    prompts: Sequence[str] = (DEFAULT_PROMPT,),
+    prompts: Sequence[str | Prompt | dict[str, Any]] = (DEFAULT_PROMPT,),
     decodings: Sequence[Decoding | dict] = ({},),
     frame_samplings: Sequence[FrameSampling | str | dict] = ("chat",),
     templates: Sequence[str] = ("chat",),
@@ -200,13 +195,13 @@ def plan_sweep(
 
     Args:
         clips: file names, items of `find_clips` (their own prompts are left aside), or `Clip`s.
-        prompts: texts, or names of PROMPT_PRESETS.
+        prompts: texts, names of PROMPT_PRESETS, or `Prompt`s, which keep their own template, history and frame numbers.
         decodings: `Decoding`s, dictionaries of their fields, or of generate()'s arguments with `do_sample`.
         frame_samplings: `FrameSampling`s, names of strategies, or dictionaries with `strategy`, `num_frames`, ...
-        templates, frame_numbers: as in `Captioner.caption`.
+        templates, frame_numbers: fields of `Prompt`, for prompts given as texts.
         num_samples: repeats, with one seed after the other, where a decoding samples.
         mode: "grid" crosses all axes; "one_at_a_time" changes one axis of the baseline, the first value of each.
-        history: earlier turns, the same for all.
+        history: earlier turns, for prompts given as texts.
         max_captions: refuse plans of more; raise it if you mean it.
 
     Raises:
@@ -232,21 +227,22 @@ def plan_sweep(
         )
     cells, collapsed = [], []
     for combination in _combinations(list(values.values()), mode):
-        cell = Cell(*combination)
-        check_settings(cell.prompt, cell.template, history)
-        if cell.frame_numbers == "seconds" and cell.template != "chat":
-            cell = dataclasses.replace(cell, frame_numbers="index")
-            reason = f'frame_numbers="seconds" under template "{cell.template}", which numbers no frames'
+        prompt, decoding, frame_sampling, template, numbers = combination
+        has_no_effect = numbers == "seconds" and template in TEMPLATES and template != "chat"
+        if not isinstance(prompt, Prompt):
+            prompt = Prompt(prompt, template, history, "index" if has_no_effect else numbers)
+        cell = Cell(prompt, decoding, frame_sampling)
+        if has_no_effect:
+            reason = f'frame_numbers="seconds" under template "{template}", which numbers no frames'
         else:
             reason = f"{' · '.join(cell.to_strings().values())}, the same once more"
         if cell not in cells:
-            check_settings(cell.prompt, cell.template, history, cell.frame_numbers)
             cells.append(cell)
         elif reason not in collapsed:
             collapsed.append(reason)
     if num_samples > 1 and any(not cell.decoding.samples for cell in cells):
         collapsed.append("repeats of cells that do not sample: each would be the same caption")
-    plan = SweepPlan(sources, tuple(cells), num_samples, tuple(collapsed), tuple(map(tuple, history)))
+    plan = SweepPlan(sources, tuple(cells), num_samples, tuple(collapsed))
     if len({cell.frame_sampling for cell in cells}) > 1 and any(source.is_in_memory_only for source in sources):
         raise ValueError("frame_samplings: frames in memory are what they are; give a file to choose others of it")
     return plan
@@ -254,7 +250,7 @@ def plan_sweep(
 
 def _values(axis, asked):
     """An axis's values, checked and made into what they mean."""
-    if isinstance(asked, (str, dict, Decoding, FrameSampling)):
+    if isinstance(asked, (str, dict, Prompt, Decoding, FrameSampling)):
         asked = [asked]
     asked = list(asked)
     if not asked:
@@ -263,9 +259,16 @@ def _values(axis, asked):
         if value in asked[:number]:
             raise ValueError(f"{axis}: {value!r} is there twice")
     if axis == "prompts":
-        return [PROMPT_PRESETS[value][0] if value in PROMPT_PRESETS else value for value in asked]
+        return [_prompt_or_text(value) for value in asked]
     make = {"decodings": Decoding.of, "frame_samplings": FrameSampling.of}.get(axis, lambda value: value)
     return [make(value) for value in asked]
+
+
+def _prompt_or_text(value: str | Prompt | dict[str, Any]) -> str | Prompt:
+    """A preset's name becomes its text, a dictionary a `Prompt`."""
+    if isinstance(value, dict):
+        return Prompt.of(value)
+    return PROMPT_PRESETS[value][0] if isinstance(value, str) and value in PROMPT_PRESETS else value
 
 
 def _combinations(values, mode):

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from capkit.captioning import Captioner, SharedVideo
+from capkit.captioning import Caption, Captioner, Decoding, SharedVideo
 from capkit.cogvlm2 import is_out_of_memory
 from capkit.runs import CaptionStore, Progress, new_record, read_ahead, request_settings
-from capkit.sweep.plan import SweepPlan, plan_sweep
+from capkit.sweep.plan import Cell, SweepPlan, plan_sweep
 from capkit.video import Clip
 
 
@@ -149,15 +149,14 @@ def run_sweep(
         raise ValueError(f"{', '.join(axes)}: belong into the plan")
     plan = clips if isinstance(clips, SweepPlan) else plan_sweep(clips, **axes)
     for cell in plan.cells:  # a prompt that this tokenizer cannot take
-        captioner.processor.text_ids(cell.prompt, cell.template, plan.history)
+        captioner.processor.text_ids(cell.prompt)
     store = store if isinstance(store, CaptionStore) or store is None else CaptionStore(store)
     records = {record["request"]: record for record in store.current()} if store else {}
     done = store.done(retry_errors) if store else set()
     order, todo = [], {}
     for clip, cell, sample in plan.requests():
-        asked = (cell.prompt, cell.template, plan.history, cell.frame_numbers, cell.sampled(sample))
-        where = (cell.frame_sampling, clip.start_seconds, clip.end_seconds)
-        settings = request_settings(captioner, clip.video, *asked, *where, sample)
+        frames = (cell.frame_sampling, clip.start_seconds, clip.end_seconds)
+        settings = request_settings(captioner, clip.video, cell.prompt, cell.sampled(sample), *frames, sample)
         order.append(settings["request"])
         if settings["request"] not in done:
             done.add(settings["request"])  # a clip may be named twice
@@ -165,7 +164,7 @@ def run_sweep(
     progress = Progress("captions", sum(map(len, todo.values())), len(order) - sum(map(len, todo.values())))
     for group, clip in _clips(todo, timeout_seconds):
         seen = clip if isinstance(clip, Clip) else None
-        for settings, outcome in _caption_group(captioner, clip, group, plan.history):
+        for settings, outcome in _caption_group(captioner, clip, group):
             records[settings["request"]] = record = new_record(settings, outcome, seen)
             if store and seen:
                 store.save_strip(settings, seen, captioner.processor.image_size)
@@ -191,22 +190,21 @@ def _clips(todo, timeout_seconds):
         yield group, clip
 
 
-def _caption_group(captioner, clip, group, history):
+def _caption_group(
+    captioner: Captioner, clip: Clip | Exception, group: list[tuple[dict[str, Any], Cell, Decoding]]
+) -> Iterator[tuple[dict[str, Any], Caption | Exception]]:
     """(settings, caption or error) of one clip's requests."""
     if isinstance(clip, Exception):
         yield from ((settings, clip) for settings, *_ in group)
         return
-    video, parts = SharedVideo(captioner, clip), {}
-    for settings, cell, decoding in group:
-        parts.setdefault((cell.template, cell.frame_numbers), []).append((settings, cell.prompt, decoding))
-    for (template, frame_numbers), part in parts.items():
-        left = list(part)
-        try:
-            branches = [(prompt, decoding) for _, prompt, decoding in part]
-            for caption in video.caption(branches, template, history, frame_numbers):
-                yield left.pop(0)[0], caption
-        except (ValueError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, ValueError) and not is_out_of_memory(error):
-                raise
-            reason = ValueError(f"{part[0][0]['video']}: {error}")
-            yield from ((settings, reason) for settings, *_ in left)
+    # Cells that share frame numbers stand together, so that the video is prefilled once for each kind of numbers.
+    remaining = sorted(group, key=lambda one: (one[1].prompt.template, one[1].prompt.frame_numbers))
+    branches = [(cell.prompt, decoding) for _, cell, decoding in remaining]
+    try:
+        for caption in SharedVideo(captioner, clip).caption(branches):
+            yield remaining.pop(0)[0], caption
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, ValueError) and not is_out_of_memory(error):
+            raise
+        reason = ValueError(f"{group[0][0]['video']}: {error}")
+        yield from ((settings, reason) for settings, *_ in remaining)

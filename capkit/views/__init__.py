@@ -2,7 +2,7 @@
 
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
-from capkit.views.frames import numbers_warning, prompt_numbers, show_clip
+from capkit.views.frames import numbers_warning, show_clip
 from capkit.views.gallery import gallery
 from capkit.views.html import (
     CARD,
@@ -28,7 +28,6 @@ __all__ = [
     "split_bars",
     "token_histogram",
     "numbers_warning",
-    "prompt_numbers",
     "show_clip",
     "gallery",
     "CARD",

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from capkit.captioning import Caption, Grounding, token_texts
-from capkit.cogvlm2 import pixels_to_frames, preprocess_frames
+from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.runs import STRIP_FRAME_PIXELS
 from capkit.sweep import COGVIDEOX_T5_LIMIT, t5_counter
 from capkit.video import Clip
-from capkit.views.frames import frame_label, numbers_warning, prompt_numbers
+from capkit.views.frames import frame_label, numbers_warning
 from capkit.views.html import BLUE, CARD, HTML, MUTED, ORANGE, RED, SKY, file_name, picture, record_text, to_webp
 
 LEANS_FROM_NATS = 0.5  # a word leans on a frame without which it would be this much less likely: exp(0.5), 1.6 times
@@ -254,10 +254,10 @@ def not_captioned(caption) -> str:
 
 def caption_heading(caption, with_prompt: bool = True) -> str:
     """The video's name and the prompt, where they are known, as HTML."""
-    asked = field_of(caption, "prompt") if with_prompt else None
+    prompt = prompt_of(caption) if with_prompt else None
     name = file_name(caption) if isinstance(caption, dict) else ""
-    told = f'{name} <span dir="auto" style="{MUTED}">{escape(asked or "")}</span>'
-    return f'<div style="margin-bottom:6px">{told}</div>' if name or asked else ""
+    heading = f'{name} <span dir="auto" style="{MUTED}">{escape(prompt.text if prompt else "")}</span>'
+    return f'<div style="margin-bottom:6px">{heading}</div>' if name or prompt else ""
 
 
 def caption_facts(caption) -> str:
@@ -310,7 +310,12 @@ def _frame_names(caption, clip, grounding):
 
 def _numbers(caption, clip):
     """What frames carried in the prompt; of a text, by default."""
-    return prompt_numbers(clip, field_of(caption, "frame_numbers") or "index", field_of(caption, "template") or "chat")
+    return (prompt_of(caption) or Prompt()).numbers(clip)
+
+
+def prompt_of(caption: Caption | dict[str, Any] | str) -> Prompt | None:
+    """The prompt of a `Caption` or a record; None of a text."""
+    return Prompt.from_record(caption) if isinstance(caption, dict) else getattr(caption, "prompt", None)
 
 
 def field_of(caption, name: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from capkit.cogvlm2 import check_settings, resized_and_cut
+from capkit.cogvlm2 import Prompt, resized_and_cut
 from capkit.video import Clip
 from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, picture, to_webp
 
@@ -19,8 +19,10 @@ NEAR_SECONDS = 0.5  # a moment this near to a sampled frame counts as seen: at o
 LISTED_STRETCHES = 4
 _GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax({}px,1fr));gap:10px 8px;margin:8px 0"
 
+DEFAULT = Prompt()
 
-def show_clip(clip: Clip, frame_numbers: str = "index", template: str = "chat", image_size: int = 224) -> HTML:
+
+def show_clip(clip: Clip, prompt: Prompt = DEFAULT, image_size: int = 224) -> HTML:
     """The clip as the model sees it, in a picture for each frame, and on a time line what it never sees.
 
     Each frame is shown whole. The box is what the model is given of it; what is cut away is grey and dark. Below stand
@@ -28,13 +30,10 @@ def show_clip(clip: Clip, frame_numbers: str = "index", template: str = "chat", 
 
     Args:
         clip: from a file or from memory, whole or a window.
-        frame_numbers, template: as in `Captioner.caption`.
+        prompt: its template and frame numbers decide which number each frame carries.
         image_size: side in pixels of the square that the model takes (`captioner.processor.image_size`).
-
-    Raises:
-        ValueError: unknown template or frame numbers, or numbers that have no effect under the template.
     """
-    numbers = prompt_numbers(clip, frame_numbers, template)
+    numbers = prompt.numbers(clip)
     box = crop_box(*clip.frames.shape[1:3], image_size)
     cells = []
     for place, (frame, number) in enumerate(zip(clip.frames, numbers, strict=True)):
@@ -52,7 +51,7 @@ def show_clip(clip: Clip, frame_numbers: str = "index", template: str = "chat", 
             else ""
         )
         + f'<div style="{_GRID.format(narrow)}">{"".join(cells)}</div>{_time_line(clip)}'
-        f'<div style="{MUTED}">{_explained(clip, template, box)}</div></div>'
+        f'<div style="{MUTED}">{_explained(clip, prompt.template, box)}</div></div>'
     )
 
 
@@ -82,20 +81,6 @@ def draw_crop(frame: np.ndarray, box: Sequence[float]) -> Image.Image:
     return shown
 
 
-def prompt_numbers(clip: Clip, frame_numbers: str = "index", template: str = "chat") -> list[int | None]:
-    """The number that each frame carries in the prompt; None under a template that numbers no frames.
-
-    Raises:
-        ValueError: as `show_clip`.
-    """
-    check_settings("any", template, (), frame_numbers)
-    if template != "chat":
-        return [None] * len(clip)
-    if frame_numbers == "index":
-        return list(range(len(clip)))
-    return [round(float(time - clip.start_seconds)) for time in clip.timestamps_seconds]
-
-
 def frame_label(clip: Clip, place: int, number: int | None) -> str:
     """A frame's number and its time in the file, as HTML; "≠" where the number is not the time in whole seconds."""
     time = float(clip.timestamps_seconds[place])
@@ -110,7 +95,7 @@ def numbers_warning(clip: Clip, numbers: Sequence[int | None]) -> str:
     """What to beware of where the numbers that frames carry are not seconds of the clip or window; "" where they are.
 
     Args:
-        numbers: from `prompt_numbers`.
+        numbers: from `Prompt.numbers`.
     """
     seconds = [round(float(time - clip.start_seconds)) for time in clip.timestamps_seconds]
     wrong = [(number, second) for number, second in zip(numbers, seconds, strict=True) if number not in (None, second)]

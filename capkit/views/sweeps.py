@@ -19,8 +19,11 @@ from capkit.views.captions import (
     field_of,
     not_captioned,
     paragraph,
+    prompt_of,
 )
 from capkit.views.html import CARD, HTML, MUTED, mark_all_differences, picture
+
+SETTINGS = ("model", "prompt", "template", "frame_numbers", "frame_sampling", "decoding", "history", "sample")
 
 
 def compare_captions(
@@ -58,7 +61,7 @@ def compare_captions(
     legend = "Underlined: words that the first caption does not have there; in the first, words that no other has."
     grid = "display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:14px;margin:8px 0"
     explained = f'<div style="{MUTED}">{legend}</div>' if len(captions) > 1 else ""
-    shared = len({field_of(caption, "prompt") for caption in captions}) == 1
+    shared = len({prompt_of(caption) for caption in captions}) == 1
     return HTML(
         f'<div style="{CARD}">{caption_heading(captions[0], shared)}{frames}'
         f'<div style="{grid}">{"".join(columns)}</div>{explained}</div>'
@@ -99,10 +102,14 @@ def show_sweep(result: Any, num_clips: int = 2, num_cells: int = 6) -> HTML:
 
 def _differing_settings(captions):
     """What sets captions apart in words, such as their prompts; by number where nothing does."""
-    fields = ("model", "prompt", "template", "frame_numbers", "frame_sampling", "decoding", "history", "sample")
-    told = [[str(field_of(caption, field)) for field in fields] for caption in captions]
-    differing = [column for column in range(len(fields)) if len({row[column] for row in told}) > 1]
-    names = [", ".join(row[column] for column in differing) for row in told]
+    rows = []
+    for caption in captions:
+        prompt = prompt_of(caption)
+        settings = {"model": field_of(caption, "model"), **(prompt.to_record() if prompt else {})}
+        settings |= {name: field_of(caption, name) for name in ("frame_sampling", "decoding", "sample")}
+        rows.append([str(settings.get(name)) for name in SETTINGS])
+    differing = [column for column in range(len(SETTINGS)) if len({row[column] for row in rows}) > 1]
+    names = [", ".join(row[column] for column in differing) for row in rows]
     if len(set(names)) < len(names) or not differing:
         return [f"{number}. {name}".rstrip(". ") for number, name in enumerate(names, 1)]
     return names

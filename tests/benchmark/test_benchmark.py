@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from capkit import Decoding
+from capkit import Decoding, Prompt
 from capkit.benchmark import Benchmark, as_markdown, parts_of_a_caption, profile_table, read_results, to_frame
 from capkit.benchmark.__main__ import main
 from capkit.benchmark.models import (
@@ -105,7 +105,7 @@ def test_a_prompt_has_as_many_positions_as_with_the_published_tokenizer():
     small = SIZES["small"]
     tokenizer = make_tokenizer(32000)
     processor = CogVLM2VideoProcessor(tokenizer, 224, 66)
-    assert abs(len(processor.prompt_ids(make_clip(small, 0, (32, 32)), PROMPTS[0])) - 1622) <= 5
+    assert abs(len(processor.prompt_ids(make_clip(small, 0, (32, 32)), Prompt(PROMPTS[0]))) - 1622) <= 5
     assert len(tokenizer) == 32000 and tokenizer.decode([31990]) == " word31990"
     assert tokenizer.decode(tokenizer.encode("Añy text, 42!")) == "Añy text, 42!"
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from capkit import Clip, Decoding
+from capkit import Clip, Decoding, Prompt
 from capkit.captioning import GREY, SharedVideo, ground
 
 pytestmark = pytest.mark.golden  # caches and masks, on the oldest transformers too
@@ -25,25 +25,26 @@ def with_grey(clip, frames):
 
 @pytest.mark.parametrize("template", ["chat", "vqa", "base"])
 def test_each_way_is_what_scoring_that_video_gives(captioner, clip, template):
-    grounding = ground(captioner, clip, TEXT, "What happens?", template)
-    score = captioner.score(clip, TEXT, "What happens?", template)
+    prompt = Prompt("What happens?", template)
+    grounding = ground(captioner, clip, TEXT, prompt)
+    score = captioner.score(clip, TEXT, prompt)
     assert (grounding.token_ids, grounding.tokens) == (score.token_ids, score.tokens)
     assert grounding.logprobs == pytest.approx(np.array(score.logprobs), abs=2e-4)
-    grey = captioner.score(with_grey(clip, slice(None)), TEXT, "What happens?", template)
+    grey = captioner.score(with_grey(clip, slice(None)), TEXT, prompt)
     assert grounding.support == pytest.approx(np.subtract(score.logprobs, grey.logprobs), abs=4e-4)
     assert grounding.total_support == pytest.approx(score.total_logprob - grey.total_logprob, abs=4e-3)
     assert grounding.leaning.shape == (5, len(score.token_ids))
     for frame in range(5):
-        without = captioner.score(with_grey(clip, frame), TEXT, "What happens?", template)
+        without = captioner.score(with_grey(clip, frame), TEXT, prompt)
         assert grounding.leaning[frame] == pytest.approx(np.subtract(score.logprobs, without.logprobs), abs=4e-4)
 
 
 def test_several_captions_go_together_and_each_is_what_it_is_alone(captioner, clip):
     few = Decoding(max_new_tokens=7)
     generated = [
-        captioner.caption(clip, "Why?", history=[("Who?", "She.")], decoding=few),
-        captioner.caption(clip, "Why?", "vqa", decoding=dataclasses.replace(few, temperature=1.0)),
-        captioner.caption(clip, "When?", frame_numbers="seconds", decoding=few),
+        captioner.caption(clip, Prompt("Why?", history=[("Who?", "She.")]), few),
+        captioner.caption(clip, Prompt("Why?", "vqa"), dataclasses.replace(few, temperature=1.0)),
+        captioner.caption(clip, Prompt("When?", frame_numbers="seconds"), few),
     ]
     captions = [TEXT, *generated, "Short."]
     together = ground(captioner, clip, captions)
@@ -83,7 +84,12 @@ def test_without_leaving_frames_out(captioner, clip):
 
 
 def test_nonsense_is_refused(captioner, clip):
-    for captions, settings in (("", {}), ([TEXT, " "], {}), (TEXT, {"template": "poem"}), (TEXT, {"prompt": ""})):
+    for captions, settings in (
+        ("", {}),
+        ([TEXT, " "], {}),
+        (TEXT, {"prompt": {"template": "poem"}}),
+        (TEXT, {"prompt": ""}),
+    ):
         with pytest.raises(ValueError):
             ground(captioner, clip, captions, **settings)
     assert ground(captioner, clip, []) == []

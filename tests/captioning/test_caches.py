@@ -76,8 +76,8 @@ def test_rows_of_different_length_are_read_as_if_alone(captioner, random_clip):
 @pytest.mark.parametrize("template", ["chat", "vqa", "base"])
 def test_batches_of_any_mix_say_what_each_clip_says_alone(captioner, random_clip, template):
     clips, few = [random_clip(count, count) for count in (1, 5, 2, 3)], Decoding(max_new_tokens=8)
-    together = captioner.caption_batch(clips, "What happens?", template, decoding=few)
-    alone = [captioner.caption(clip, "What happens?", template, decoding=few) for clip in clips]
+    together = captioner.caption_batch(clips, {"text": "What happens?", "template": template}, few)
+    alone = [captioner.caption(clip, {"text": "What happens?", "template": template}, few) for clip in clips]
     assert [caption.token_ids for caption in together] == [caption.token_ids for caption in alone]
 
 

@@ -10,7 +10,7 @@ import torch
 from paths import GOLDEN
 
 import capkit
-from capkit import Decoding
+from capkit import Decoding, Prompt
 from capkit.captioning import Chooser, draw_key
 
 FEW = Decoding(max_new_tokens=16)
@@ -24,7 +24,7 @@ def test_golden_captions(captioner, golden_cases, index):
         max_new_tokens=24, do_sample=False, top_k=1, top_p=0.1, temperature=0.1, pad_token_id=128002
     )
     caption = captioner.caption(
-        capkit.Clip.from_frames(case.frames), case.query, case.template, case.history, decoding=decoding
+        capkit.Clip.from_frames(case.frames), Prompt(case.query, case.template, case.history), decoding
     )
     assert caption.token_ids == case.greedy.flatten().tolist()
     assert caption.text == case.greedy_text
@@ -45,7 +45,7 @@ def test_batches_give_every_clip_its_own_caption(captioner, golden_cases, random
     together = captioner.caption_batch(clips, prompts, decoding=Decoding(max_new_tokens=24), batch_size=batch_size)
     for caption, clip, prompt in zip(together, clips, prompts, strict=True):
         alone = captioner.caption(clip, prompt, decoding=Decoding(max_new_tokens=24))
-        assert (caption.token_ids, caption.text, caption.prompt) == (alone.token_ids, alone.text, prompt)
+        assert (caption.token_ids, caption.text, caption.prompt) == (alone.token_ids, alone.text, Prompt(prompt))
         assert caption.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
     assert together[3].token_ids == case.greedy.flatten().tolist()
 
@@ -126,10 +126,10 @@ class TestPenalties:
         clip = random_clip()
         first = captioner.caption(clip, "Why?", decoding=Decoding(max_new_tokens=1))
         history = [(captioner.processor.decode(first.token_ids * 3), "x")]
-        for asked in ({}, {"history": history}):
-            plain = captioner.caption(clip, "Why?", decoding=Decoding(max_new_tokens=1), **asked)
+        for prompt in (Prompt("Why?"), Prompt("Why?", history=history)):
+            plain = captioner.caption(clip, prompt, Decoding(max_new_tokens=1))
             hard = Decoding(max_new_tokens=1, repetition_penalty=50.0)
-            assert captioner.caption(clip, "Why?", decoding=hard, **asked).token_ids == plain.token_ids
+            assert captioner.caption(clip, prompt, hard).token_ids == plain.token_ids
 
     @pytest.mark.parametrize("num_beams", [1, 3])
     def test_repetition_penalty_makes_repeats_rarer(self, captioner, random_clip, num_beams):
@@ -164,7 +164,7 @@ class TestScore:
     def test_of_a_caption_is_what_generation_reported(self, captioner, golden_cases):
         case = golden_cases[3]
         clip = capkit.Clip.from_frames(case.frames)
-        caption = captioner.caption(clip, case.query, history=case.history, decoding=FEW)
+        caption = captioner.caption(clip, Prompt(case.query, history=case.history), FEW)
         score = captioner.score(clip, caption)
         assert score.token_ids == caption.token_ids
         assert score.logprobs == pytest.approx(caption.logprobs, abs=1e-4)
@@ -181,8 +181,8 @@ class TestScore:
     def test_of_a_text_is_tokenised_as_a_continuation(self, captioner, golden_cases, random_clip):
         score = captioner.score(random_clip(), "A quiet harbour.", "What is it?")
         processor, clip = captioner.processor, random_clip()
-        with_answer = processor.prompt_ids(clip, "Q", history=[("What is it?", "A quiet harbour.")])
-        start = len(processor.prompt_ids(clip, "What is it?"))
+        with_answer = processor.prompt_ids(clip, Prompt("Q", history=[("What is it?", "A quiet harbour.")]))
+        start = len(processor.prompt_ids(clip, Prompt("What is it?")))
         assert with_answer[start : start + len(score.token_ids)] == score.token_ids
         assert "".join(score.tokens) == " A quiet harbour."
         assert score.total_logprob == pytest.approx(score.mean_logprob * len(score.tokens))
@@ -190,7 +190,7 @@ class TestScore:
     def test_is_the_models_probability(self, captioner, random_clip):
         """Against one forward pass a token, without padding, cache or slices."""
         clip, text = random_clip(2), " Blue."
-        score, ids = captioner.score(clip, text, "Colour?"), captioner.processor.prompt_ids(clip, "Colour?")
+        score, ids = captioner.score(clip, text, "Colour?"), captioner.processor.prompt_ids(clip, Prompt("Colour?"))
         pixels = captioner.processor(clip)["pixel_values_videos"]
         for token, logprob in zip(score.token_ids, score.logprobs, strict=True):
             logits = captioner.model(input_ids=torch.tensor([ids]), pixel_values_videos=pixels).logits[0, -1]
@@ -242,7 +242,7 @@ class TestStream:
         with pytest.raises(RuntimeError, match="the GPU fell out"):
             list(stream)
         with pytest.raises(ValueError, match="must be one of"):
-            captioner.stream(random_clip(), template="poem")
+            captioner.stream(random_clip(), {"template": "poem"})
         with pytest.raises(ValueError, match="beam search"):
             captioner.stream(random_clip(), decoding=Decoding(num_beams=2))
 
@@ -296,11 +296,11 @@ class TestMemory:
 def test_bad_arguments(captioner, random_clip):
     clip = random_clip()
     for call, told in (
-        (lambda: captioner.caption(clip, template="story"), "must be one of 'chat', 'vqa', 'base'"),
+        (lambda: captioner.caption(clip, {"template": "story"}), "must be one of 'chat', 'vqa', 'base'"),
         (lambda: captioner.caption(clip, ""), "not empty"),
         (lambda: captioner.caption_batch([clip, clip], ["a"]), "1 prompts for 2 clips"),
         (lambda: captioner.caption_batch([clip], batch_size=0), "batch_size=0"),
-        (lambda: captioner.caption(clip, "a", "base", [("q", "a")]), "no effect"),
+        (lambda: captioner.caption(clip, Prompt("a", "base", [("q", "a")])), "no effect"),
     ):
         with pytest.raises(ValueError) as error:
             call()

@@ -1,7 +1,9 @@
 """Decoding settings: what has an effect, what is refused, what people paste."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 
 from capkit import Decoding
@@ -103,3 +105,9 @@ def test_is_frozen_and_can_be_a_key():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Decoding().temperature = 1.0
     assert len({Decoding(), Decoding(max_new_tokens=2048), Decoding(num_beams=2)}) == 2
+
+
+@pytest.mark.parametrize("temperature", [1, 1.0, np.float32(1), np.float64(1), np.int64(1)])
+def test_equal_numbers_are_one_request(temperature):
+    decoding = Decoding(temperature=temperature, seed=np.int64(3), max_new_tokens=np.int32(32), top_p=np.float32(0.8))
+    assert json.dumps(decoding.to_dict()) == ('{"max_new_tokens": 32, "temperature": 1.0, "top_p": 0.8, "seed": 3}')

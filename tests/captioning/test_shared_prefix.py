@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from capkit import Decoding
+from capkit import Decoding, Prompt
 from capkit.captioning import SharedVideo
 
 pytestmark = pytest.mark.golden  # caches and masks, on the oldest transformers too
@@ -28,22 +28,21 @@ def clip(random_clip):
 
 @pytest.mark.parametrize("template, frame_numbers", [("chat", "index"), ("chat", "seconds"), ("vqa", "index")])
 def test_each_branch_is_what_it_would_be_alone(captioner, clip, template, frame_numbers):
-    together = list(SharedVideo(captioner, clip).caption(BRANCHES, template, frame_numbers=frame_numbers))
-    for (prompt, decoding), caption in zip(BRANCHES, together, strict=True):
-        alone = captioner.caption(clip, prompt, template, frame_numbers=frame_numbers, decoding=decoding)
+    branches = [(Prompt(text, template, frame_numbers=frame_numbers), decoding) for text, decoding in BRANCHES]
+    together = list(SharedVideo(captioner, clip).caption(branches))
+    for (prompt, decoding), caption in zip(branches, together, strict=True):
+        alone = captioner.caption(clip, prompt, decoding)
         assert caption.token_ids == alone.token_ids
         assert caption.logprobs == pytest.approx(alone.logprobs, abs=2e-4)
-        told = ("text", "finish_reason", "prompt", "template", "history", "frame_numbers", "decoding")
+        told = ("text", "finish_reason", "prompt", "decoding")
         assert [getattr(caption, name) for name in told] == [getattr(alone, name) for name in told]
 
 
 def test_history_goes_before_every_prompt(captioner, clip):
     history = [("How many?", "Two."), ("Which colour?", "Red.")]
-    branches = [(prompt, DECODINGS[0]) for prompt in PROMPTS]
-    for (prompt, decoding), caption in zip(
-        branches, SharedVideo(captioner, clip).caption(branches, history=history), strict=True
-    ):
-        assert caption.token_ids == captioner.caption(clip, prompt, history=history, decoding=decoding).token_ids
+    branches = [(Prompt(text, history=history), DECODINGS[0]) for text in PROMPTS]
+    for branch, caption in zip(branches, SharedVideo(captioner, clip).caption(branches), strict=True):
+        assert caption.token_ids == captioner.caption(clip, *branch).token_ids
 
 
 def test_a_branch_does_not_depend_on_those_beside_it(captioner, clip):
@@ -73,11 +72,11 @@ def test_frames_are_encoded_once_and_kept_once(captioner, clip, monkeypatch):
     list(video.caption(greedy))
     held = video.num_cache_bytes
     list(video.caption(greedy * 5))
-    list(video.caption(greedy, "vqa"))
+    list(video.caption([(Prompt(text, "vqa"), decoding) for text, decoding in greedy]))
     list(video.caption(greedy))
     assert counted == [5]
     config = captioner.model.config
-    num_positions = len(captioner.processor.video_ids(clip))
+    num_positions = len(captioner.processor.video_ids(clip, Prompt()))
     a_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # float32
     assert held == video.num_cache_bytes == num_positions * a_position
 
@@ -103,14 +102,14 @@ def test_short_of_memory_fewer_go_together(captioner, clip, monkeypatch):
 
 def test_bad_settings_are_refused_before_any_work(captioner, clip):
     video = SharedVideo(captioner, clip)
-    for branches, settings in (
-        ([("", DECODINGS[0])], {}),
-        ([(PROMPTS[0], DECODINGS[0])], {"template": "story"}),
-        ([(PROMPTS[0], DECODINGS[0])], {"template": "vqa", "frame_numbers": "seconds"}),
-        ([(PROMPTS[0], DECODINGS[0])], {"template": "base", "history": [("a", "b")]}),
+    for prompt in (
+        "",
+        {"template": "story"},
+        {"template": "vqa", "frame_numbers": "seconds"},
+        {"template": "base", "history": [("a", "b")]},
     ):
         with pytest.raises(ValueError):
-            list(video.caption(branches, **settings))
+            list(video.caption([(prompt, DECODINGS[0])]))
     with pytest.raises(ValueError, match="marks the frames"):
         list(video.caption([(f"What is {captioner.processor.tokenizer.pad_token}?", DECODINGS[0])]))
     assert list(video.caption([])) == []

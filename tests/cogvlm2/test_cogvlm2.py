@@ -13,6 +13,7 @@ from paths import GOLDEN
 from safetensors.torch import load_file, save_file
 
 import capkit
+from capkit import Prompt
 from capkit.cogvlm2 import (
     CheckpointError,
     CogVLM2VideoConfig,
@@ -242,14 +243,16 @@ class TestProcessor:
     def test_frame_numbers_in_seconds(self, processor, captioner):
         frames = np.zeros((3, 30, 30, 3), np.uint8)
         clip = capkit.Clip.from_frames(frames, timestamps_seconds=[0.0, 4.6, 11.2])
-        text = processor.decode(processor.prompt_ids(clip, "Q", frame_numbers="seconds"))
+        text = processor.decode(processor.prompt_ids(clip, Prompt("Q", frame_numbers="seconds")))
         for run in (processor.tokenizer.pad_token * 6 + number for number in ("0", "5", "11")):
             assert run in text
 
     def test_frame_numbers_count_from_the_windows_start(self, processor):
         clip = capkit.Clip.from_frames(np.zeros((2, 30, 30, 3), np.uint8), timestamps_seconds=[30.0, 33.0])
         object.__setattr__(clip, "start_seconds", 30.0)
-        numbered = processor.decode(processor.prompt_ids(clip, "Q", frame_numbers="seconds"), skip_special_tokens=True)
+        numbered = processor.decode(
+            processor.prompt_ids(clip, Prompt("Q", frame_numbers="seconds")), skip_special_tokens=True
+        )
         assert numbered.startswith("03Question")
 
     def test_pads_on_the_left(self, processor, random_clip):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from capkit import FrameSampling
+from capkit import FrameSampling, Prompt
 from capkit.demo import evaluation
 from capkit.demo.claims import claims
 from capkit.demo.evaluation import CHECKS, TIMELESS_CHECKS, check, check_answer, check_json
@@ -192,10 +192,10 @@ def test_other_json_is_wrong_not_an_error(all_facts, text):
 class Oracle:
     """Answers truly: it knows the scene from the file's name. Of frames that come from no file it knows nothing."""
 
-    def caption_batch(self, clips, prompts, template="chat", decoding=None, batch_size=None):
-        prompts = [prompts] * len(clips) if isinstance(prompts, str) else prompts
+    def caption_batch(self, clips, prompts, decoding=None, batch_size=None):
+        prompts = [Prompt.of(prompts)] * len(clips) if isinstance(prompts, str) else prompts
         return [
-            SimpleNamespace(text=self.answer(clip, prompt, template), seconds=0.5)
+            SimpleNamespace(text=self.answer(clip, prompt.text, prompt.template), seconds=0.5)
             for clip, prompt in zip(clips, prompts, strict=True)
         ]
 

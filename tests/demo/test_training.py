@@ -59,7 +59,7 @@ def test_every_answer_is_learnt_and_nothing_else(examples):
 def test_ids_are_those_of_the_processor(examples):
     """What training sees is what captioning asks, so that nothing changes between the two."""
     drawn, _, ids, *_ = examples[3]
-    asked = examples.processor.prompt_ids(drawn.clip, capkit.DEFAULT_PROMPT)
+    asked = examples.processor.prompt_ids(drawn.clip, capkit.Prompt())
     assert ids[: 1 + 18] == asked[: 1 + 18]
     tokenizer = examples.processor.tokenizer
     prompt = "Question: Why? Answer:"

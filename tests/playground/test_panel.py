@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import capkit
-from capkit import CaptionStore, Decoding, plan_sweep
+from capkit import CaptionStore, Decoding, Prompt, plan_sweep
 from capkit.playground import Playground
 from capkit.runs.clips import DEMO_CLIPS
 from capkit.sweep import read_axes
@@ -41,7 +41,7 @@ def test_a_result_is_what_captioning_with_its_settings_gives(panel, demo):
     record, made = caption(panel)
     decoding = Decoding(max_new_tokens=20, temperature=0.7, seed=5)
     clip = capkit.load_clip(CLIPS[0], {"strategy": "uniform", "num_frames": 3})
-    alone = demo.caption(clip, "What happens?", "vqa", decoding=decoding)
+    alone = demo.caption(clip, Prompt("What happens?", "vqa"), decoding)
     assert made.token_ids == alone.token_ids and record["text"] == alone.text
     assert panel.store.current() == [record] and panel.store.strip_path(record).exists()
     assert "What happens?" in panel.asked_before.options

@@ -237,7 +237,7 @@ def test_items_of_their_own_prompt_and_window(captioner, eight_clips, tmp_path):
 
 def test_settings_that_fit_no_clip_stop_before_anything_starts(captioner, eight_clips, tmp_path):
     store = CaptionStore(tmp_path / "captions.jsonl")
-    for settings in ({"template": "poem"}, {"prompt": ""}, {"frame_sampling": "all"}, {"batch_size": 0}):
+    for settings in ({"prompt": {"template": "poem"}}, {"prompt": ""}, {"frame_sampling": "all"}, {"batch_size": 0}):
         with pytest.raises(ValueError):
             caption_clips(captioner, find_clips(eight_clips), store, **settings)
     assert not store.path.exists()
@@ -339,7 +339,7 @@ class TestCaptionShard:
         items = find_clips(f"{eight_clips}/good*")
         in_shards(captioner, items, tmp_path, "0/3")
         in_shards(captioner, items[:3], tmp_path, "1/3")
-        in_shards(captioner, items, tmp_path, "2/3", template="vqa", prompt="Why?")
+        in_shards(captioner, items, tmp_path, "2/3", prompt={"text": "Why?", "template": "vqa"})
         told = "\n".join(merge(tmp_path).problems)
         assert "another list of clips" in told and "differ in template, prompt from" in told
         for name in ("shard-00000-of-00003.jsonl", "captions.jsonl"):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import capkit
-from capkit import CaptionStore
+from capkit import CaptionStore, Prompt
 from capkit.runs import new_record, request_settings
 
 
@@ -158,9 +158,10 @@ class TestRequests:
             {},
             {"video": other},
             {"prompt": "Why?"},
-            {"template": "vqa"},
-            {"history": [("q", "a")]},
-            {"frame_numbers": "seconds"},
+            {"prompt": Prompt("What?", "vqa")},
+            {"prompt": Prompt("What?", history=[("q", "a")])},
+            {"prompt": Prompt("What?", frame_numbers="seconds")},
+            {"own_text": "Who?"},
             {"decoding": capkit.Decoding(num_beams=2)},
             {"frame_sampling": "base"},
             {"frame_sampling": capkit.FrameSampling("chat", 12)},

@@ -83,10 +83,10 @@ class TestClip:
     @pytest.mark.parametrize("frame_numbers", ["index", "seconds"])
     def test_numbers_and_times_are_the_models(self, video, captioner, sampling, window, frame_numbers):
         clip = capkit.load_clip(video, sampling, *window, timeout_seconds=None)
-        html = show_clip(clip, frame_numbers).html
+        html = show_clip(clip, capkit.Prompt(frame_numbers=frame_numbers)).html
         shown = re.findall(r"<b>(\d+)</b> ([·≠]) ([\d.]+) s", html)
         processor = captioner.processor
-        ids = processor.video_ids(clip, "chat", frame_numbers)[1:]
+        ids = processor.video_ids(clip, capkit.Prompt(frame_numbers=frame_numbers))[1:]
         pad = processor.tokenizer.pad_token_id
         told = processor.decode([token if token != pad else processor.tokenizer.bos_token_id for token in ids])
         assert [int(number) for number, _, _ in shown] == list(map(int, re.findall(r"\d+", told)))
@@ -104,10 +104,14 @@ class TestClip:
 
     @pytest.mark.parametrize("template", ["vqa", "base"])
     def test_no_numbers_no_warning(self, video, template):
-        html = show_clip(capkit.load_clip(video, "uniform", timeout_seconds=None), template=template).html
+        html = show_clip(
+            capkit.load_clip(video, "uniform", timeout_seconds=None), capkit.Prompt(template=template)
+        ).html
         assert "not seconds" not in html and "≠" not in html and "carry no numbers" in html
         with pytest.raises(ValueError, match="no effect"):
-            show_clip(capkit.load_clip(video, timeout_seconds=None), "seconds", template)
+            show_clip(
+                capkit.load_clip(video, timeout_seconds=None), capkit.Prompt("Q", template, frame_numbers="seconds")
+            )
 
     def test_a_frame_that_comes_again_is_said(self, video):
         clip = capkit.load_clip(video, "base", 0.0, 0.5, timeout_seconds=None)
@@ -208,7 +212,7 @@ class TestCaption:
         end = captioner.model.config.eos_token_id
         end = end[0] if isinstance(end, list) else end
         ids = [*captioner.processor.continuation_ids("A star."), end]
-        asked = dict(prompt="Why?", template="chat", history=(), frame_numbers="index", decoding=capkit.Decoding())
+        asked = dict(prompt=capkit.Prompt("Why?"), decoding=capkit.Decoding())
         caption = capkit.Caption(" A star.", ids, [-0.5] * len(ids), "eos", seconds=1.0, **asked)
         for html in (
             show_caption(caption, processor=captioner.processor).html,

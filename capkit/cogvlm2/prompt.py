@@ -1,0 +1,109 @@
+"""What is asked of a clip: `Prompt`, and the text that it becomes after the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from capkit.video import Clip
+
+# Of CogVideo's tools/caption, which wrote CogVideoX's training captions.
+DEFAULT_PROMPT = "Please describe this video in detail."
+
+# The original's `template_version`: what stands between question and answer, and whether frames are numbered.
+_ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
+TEMPLATES = ("chat", "vqa", "base")
+FRAME_NUMBERS = ("index", "seconds")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked of a clip. With the defaults, what the original's caption tool asks.
+
+    Attributes:
+        text: the question.
+        template: "chat" (`Question: ... Answer:`, frames numbered), "vqa" (`Question: ... Short answer:`) or "base"
+            (the text as it is). The original's caption tool uses "chat".
+        history: earlier (question, answer) turns, in front of the question; under "chat" and "vqa".
+        frame_numbers: the number that each frame carries under "chat": its "index", as in the original, or its time
+            since the clip's start in whole "seconds". They are the same where there is one frame a second.
+
+    Raises:
+        ValueError: unknown template or frame numbers, an empty text, history that is not pairs of texts, or a setting
+            that has no effect beside the others.
+    """
+
+    text: str = DEFAULT_PROMPT
+    template: str = "chat"
+    history: Sequence[tuple[str, str]] = ()
+    frame_numbers: str = "index"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("template", self.template, TEMPLATES),
+            ("frame_numbers", self.frame_numbers, FRAME_NUMBERS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise ValueError(f"prompt={self.text!r}: must be a text that is not empty")
+        for turn in self.history:
+            if isinstance(turn, str) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
+                raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
+        object.__setattr__(self, "history", tuple((question, answer) for question, answer in self.history))
+        if self.history and self.template == "base":
+            raise ValueError('history: no effect under template "base", which takes the prompt as it is')
+        if self.frame_numbers == "seconds" and self.template != "chat":
+            raise ValueError(
+                f'frame_numbers="seconds": no effect under template "{self.template}", which numbers no frames'
+            )
+
+    @classmethod
+    def of(cls, prompt: PromptLike) -> Prompt:
+        """A `Prompt` from itself, from its text, or from a dictionary of its fields.
+
+        Raises:
+            ValueError: something else, unknown fields, or as in `Prompt`.
+        """
+        if isinstance(prompt, cls):
+            return prompt
+        if isinstance(prompt, Mapping):
+            names = [field.name for field in fields(cls)]
+            if unknown := sorted(set(prompt) - set(names), key=str):
+                raise ValueError(f"prompt={dict(prompt)!r}: unknown {unknown}; known: {', '.join(names)}")
+            return cls(**prompt)
+        return cls(prompt)  # type: ignore[arg-type]  # what is not text is refused there
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Prompt:
+        """The prompt of a caption record, which holds its fields beside others; what it lacks is the default."""
+        names = {"prompt": "text", "template": "template", "history": "history", "frame_numbers": "frame_numbers"}
+        return cls(**{field: record[name] for name, field in names.items() if name in record})
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields as a caption record holds them, in plain JSON values."""
+        history = [list(turn) for turn in self.history]
+        names = {"template": self.template, "frame_numbers": self.frame_numbers}
+        return names | {"prompt": self.text, "history": history}
+
+    def numbers(self, clip: Clip) -> list[int | None]:
+        """The number that each frame of a clip carries; None under a template that numbers no frames."""
+        if self.template != "chat":
+            return [None] * len(clip)
+        if self.frame_numbers == "index":
+            return list(range(len(clip)))
+        return [round(float(time - clip.start_seconds)) for time in clip.timestamps_seconds]
+
+    @property
+    def full_text(self) -> str:
+        """The text after the frames, as the original's `build_conversation_input_ids` writes it."""
+        if self.template == "base":
+            return self.text
+        answer = _ANSWER[self.template]
+        turns = "".join(f"Question: {question} {answer} {reply}\n" for question, reply in self.history)
+        return f"{turns}Question: {self.text} {answer}"
+
+
+PromptLike = Prompt | str | dict[str, Any]
+"""What `Prompt.of` takes."""
