@@ -21,6 +21,7 @@ demo: $(VENV)/base
 test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 soak: $(VENV)/dev
@@ -31,7 +32,7 @@ lab: $(VENV)/base
 	$(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 1073741824}'
 
 test-oldest: .venv-oldest/dev
-	.venv-oldest/bin/python -m pytest -m golden
+	.venv-oldest/bin/python -m pytest -m golden tests/video tests/cogvlm2 tests/captioning
 
 clean:
 	rm -rf .venv .venv-oldest runs
@@ -53,5 +54,5 @@ $(VENV)/dev: $(VENV)/base
 
 .venv-oldest/dev: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip --disable-pip-version-check install -c constraints-oldest.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install -c constraints-oldest.txt -e . pytest
 	@touch $@
