@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -161,7 +160,7 @@ def request_settings(
     path = Path(video).expanduser().absolute()
     frames = {
         "video": str(path),
-        "frame_sampling": dataclasses.asdict(FrameSampling.of(frame_sampling)),
+        "frame_sampling": FrameSampling.of(frame_sampling).to_dict(),
         "start_seconds": float(start_seconds),
         "end_seconds": None if end_seconds is None else float(end_seconds),
     }
