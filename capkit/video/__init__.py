@@ -2,7 +2,7 @@
 
 from capkit.video.clip import Clip, ClipReader, ReaderHung, ReaderLost, load_clip
 from capkit.video.reading import VideoError, VideoInfo
-from capkit.video.sampling import STRATEGIES, FrameSampling
+from capkit.video.sampling import STRATEGIES, FrameSampling, FrameSamplingLike
 from capkit.video.worker import WorkerProcess
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Clip",
     "ClipReader",
     "FrameSampling",
+    "FrameSamplingLike",
     "ReaderHung",
     "ReaderLost",
     "VideoError",

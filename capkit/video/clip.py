@@ -3,13 +3,12 @@
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from capkit.video.reading import VideoError, VideoInfo, read_frames
-from capkit.video.sampling import FrameSampling, check_window, positive
+from capkit.video.sampling import FrameSampling, FrameSamplingLike, check_window, positive
 from capkit.video.worker import WorkerProcess
 
 
@@ -79,7 +78,7 @@ class Clip:
 
 def load_clip(
     path: str | bytes | os.PathLike[str],
-    frame_sampling: str | dict[str, Any] | FrameSampling = "chat",
+    frame_sampling: FrameSamplingLike = "chat",
     start_seconds: float = 0.0,
     end_seconds: float | None = None,
     timeout_seconds: float | None = 60.0,

@@ -108,7 +108,7 @@ class FrameSampling:
             raise ValueError(f'frames_per_second has no effect with strategy {self.strategy!r}; it belongs to "fps"')
 
     @classmethod
-    def of(cls, frame_sampling: "str | dict[str, Any] | FrameSampling") -> "FrameSampling":
+    def of(cls, frame_sampling: "FrameSamplingLike") -> "FrameSampling":
         """A FrameSampling from the name of a strategy, a dict of the fields, or a FrameSampling."""
         if isinstance(frame_sampling, FrameSampling):
             return frame_sampling
@@ -154,6 +154,10 @@ class FrameSampling:
         else:
             indices = uniform_indices(times, self.num_frames)
         return [first + index for index in indices]
+
+
+FrameSamplingLike = FrameSampling | str | dict[str, Any]
+"""What `FrameSampling.of` takes."""
 
 
 def check_window(start_seconds: float, end_seconds: float | None) -> None:

@@ -78,7 +78,7 @@ def test_both_readers_give_the_same_clip(clips, monkeypatch):
 
 
 def test_decord_is_the_reader_where_it_is_exact_and_nowhere_else(clips, monkeypatch):
-    """It counts frames, which fails in silence on open groups, hidden frames, transport streams and B-frames in AVI."""
+    """decord counts frames, which silently fails on open groups, hidden frames, transport streams and B-frames in AVI."""
     decord = pytest.importorskip("decord")
     read = []
 
@@ -203,7 +203,7 @@ def test_cut_short_with_the_index_at_the_end(clips, tmp_path, reader, fraction):
 
 
 def test_cut_short_within_the_index_at_the_end(clips, tmp_path, reader):
-    """FFmpeg alone would make do with what is left of the index, and with another stream where it holds several."""
+    """FFmpeg alone would use the rest of the index, or another stream if the file has several."""
     data = clips("sound.mp4", audio=True).read_bytes()
     path = tmp_path / "cut.mp4"
     for end in range(data.index(b"moov") + 4, len(data), 150):

@@ -1,4 +1,4 @@
-"""Reading in a worker process, with packages that stand in for decord where it must hang, crash or be another."""
+"""Reading in a worker process, with fake decord packages that hang, crash or have another version."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from capkit.video import ClipReader, FrameSampling, ReaderLost, load_clip
 
 
 def fake_decord(folder, reading, version="0.6.0", importing="pass"):
-    """A package `decord` in `folder` whose `VideoReader` does `reading`; for a child process, which imports it anew."""
+    """A package `decord` in `folder` whose `VideoReader` does `reading`, for a worker process to import."""
     package = folder / "decord"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
@@ -57,7 +57,7 @@ def test_where_decord_fails_pyav_reads(clips, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(fake_decord(tmp_path, "raise DECORDError('what codec is this?')"))
     clip = load_clip(clips("plain.mp4"), "uniform")
     assert read_numbers(clip.frames) == clip.frame_indices
-    assert (tmp_path / "pid").exists()  # it was asked
+    assert (tmp_path / "pid").exists()  # decord was tried first
 
 
 def is_alive(pid):
@@ -65,7 +65,7 @@ def is_alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    status = Path(f"/proc/{pid}/stat")  # a process that has ended but that nobody has asked for yet is no orphan
+    status = Path(f"/proc/{pid}/stat")  # a zombie has ended
     return not (status.exists() and status.read_text().rsplit(")")[-1].split()[0] == "Z")
 
 
@@ -76,7 +76,7 @@ def wait_until(condition, seconds):
     return condition()
 
 
-def test_the_child_gives_the_same_clip(clips):
+def test_the_worker_gives_the_same_clip(clips):
     path = clips("plain.mp4")
     for sampling in ("chat", FrameSampling("fps", 5, 2.5), {"strategy": "base", "num_frames": 3}):
         apart, here = (load_clip(path, sampling, 0.5, 2.0, timeout_seconds=limit) for limit in (60, None))
@@ -151,7 +151,7 @@ def test_a_hang_ends_even_if_the_parent_is_killed(clips, tmp_path, monkeypatch):
         ("raise ZeroDivisionError('by decord')", "ZeroDivisionError: by decord"),
     ],
 )
-def test_a_child_that_dies_is_an_error(clips, tmp_path, monkeypatch, reading, words):
+def test_a_worker_that_dies_is_an_error(clips, tmp_path, monkeypatch, reading, words):
     monkeypatch.syspath_prepend(fake_decord(tmp_path, reading))
     message = reason(load_clip, clips("plain.mp4"))
     assert "the worker process died" in message and words in message
