@@ -78,7 +78,7 @@ def test_both_readers_give_the_same_clip(clips, monkeypatch):
 
 
 def test_decord_is_the_reader_where_it_is_exact_and_nowhere_else(clips, monkeypatch):
-    """decord counts frames, which silently fails on open groups, hidden frames, transport streams and B-frames in AVI."""
+    """decord counts frames, which silently fails on open groups, hidden frames, transport streams and AVI B-frames."""
     decord = pytest.importorskip("decord")
     read = []
 
