@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-DISTRIBUTION = "capkit"
+DISTRIBUTION = "cogvlm2-capkit"
 DECORD_VERSION = "0.6.0"  # as in capkit.video.reading, which needs numpy
 DECORD_IMPOSTORS = ("decord2", "eva-decord")  # imported under the name decord, too
 INSTALL = "pip install -c constraints.txt"
