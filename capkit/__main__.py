@@ -1,4 +1,4 @@
-"""Command line: python -m capkit show captions.jsonl, batch runs.yaml, doctor, caption-shard, merge."""
+"""The command line, `python -m capkit`: caption-shard, merge, show, batch and doctor."""
 
 from __future__ import annotations
 
@@ -8,109 +8,111 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capkit.doctor import run_command as run_doctor
+
+if TYPE_CHECKING:
+    from capkit.captioning import Captioner
+    from capkit.runs import Item, Shard
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m capkit", description="Describe videos in words.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="print the captions in a store, and where everything is")
+    parser = argparse.ArgumentParser(prog="python -m capkit", description="Caption videos with CogVLM2-Caption.")
+    commands = parser.add_subparsers(required=True)
+    _add_caption_shard(commands)
+    merge = commands.add_parser(
+        "merge",
+        help="merge the shards' captions and check that no clip is missing",
+        epilog="Exit code: 0 every clip has exactly one record; 1 records are missing, as listed; 2 wrong arguments.",
+    )
+    merge.add_argument("output", type=Path, metavar="DIR", help="the shards' folder; captions.jsonl is written there")
+    merge.set_defaults(run=_merge)
+    show = commands.add_parser("show", help="print the captions in a store")
     show.add_argument("store", type=Path, help="captions.jsonl")
+    show.set_defaults(run=_show)
     _add_batch(commands)
-    doctor = commands.add_parser("doctor", help="say what is installed, what is missing or conflicts, and what to do")
-    doctor.set_defaults(run=_doctor)
-    _add_shard_commands(commands)
+    doctor = commands.add_parser("doctor", help="check the installation: package versions, decord, CUDA")
+    doctor.set_defaults(run=lambda arguments: run_doctor())
     arguments = parser.parse_args()
-    if "run" in arguments:
-        sys.exit(arguments.run(arguments))
-    if not arguments.store.is_file():
-        parser.error(f"{arguments.store}: no such file")
-    _show(arguments.store)
+    sys.exit(arguments.run(arguments))
 
 
-def _add_batch(commands) -> None:
-    batch = commands.add_parser("batch", help="run a table of notebooks, each once")
-    batch.add_argument("table", type=Path, help="runs.yaml or runs.csv; relative paths in it begin at its folder")
-    batch.add_argument("--output-dir", type=Path, help="where the runs' folders go, instead of where the table says")
-    batch.add_argument("--workers", type=int, metavar="N", help="runs at a time")
+def _add_caption_shard(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "caption-shard",
+        help="caption one shard of a data set",
+        description="Caption one shard of a data set. Started again, it captions the clips that are still missing.",
+        epilog="Exit code: 0 every clip has a record, a caption or an error; 1 the run was aborted; 2 wrong arguments; "
+        "3 another process is captioning this shard.",
+    )
+    add = parser.add_argument
+    add("videos", nargs="+", help="manifest (.csv, .jsonl), folder, glob or video")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder that all shards share")
+    add("--shard", help="such as 2/8, the first is 0/8; default: from the environment of Slurm or torchrun, else 0/1")
+    add("--model", default="demo", help='"demo", a folder, or a name on the Hugging Face hub')
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--quantization", choices=["4bit", "8bit"])
+    add("--dtype", default="auto")
+    add("--device", default="auto", help="such as cuda:1; default: the GPU of this local rank, or the CPU")
+    add("--devices", default="", help="such as cuda:0,cuda:1: split the shard over one process for each device")
+    add("--prompt", help="for clips without a prompt in the manifest")
+    add("--template", default="chat", choices=["chat", "vqa", "base"])
+    add("--frame-numbers", default="index", choices=["index", "seconds"])
+    add("--frame-sampling", default="chat", help="chat, base, uniform or fps")
+    add("--num-frames", type=int, default=24, help="maximum number of sampled frames")
+    add("--frames-per-second", type=float, help="for --frame-sampling fps")
+    add("--window-seconds", type=float, help="caption long videos in windows of this length")
+    add("--trainer", help="caption only the part of each video that cogvideo, cogkit, diffusers or sat trains on")
+    add("--trainer-num-frames", type=int, default=49, help="number of frames that the trainer is set to")
+    add("--decoding", type=json.loads, default={}, help="JSON, such as '{\"max_new_tokens\": 300}'")
+    add("--batch-size", type=int, default=8, help="clips in a batch of the model")
+    add("--num-readers", type=int, default=2, help="clips that are read in parallel")
+    add("--timeout-seconds", type=float, default=60.0, help="maximum time for reading a clip")
+    add("--retry-errors", action="store_true", help="retry clips whose record is an error, except quarantined ones")
+    add("--retry-quarantined", action="store_true", help="retry clips on which the reader process hung or crashed, too")
+    parser.set_defaults(run=_caption_shard)
+
+
+def _add_batch(commands: Subparsers) -> None:
+    batch = commands.add_parser("batch", help="run a table of notebooks")
+    batch.add_argument("table", type=Path, help="runs.yaml or runs.csv; its relative paths start at its folder")
+    batch.add_argument("--output-dir", type=Path, help="folder of all runs, in place of the table's output_dir")
+    batch.add_argument("--workers", type=int, metavar="N", help="number of notebooks that run in parallel")
     batch.add_argument("--gpus", default="", metavar="0,1", help="a GPU for each worker")
-    batch.add_argument("--retry", nargs="*", metavar="NAME", help="run again what failed, or of it only these runs")
-    batch.add_argument("--dry-run", action="store_true", help="check the table and say what would be run")
+    batch.add_argument("--retry", nargs="*", metavar="NAME", help="rerun the failed runs, or only these of them")
+    batch.add_argument("--dry-run", action="store_true", help="check the table and list what would run")
     batch.set_defaults(run=_batch)
 
 
-def _batch(arguments) -> int:
+def _batch(arguments: argparse.Namespace) -> int:
     from capkit.batch import run_command
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C
     gpus = [name for name in arguments.gpus.split(",") if name]
     a = arguments
     return run_command(a.table, a.output_dir, a.workers, a.retry, gpus, a.dry_run)
 
 
-def _doctor(arguments) -> int:
-    from capkit.doctor import run_command
-
-    return run_command()
-
-
-def _show(path: Path) -> None:
+def _show(arguments: argparse.Namespace) -> int:
     from capkit.runs import CaptionStore
 
-    store = CaptionStore(path)
+    if not arguments.store.is_file():
+        return _fail(2, f"{arguments.store}: no such file")
+    store = CaptionStore(arguments.store)
     for record in store.current():
         print(f"\n{record['video']}")
-        told = record["text"].strip() if record["status"] == "ok" else f"error: {record['error']}"
-        print("  " + "".join(letter if letter.isprintable() else " " for letter in told))
+        text = record["text"].strip() if record["status"] == "ok" else f"error: {record['error']}"
+        print("  " + "".join(letter if letter.isprintable() else " " for letter in text))
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
+    return 0
 
 
-def _add_shard_commands(commands) -> None:
-    """Add `caption-shard` and `merge` to argparse's subcommands; each sets `run`, to be called with the arguments."""
-    add = commands.add_parser(
-        "caption-shard",
-        help="caption one shard of a data set",
-        description="Caption one shard of a data set. Killed and started again, it does what is missing.",
-        epilog="Exit code: 0 every clip has a record, a caption or an error; 1 it could not go on; 2 wrong arguments; "
-        "3 another process is at work on this shard.",
-    )
-    add.add_argument("videos", nargs="+", help="manifest (.csv, .jsonl), folder, glob or video")
-    add.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder that all shards share")
-    add.add_argument("--shard", help="such as 2/8, the first is 0/8; by default what Slurm or torchrun says, else 0/1")
-    add.add_argument("--model", default="demo", help='"demo", a folder, or a name on the Hugging Face hub')
-    add.add_argument("--revision", help="branch, tag or commit on the hub")
-    add.add_argument("--quantization", choices=["4bit", "8bit"])
-    add.add_argument("--dtype", default="auto")
-    add.add_argument("--device", default="auto", help="such as cuda:1; by default this local rank's GPU, or the CPU")
-    add.add_argument("--devices", default="", help="such as cuda:0,cuda:1: the shard is split over a process for each")
-    add.add_argument("--prompt", help="a manifest's own prompts go before it")
-    add.add_argument("--template", default="chat", choices=["chat", "vqa", "base"])
-    add.add_argument("--frame-numbers", default="index", choices=["index", "seconds"])
-    add.add_argument("--frame-sampling", default="chat", help="chat, base, uniform or fps")
-    add.add_argument("--num-frames", type=int, default=24)
-    add.add_argument("--frames-per-second", type=float, help="with --frame-sampling fps")
-    add.add_argument("--window-seconds", type=float, help="caption long videos in windows of this length")
-    add.add_argument("--trainer", help="caption only the part that cogvideo, cogkit, diffusers or sat looks at")
-    add.add_argument("--trainer-num-frames", type=int, default=49, help="how many frames that trainer is set to")
-    add.add_argument("--decoding", type=json.loads, default={}, help="JSON, such as '{\"max_new_tokens\": 300}'")
-    add.add_argument("--batch-size", type=int, default=8, help="clips that go through the model together")
-    add.add_argument("--num-readers", type=int, default=2, help="clips that are read at the same time")
-    add.add_argument("--timeout-seconds", type=float, default=60.0, help="longest time to read one clip")
-    add.add_argument("--retry-errors", action="store_true", help="try again what failed, but for clips in quarantine")
-    add.add_argument("--retry-quarantined", action="store_true", help="also clips that hung or killed their reader")
-    add.set_defaults(run=caption_shard_command)
-
-    add = commands.add_parser(
-        "merge",
-        help="put the shards' captions together and see that every clip is accounted for",
-        epilog="Exit code: 0 every clip has exactly one record; 1 something is missing, and said.",
-    )
-    add.add_argument("output", type=Path, metavar="DIR", help="the shards' folder; captions.jsonl is written there")
-    add.set_defaults(run=merge_command)
-
-
-def caption_shard_command(arguments: argparse.Namespace) -> int:
-    """Do what `caption-shard` was asked; returns the exit code."""
+def _caption_shard(arguments: argparse.Namespace) -> int:
     from capkit.captioning import load_captioner
     from capkit.cogvlm2 import CheckpointError
     from capkit.runs import Shard, ShardBusy, caption_shard, find_clips
@@ -119,16 +121,16 @@ def caption_shard_command(arguments: argparse.Namespace) -> int:
         shard = Shard.parse(arguments.shard) if arguments.shard else Shard.from_environment()
         if arguments.devices:
             return _one_process_each(shard, arguments.devices.split(","))
-        asked = _asked(arguments)
+        settings = _settings(arguments)
         items = find_clips(arguments.videos[0] if len(arguments.videos) == 1 else arguments.videos)
 
-        def load():
-            device = local_device() if arguments.device == "auto" else arguments.device
+        def load() -> Captioner:
+            device = _local_device() if arguments.device == "auto" else arguments.device
             return load_captioner(arguments.model, device, arguments.dtype, arguments.quantization, arguments.revision)
 
         names = ("batch_size", "num_readers", "timeout_seconds", "retry_errors", "retry_quarantined")
-        how = {name: getattr(arguments, name) for name in names}
-        records = caption_shard(load, items, arguments.output, shard, cut=_cut(arguments), **how, **asked)
+        settings |= {name: getattr(arguments, name) for name in names}
+        records = caption_shard(load, items, arguments.output, shard, cut=_cut(arguments), **settings)
     except (ValueError, ImportError) as error:
         return _fail(2, error)
     except CheckpointError as error:
@@ -136,13 +138,14 @@ def caption_shard_command(arguments: argparse.Namespace) -> int:
     except ShardBusy as error:
         return _fail(3, error)
     except OSError as error:
-        return _fail(1, f"{error}\nWhat is captioned is kept; start it again once that is mended.")
+        return _fail(1, f"{error}\nCaptions written so far are kept; start the command again to continue.")
     num_errors = sum(record["status"] == "error" for record in records)
     print(f"shard {shard}: {len(records)} clips, {num_errors} with an error, in {arguments.output.absolute()}")
     return 0
 
 
-def _asked(arguments):
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prompt, frame sampling and decoding, as arguments of `caption_shard`."""
     from capkit.captioning import Decoding
     from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt
     from capkit.video import FrameSampling
@@ -153,17 +156,17 @@ def _asked(arguments):
     return {"prompt": prompt, "frame_sampling": sampling, "decoding": Decoding.of(arguments.decoding)}
 
 
-def _cut(arguments):
-    """From items to the parts of them that are asked for."""
+def _cut(arguments: argparse.Namespace) -> Callable[[list[Item]], list[Item]]:
+    """Function from clips to the windows of them that the arguments ask for."""
     from capkit.runs import cut_into
 
     parts = (arguments.window_seconds, arguments.trainer or "", arguments.trainer_num_frames, arguments.timeout_seconds)
-    cut_into([], *parts)  # nonsense is told before anything starts
+    cut_into([], *parts)  # wrong arguments are an error before anything starts
     return lambda items: cut_into(items, *parts)
 
 
-def local_device() -> str:
-    """The GPU of torchrun's or Slurm's local rank, "auto" where there is no rank or no GPU."""
+def _local_device() -> str:
+    """The GPU of torchrun's or Slurm's local rank; "auto" without a rank or a GPU."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
@@ -171,8 +174,8 @@ def local_device() -> str:
     return f"cuda:{int(rank) % num_devices}" if rank and num_devices else "auto"
 
 
-def _one_process_each(shard, devices) -> int:
-    """This command once for each device, each with its part of the shard; the worst of their exit codes."""
+def _one_process_each(shard: Shard, devices: list[str]) -> int:
+    """Run this command in a process for each device, with its part of the shard; returns the highest exit code."""
     from capkit.runs import Shard
 
     command, processes = [sys.executable, "-m", "capkit", *sys.argv[1:], "--devices", ""], []
@@ -186,8 +189,7 @@ def _one_process_each(shard, devices) -> int:
             process.terminate()
 
 
-def merge_command(arguments: argparse.Namespace) -> int:
-    """Do what `merge` was asked; returns the exit code."""
+def _merge(arguments: argparse.Namespace) -> int:
     from capkit.runs import merge
 
     try:
@@ -200,7 +202,7 @@ def merge_command(arguments: argparse.Namespace) -> int:
     return 1 if merged.problems else 0
 
 
-def _fail(code, error) -> int:
+def _fail(code: int, error: Exception | str) -> int:
     print(f"capkit: {error}", file=sys.stderr)
     return code
 

@@ -1,4 +1,4 @@
-"""Files that others read while they are written: whole or not at all; and what is in a file."""
+"""Atomic file writes, appended JSON lines, digests and timestamps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# The policy forbids scripts and the network, whatever the body holds. Articles out of sight are neither laid out nor
-# painted, so that thousands open at once.
+# The content security policy forbids scripts and network access, whatever the body contains. content-visibility skips
+# layout and painting of off-screen articles, so that a page with thousands of them opens quickly.
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -29,15 +29,16 @@ article img {{ height: auto }}
 
 
 @contextmanager
-def writing_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write bytes to, which gets its name once all is on disk: nobody ever reads half of it, not even after a
-    power cut. Its folder is made.
+def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file for an atomic write of bytes: it appears under its name once all of it is on disk.
+
+    Readers see the previous content or the new one, never a part, even after a power cut. Missing folders are created.
 
     Raises:
-        OSError: naming the path; what was there before is still there.
+        OSError: with the path; the previous content is still there.
     """
     path = Path(path)
-    # A name for each writer: threads of one process write the strip of the same frames at the same time.
+    # Several threads of a process may write the same path, so each writer has its own temporary file.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,22 +54,18 @@ def writing_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
             part.unlink()
 
 
-def write_whole(path: str | os.PathLike, content: str | bytes) -> Path:
-    """Write a file as `writing_whole` does, text in UTF-8; returns where it is.
+def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a file with `atomic_writer`, text as UTF-8; returns its path.
 
-    What UTF-8 cannot hold (half a pair, out of a damaged file) is written as an escape that JSON reads.
+    Lone surrogates, which UTF-8 cannot encode, become escapes that JSON readers understand.
     """
-    with writing_whole(path) as file:
+    with atomic_writer(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
     return Path(path)
 
 
-def file_sha256(path: str | os.PathLike) -> str:
-    """The digest of a file's content in hexadecimal digits.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -76,23 +73,17 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def write_page(path: str | os.PathLike, title: str, body: str) -> Path:
-    """Write a page without scripts; returns where it is.
-
-    Args:
-        path: file; its folder is made.
-        title: as text.
-        body: as HTML.
-    """
-    return write_whole(path, _PAGE.format(title=escape(title), body=body))
+def write_page(path: str | os.PathLike[str], title: str, body: str) -> Path:
+    """Write an HTML page without scripts; returns its path. `title` is plain text, `body` is HTML."""
+    return atomic_write(path, _PAGE.format(title=escape(title), body=body))
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line of JSON to a file and wait until it is on disk.
+    """Append a line of JSON to a file and wait until it is on disk.
 
     Raises:
-        ValueError: it holds what JSON cannot.
-        OSError: with the file's name, on a full disk for example; what was written of the line is taken back.
+        ValueError: the line contains a value that JSON cannot represent, such as NaN.
+        OSError: with the path, for example when the disk is full; the file is as long as before.
     """
     content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:
@@ -107,7 +98,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of JSON lines, if it is there. One that is not whole is skipped with a warning."""
+    """The objects in a file of JSON lines; none if it does not exist. Incomplete lines are skipped with a warning."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -115,9 +106,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError:
-                warnings.warn(f"{path}, line {number} is not a whole record; skipped", stacklevel=4)
+                warnings.warn(f"{path}, line {number} is not valid JSON; skipped", stacklevel=4)
 
 
 def now() -> str:
-    """The time as records have it, in UTC."""
+    """The current time in UTC as ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -7,8 +7,52 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+
+from capkit.video import VideoError
 
 BITS = 16  # a frame is 4 rows of 4 blocks, black for 0 and white for 1, the highest bit first
+OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"}
+QUIET_X265 = {"x265-params": "log-level=none"}
+# Settings of `encode_clip` by file name.
+KINDS = {
+    "plain.mp4": {},
+    "b-frames.mp4": {"options": {"bf": "3", "b-pyramid": "normal"}, "keyframe_interval": 20},
+    "open-groups.mp4": {"options": OPEN_GROUPS, "keyframe_interval": 12},
+    "open-groups.mkv": {"options": OPEN_GROUPS, "keyframe_interval": 12},
+    "open-groups.ts": {"options": OPEN_GROUPS, "keyframe_interval": 12},
+    "hevc.mp4": {"codec": "libx265", "options": QUIET_X265, "keyframe_interval": 12},  # open groups by default
+    "ten-bits.mp4": {"codec": "libx265", "options": QUIET_X265, "pix_fmt": "yuv420p10le", "keyframe_interval": 12},
+    "fragments.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}, "keyframe_interval": 20},
+    "index-first.mp4": {"container_options": {"movflags": "faststart"}, "keyframe_interval": 20, "audio": True},
+    "starts-late.mp4": {"milliseconds": [2000 + 40 * i for i in range(60)], "keyframe_interval": 20},
+    "uneven.mp4": {
+        "milliseconds": [i * i + 10 * i for i in range(60)],
+        "keyframe_interval": 20,
+        "options": {"bf": "2"},
+    },
+    "uneven.mkv": {
+        "milliseconds": [i * i + 10 * i for i in range(60)],
+        "keyframe_interval": 20,
+        "options": {"bf": "2"},
+    },
+    "sound.mkv": {"audio": True, "keyframe_interval": 20},
+    "vp8.webm": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}, "keyframe_interval": 20},
+    "vp9.webm": {"codec": "libvpx-vp9", "keyframe_interval": 20},
+    "av1.mp4": {"codec": "libsvtav1", "keyframe_interval": 20},
+    "odd-size.mp4": {"size": (95, 127), "pix_fmt": "yuv444p"},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2"}, "keyframe_interval": 12},
+    "h264.avi": {"options": {"bf": "2"}, "keyframe_interval": 12},  # no times for showing in the file
+    "motion-jpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "b-frames.ts": {"options": {"bf": "3"}, "keyframe_interval": 12},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2"}, "keyframe_interval": 12},
+    "b-frames.flv": {"options": {"bf": "2"}, "keyframe_interval": 20},
+    "stream.h264": {"options": {"bf": "2"}, "keyframe_interval": 20},  # no times at all
+    "turned.mp4": {"quarter_turns": 1, "size": (64, 96)},
+    "upside-down.mp4": {"quarter_turns": 2},
+    "turned-left.mp4": {"quarter_turns": 3},
+    "one-frame.mp4": {"numbers": range(1)},
+}
 
 
 def draw_number(number, height=96, width=128):
@@ -135,3 +179,10 @@ def damage(data, rng):
     else:
         data[at : at + length] = rng.randbytes(length) if kind == "noise" else bytes(length)
     return bytes(data)
+
+
+def reason(call, *args, **kwargs):
+    """The reason of the `VideoError` that a call raises."""
+    with pytest.raises(VideoError) as caught:
+        call(*args, **kwargs)
+    return caught.value.reason

@@ -23,7 +23,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from capkit.batch.table import code_cells
-from capkit.files import write_whole
+from capkit.files import atomic_write
 
 BUSY = 75  # exit code: another command is at this run
 SAVING_SECONDS = 20.0  # for papermill to save the notebook after its kernel was killed
@@ -59,7 +59,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 def write_status(folder: Path, status: dict[str, Any]) -> None:
     """Keep what is known of a run."""
-    write_whole(folder / STATUS, json.dumps(status, ensure_ascii=False, indent=1) + "\n")
+    atomic_write(folder / STATUS, json.dumps(status, ensure_ascii=False, indent=1) + "\n")
 
 
 def now() -> str:
@@ -161,7 +161,7 @@ def _say_in_notebook(executed: Path, told: str) -> None:
     try:
         notebook = nbformat.read(executed, 4)
         notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Not run to its end:** `{told}`"))
-        write_whole(executed, nbformat.writes(notebook))
+        atomic_write(executed, nbformat.writes(notebook))
     except (OSError, ValueError):
         logging.exception("%s could not be marked as failed", executed)
 
@@ -181,7 +181,7 @@ def _write_html(executed: Path) -> None:
 
     try:
         html, _ = HTMLExporter().from_filename(str(executed))
-        write_whole(executed.with_suffix(".html"), html)
+        atomic_write(executed.with_suffix(".html"), html)
     except Exception:  # a page that cannot be made takes nothing away from the run
         logging.exception("%s could not be converted to HTML", executed)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from capkit import __version__
-from capkit.files import write_whole
+from capkit.files import atomic_write
 
 OPENING_WORDS = 4
 COLUMNS = (
@@ -84,7 +84,7 @@ class ExportReport:
             "clips": [{k: None if v is pd.NA else v for k, v in row.items()} for row in self.table.to_dict("records")],
             **{"capkit_version": __version__, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")},
         }
-        return write_whole(self.path, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1))
+        return atomic_write(self.path, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1))
 
     def __str__(self) -> str:
         return "\n".join(self._told())

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from capkit.files import now, write_whole
+from capkit.files import atomic_write, now
 
 LINE_SECONDS = 10.0  # at most so often a line of progress where there is no bar
 BEAT_SECONDS = 5.0
@@ -87,7 +87,7 @@ class Progress:
         left = round((self.total - self.count) / rate) if rate else None
         told = {"done": self.count, "errors": self.errors, "per_minute": round(rate * 60, 2), "seconds_left": left}
         told |= {"state": state, "last_video": last_video, "updated": now()}
-        write_whole(self.heartbeat, json.dumps(self.told_always | told, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(self.heartbeat, json.dumps(self.told_always | told, indent=1, ensure_ascii=False) + "\n")
         self.beaten = time.monotonic()
 
 

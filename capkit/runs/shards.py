@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.files import now, write_whole, writing_whole
+from capkit.files import atomic_write, atomic_writer, now
 from capkit.runs.caption import caption_planned, plan_clips
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
@@ -200,7 +200,7 @@ def write_plan(
     settings = planned and {name: planned[0][name] for name in SETTINGS_OF_RUN} | {"prompt": prompt.text}
     clips = [[settings["request"], settings["video"]] for settings in planned]
     plan = of_run | {"settings": settings, "shard": shard.index, "clips": clips}
-    write_whole(folder / f"{shard.name}.plan.json", json.dumps(plan, ensure_ascii=False))
+    atomic_write(folder / f"{shard.name}.plan.json", json.dumps(plan, ensure_ascii=False))
 
 
 def shard_stores(folder: Path) -> list[Path]:
@@ -316,7 +316,7 @@ def _latest_lines(paths) -> tuple[dict[str, _Line], list[dict[str, Any]]]:
 def _write_merged(path, kept, lines):
     with ExitStack() as stack:
         files = {each: stack.enter_context(open(each, "rb")) for each in {line.path for line in lines}}
-        target = stack.enter_context(writing_whole(path))
+        target = stack.enter_context(atomic_writer(path))
         for line in kept:
             target.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         for line in lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -17,7 +16,7 @@ from PIL import Image
 from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
-from capkit.files import append_line, file_sha256, now, read_lines, write_whole
+from capkit.files import append_line, atomic_write, file_sha256, now, read_lines
 from capkit.video import Clip, FrameSampling
 
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
@@ -130,7 +129,7 @@ class CaptionStore:
         self.strips.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
         strip.save(picture, "webp", quality=60)
-        write_whole(path, picture.getvalue())
+        atomic_write(path, picture.getvalue())
         return path
 
 
@@ -161,7 +160,7 @@ def request_settings(
     path = Path(video).expanduser().absolute()
     frames = {
         "video": str(path),
-        "frame_sampling": dataclasses.asdict(FrameSampling.of(frame_sampling)),
+        "frame_sampling": FrameSampling.of(frame_sampling).to_dict(),
         "start_seconds": float(start_seconds),
         "end_seconds": None if end_seconds is None else float(end_seconds),
     }

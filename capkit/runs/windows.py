@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from capkit.runs.clips import Item
-from capkit.video import Child, VideoError, VideoInfo
+from capkit.video import VideoError, VideoInfo, WorkerProcess
 
 TRAINERS = ("cogvideo", "cogkit", "diffusers", "sat")
 SAT_SKIPPED_FRAMES, SAT_FRAMES_PER_SECOND = 3, 8
@@ -226,8 +226,8 @@ def _with_times(
     videos = list(dict.fromkeys(item.video for item in items))
 
     def list_them(some: Sequence[str]):
-        with Child("capkit.video.reading", "timestamps_or_error") as child:
-            return [_listed(child, video, timeout_seconds) for video in some]
+        with WorkerProcess("capkit.video.reading", "read_timestamps") as worker:
+            return [_listed(worker, video, timeout_seconds) for video in some]
 
     found = {}
     with ThreadPoolExecutor(2) as pool:
@@ -237,11 +237,10 @@ def _with_times(
     return [(item, found[item.video]) for item in items]
 
 
-def _listed(child, video, timeout_seconds):
+def _listed(worker, video, timeout_seconds):
     if not os.path.isfile(video):
         return None
     try:
-        answer = child.call(video, timeout_seconds=timeout_seconds)
-    except (TimeoutError, ChildProcessError):
+        return worker.call(video, timeout_seconds=timeout_seconds)
+    except (VideoError, MemoryError, TimeoutError, ChildProcessError):
         return None
-    return None if isinstance(answer, VideoError) else answer

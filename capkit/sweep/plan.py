@@ -9,7 +9,7 @@ import itertools
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Cell:
         return {
             "prompt": self.prompt.text,
             "template": self.prompt.template,
-            "frame_sampling": asdict(self.frame_sampling),
+            "frame_sampling": self.frame_sampling.to_dict(),
             "frame_numbers": self.prompt.frame_numbers,
             "decoding": self.decoding.to_dict(),
         }

@@ -1,19 +1,20 @@
-"""Which frames of a video, and reading exactly those. Imports no torch; decord and PyAV live here only."""
+"""Frame sampling, and reading exactly the sampled frames. Imports no torch; decord and PyAV are used only here."""
 
 from capkit.video.clip import Clip, ClipReader, ReaderHung, ReaderLost, load_clip
 from capkit.video.reading import VideoError, VideoInfo
-from capkit.video.sampling import STRATEGIES, FrameSampling
-from capkit.video.worker import Child
+from capkit.video.sampling import STRATEGIES, FrameSampling, FrameSamplingLike
+from capkit.video.worker import WorkerProcess
 
 __all__ = [
+    "STRATEGIES",
     "Clip",
     "ClipReader",
+    "FrameSampling",
+    "FrameSamplingLike",
     "ReaderHung",
     "ReaderLost",
-    "load_clip",
     "VideoError",
     "VideoInfo",
-    "STRATEGIES",
-    "FrameSampling",
-    "Child",
+    "WorkerProcess",
+    "load_clip",
 ]

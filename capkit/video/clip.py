@@ -1,41 +1,33 @@
-"""Which frames a model sees, and reading exactly those from a file.
-
-The index functions are pure: they take times and return positions; `load_clip` reads just the frames that they name, in
-a child process that can be killed.
-"""
+"""Clips: sampled frames of a video file, read in a process that can be killed, or frames already in memory."""
 
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from capkit.video.reading import VideoError, VideoInfo, read_frames
-from capkit.video.sampling import FrameSampling, check_window, positive
-from capkit.video.worker import Child
-
-# ---- which frames --------------------------------------------------------------------------------------------------
-
-
-# ---- the clip ------------------------------------------------------------------------------------------------------
+from capkit.video.sampling import FrameSampling, FrameSamplingLike, check_window, positive
+from capkit.video.worker import WorkerProcess
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames and where they come from."""
+    """Frames of a video, with their times and where they come from."""
 
-    frames: np.ndarray
+    frames: NDArray[np.uint8]
     """uint8 RGB, shape (T, H, W, 3)."""
     frame_indices: list[int]
-    """T positions among the file's frames in the order in which they are shown, the first is 0."""
-    timestamps_seconds: np.ndarray
-    """float64, shape (T,): when each frame starts, in the file's time, even where a window was read."""
+    """T indices into the file's frames in presentation order; the first frame is 0."""
+    timestamps_seconds: NDArray[np.float64]
+    """float64, shape (T,): start of each frame in the file's time, also if only a window of the file was read."""
     info: VideoInfo
     frame_sampling: FrameSampling | None = None
     start_seconds: float = 0.0
     end_seconds: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_frames(self.frames)
         if len(self.frame_indices) != len(self.frames):
             raise ValueError(f"{len(self.frame_indices)} frame indices for {len(self.frames)} frames")
@@ -43,177 +35,152 @@ class Clip:
             raise ValueError(f"timestamps of shape {np.shape(self.timestamps_seconds)} for {len(self.frames)} frames")
 
     @classmethod
-    def from_frames(cls, frames, timestamps_seconds=None) -> "Clip":
+    def from_frames(cls, frames: ArrayLike, timestamps_seconds: ArrayLike | None = None) -> "Clip":
         """A clip from frames already in memory.
 
         Args:
-            frames: uint8 RGB of shape (T, H, W, 3): an array, a tensor, or a list of T pictures (H, W, 3).
+            frames: uint8 RGB of shape (T, H, W, 3): an array, a CPU tensor, or a list of T pictures (H, W, 3).
             timestamps_seconds: T times that do not decrease; None: one frame a second from 0.
 
         Raises:
-            ValueError: frames of another type or shape, or times that do not fit them.
+            ValueError: frames of another dtype or shape, or times that do not fit them.
         """
         if isinstance(frames, (list, tuple)):
             shapes = {np.shape(frame) for frame in frames}
             if len(shapes) != 1:
                 raise ValueError(f"frames must share one shape (height, width, 3); got {sorted(shapes) or 'no frames'}")
             frames = np.stack([np.asarray(frame) for frame in frames])
-        frames = np.asarray(frames)
-        _check_frames(frames)
-        count = len(frames)
-        if timestamps_seconds is None:
-            timestamps_seconds = range(count)
-        times = np.asarray(timestamps_seconds, dtype=np.float64)
+        pixels = np.asarray(frames)
+        _check_frames(pixels)
+        count, height, width, _ = pixels.shape
+        times = np.asarray(range(count) if timestamps_seconds is None else timestamps_seconds, dtype=np.float64)
         if times.shape != (count,):
             raise ValueError(f"{count} frames need {count} timestamps in seconds; got shape {times.shape}")
         if not np.isfinite(times).all() or (times < 0).any() or (np.diff(times) < 0).any():
             raise ValueError("timestamps_seconds must be finite, not negative and never decrease")
-        span = times[-1] - times[0]
+        span = float(times[-1] - times[0])
         fps = (count - 1) / span if span > 0 else 1.0
-        info = VideoInfo(None, count, float(fps), float(span + 1 / fps), frames.shape[1], frames.shape[2], None)
-        return cls(frames, list(range(count)), times, info)
+        return cls(pixels, list(range(count)), times, VideoInfo(None, count, fps, span + 1 / fps, height, width, None))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.frames)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         sampling = f", {self.frame_sampling}" if self.frame_sampling else ""
         times = f"{self.timestamps_seconds[0]:.2f} to {self.timestamps_seconds[-1]:.2f} s"
         return f"Clip(frames: {self.frames.dtype} {self.frames.shape}, {times}{sampling}, {self.info})"
 
     @property
     def one_frame_a_second(self) -> bool:
-        """Whether frame i is from second i of the window: then the number it carries in the prompt is its second."""
+        """Whether frame i is from second i of the window: then the frame numbers in the prompt are seconds."""
         return [round(time - self.start_seconds) for time in self.timestamps_seconds] == list(range(len(self)))
 
 
 def load_clip(
-    path, frame_sampling="chat", start_seconds=0.0, end_seconds=None, timeout_seconds=60.0, reader=None
+    path: str | bytes | os.PathLike[str],
+    frame_sampling: FrameSamplingLike = "chat",
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+    timeout_seconds: float | None = 60.0,
+    reader: "ClipReader | None" = None,
 ) -> Clip:
-    """Read the frames that `frame_sampling` chooses between `start_seconds` (included) and `end_seconds` (not).
+    """Read sampled frames of a video file, of which start_seconds <= time < end_seconds.
 
-    decord reads where it is exact, PyAV everything else: the same frames under the same numbers.
+    decord reads where it is exact, PyAV everything else: the same frames under the same indices.
 
     Args:
         path: video file; `~` is expanded.
-        frame_sampling: a strategy's name, a `FrameSampling`, or a dict of its fields; counts time from `start_seconds`.
-        end_seconds: None for the end of the video.
-        timeout_seconds: reading happens in a child process that is killed after this long, because decord can loop for
-            ever where no signal reaches it. None reads in this process, without a limit.
-        reader: a `ClipReader`, to read many clips in one child process; None starts one for this clip.
+        frame_sampling: name of a strategy, a `FrameSampling` or a dict of its fields; counts from `start_seconds`.
+        end_seconds: None: the end of the video.
+        timeout_seconds: a worker process reads and is killed after this time, because decord can loop endlessly, out of
+            reach of signals. None: read in this process, without a limit.
+        reader: a `ClipReader`, to read many clips in one worker process; None: start one for this clip.
 
     Raises:
-        VideoError: the file cannot be read, not all chosen frames can be decoded, or the window holds no frame;
-            its subclass `ReaderLost` where reading hung or crashed.
-        ValueError: an argument that makes no sense.
+        VideoError: the file cannot be read, not all sampled frames can be decoded, or no frame is in the window;
+            its subclass `ReaderLost` if the worker process crashed or took too long.
+        ValueError: an argument out of range.
     """
     sampling = FrameSampling.of(frame_sampling)
     check_window(start_seconds, end_seconds)
     if timeout_seconds is not None:
-        positive("timeout_seconds", timeout_seconds)
+        timeout_seconds = positive("timeout_seconds", timeout_seconds)
     path = os.path.expanduser(os.fsdecode(path))
     _check_file(path)
-    end_seconds = None if end_seconds is None else float(end_seconds)
-    window = (float(start_seconds), end_seconds)
+    start_seconds, end_seconds = float(start_seconds), None if end_seconds is None else float(end_seconds)
     if timeout_seconds is None:
-        return _read(path, sampling, *window)
+        return _read(path, sampling, start_seconds, end_seconds)
     with ClipReader() if reader is None else nullcontext(reader) as reader:
-        return reader.read(path, sampling, *window, float(timeout_seconds))
-
-
-def _read(path, sampling, start_seconds, end_seconds):
-    def choose(times, info):
-        chosen = sampling.frame_indices(times, info.average_fps, start_seconds, end_seconds)
-        if not chosen:
-            window = f"{start_seconds:g} s and {'the end' if end_seconds is None else f'{end_seconds:g} s'}"
-            raise VideoError(path, f"no frame starts between {window}; the video lasts {info.duration_seconds:g} s")
-        return chosen
-
-    frames, chosen, times, info = read_frames(path, choose)
-    return Clip(frames, chosen, times, info, sampling, start_seconds, end_seconds)
-
-
-# ---- the child process ---------------------------------------------------------------------------------------------
+        return reader.read(path, sampling, start_seconds, end_seconds, timeout_seconds)
 
 
 class ReaderLost(VideoError):
-    """A file that the process reading it did not survive."""
+    """The worker process crashed or hung while it read this file."""
 
 
 class ReaderHung(ReaderLost):
-    """It took too long and was killed."""
+    """Reading this file took longer than the timeout; the worker process was killed."""
 
 
-class ClipReader:
-    """A child process that reads clips, kept from one to the next: `load_clip(..., reader=reader)`.
+class ClipReader(WorkerProcess):
+    """A worker process that reads one clip after the other: `load_clip(..., reader=reader)`.
 
-    Starting one takes about 0.2 s. A process that hangs or dies over a clip is replaced for the next. Not for several
-    threads at once.
+    A start takes about 0.2 s. After a clip on which the process hangs or crashes, the next one starts a new process.
+    Not thread-safe.
 
     Args:
-        memory_bytes: most memory that reading a clip may take (POSIX); one that needs more is a `VideoError`.
+        memory_bytes: limit for the memory that reading a clip takes (POSIX); a clip that needs more is a `VideoError`.
     """
 
-    def __init__(self, memory_bytes: int | None = None):
-        self._memory_bytes = memory_bytes
-        self._child = Child(__name__, "_read_or_error", memory_bytes)
+    def __init__(self, memory_bytes: int | None = None) -> None:
+        super().__init__(__name__, "_read", memory_bytes)
+        self._memory_limit = "there is" if memory_bytes is None else f"{memory_bytes / 2**30:.1f} GiB"
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process, None while there is none."""
-        return self._child.pid
-
-    def read(self, path, sampling, start_seconds, end_seconds, timeout_seconds) -> Clip:
-        """What `load_clip` does once it has checked its arguments."""
+    def read(
+        self,
+        path: str,
+        sampling: FrameSampling,
+        start_seconds: float,
+        end_seconds: float | None,
+        timeout_seconds: float,
+    ) -> Clip:
+        """Read a clip in the worker process; `load_clip` checks the arguments."""
         try:
-            answer = self._child.call(path, sampling, start_seconds, end_seconds, timeout_seconds=timeout_seconds)
+            return self.call(path, sampling, start_seconds, end_seconds, timeout_seconds=timeout_seconds)
         except TimeoutError as error:
             raise ReaderHung(path, f"reading {error} (timeout_seconds)") from None
         except ChildProcessError as error:
-            if "bad_alloc" not in str(error):
-                raise ReaderLost(path, f"the process that was reading it {error}") from None
-            answer = MemoryError()  # decord's way to say so
-        if isinstance(answer, MemoryError):
-            limit = "there is" if self._memory_bytes is None else f"{self._memory_bytes / 2**30:.1f} GiB"
-            raise VideoError(path, f"reading it takes more memory than {limit}; ask for fewer frames")
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        """Kill the process, if there is one."""
-        self._child.close()
+            if "bad_alloc" not in str(error):  # how decord runs out of memory
+                raise ReaderLost(path, f"the worker process {error}") from None
+        except MemoryError:
+            pass
+        raise VideoError(path, f"reading it takes more memory than {self._memory_limit}; sample fewer frames")
 
 
-def _read_or_error(*arguments):
-    """What the child does."""
-    try:
-        return _read(*arguments)
-    except (VideoError, ImportError, MemoryError) as error:
-        return error.with_traceback(None)
+def _read(path: str, sampling: FrameSampling, start_seconds: float, end_seconds: float | None) -> Clip:
+    def choose(times: NDArray[np.float64], info: VideoInfo) -> list[int]:
+        indices = sampling.frame_indices(times, info.average_fps, start_seconds, end_seconds)
+        if not indices:
+            window = f"{start_seconds:g} s and {'the end' if end_seconds is None else f'{end_seconds:g} s'}"
+            raise VideoError(path, f"no frame starts between {window}; the video lasts {info.duration_seconds:g} s")
+        return indices
+
+    frames, indices, times, info = read_frames(path, choose)
+    return Clip(frames, indices, times, info, sampling, start_seconds, end_seconds)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------
-
-
-def _check_file(path):
+def _check_file(path: str) -> None:
     if not os.path.exists(path):
         raise VideoError(path, "no such file")
     if not os.path.isfile(path):
-        raise VideoError(path, "is a folder, not a video" if os.path.isdir(path) else "is not an ordinary file")
+        raise VideoError(path, "is a folder, not a video" if os.path.isdir(path) else "is not a regular file")
     if not os.access(path, os.R_OK):
-        raise VideoError(path, "may not be read: permission denied")
+        raise VideoError(path, "cannot be read: permission denied")
     if not os.path.getsize(path):
         raise VideoError(path, "the file is empty")
 
 
-def _check_frames(frames):
+def _check_frames(frames: NDArray[np.uint8]) -> None:
     shape, dtype = np.shape(frames), getattr(frames, "dtype", type(frames))
     if len(shape) == 3:
         raise ValueError(f"frames of shape {shape} look like one picture; a clip of one frame is frames[None]")

@@ -1,23 +1,26 @@
-"""Which frames a model sees: pure functions from times to positions."""
+"""Frame sampling: which frames of a video the model sees, as pure functions from frame times to frame indices."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 STRATEGIES = ("chat", "base", "uniform", "fps")
-MINUTE = 60  # "base" looks at the first minute (CogVideo tools/caption)
+BASE_SECONDS = 60  # "base" samples the first minute (CogVideo tools/caption)
 
 
-def chat_indices(timestamps_seconds, num_frames=24) -> list[int]:
-    """For each second 0, 1, ..., round(last time) the first of the frames nearest to it; at most `num_frames`.
+def chat_indices(timestamps_seconds: ArrayLike, num_frames: int = 24) -> list[int]:
+    """One frame a second: for each second 0, 1, ..., round(last time), the first of the frames nearest to it.
 
-    Exactly what the original model's "chat" strategy chooses (CogVideo tools/caption), in float32 as decord's times.
-    Where frames lie far apart, one may be the nearest to several seconds and is repeated.
+    Equal to the original model's "chat" strategy (CogVideo tools/caption), computed in float32 like decord's times.
+    Where frames are more than a second apart, the same frame can be the nearest to several seconds and is repeated.
 
     Args:
         timestamps_seconds: start times of the frames, shape (n,), n >= 1.
+        num_frames: at most this many.
 
     Raises:
         ValueError: no times, times that are not finite, or `num_frames` below 1.
@@ -27,23 +30,23 @@ def chat_indices(timestamps_seconds, num_frames=24) -> list[int]:
     return [int(np.abs(times - np.float32(second)).argmin()) for second in seconds]
 
 
-def base_indices(num_video_frames, average_fps, num_frames=24) -> list[int]:
-    """`num_frames` positions spread evenly over the first minute, counted in frames; short clips repeat frames.
+def base_indices(num_video_frames: int, average_fps: float, num_frames: int = 24) -> list[int]:
+    """`num_frames` indices evenly spaced over the frames of the first minute; short clips repeat frames.
 
-    Exactly what the original model's "base" strategy chooses (CogVideo tools/caption).
+    Equal to the original model's "base" strategy (CogVideo tools/caption), which counts frames and ignores their times.
 
     Raises:
         ValueError: no frames, `num_frames` below 1, or a frame rate that is not positive and finite.
     """
-    first_minute = int(MINUTE * positive("average_fps", average_fps)) or 1  # the first frame is in it, however slow
+    first_minute = int(BASE_SECONDS * positive("average_fps", average_fps)) or 1  # at least the first frame
     last = min(_at_least_one("num_video_frames", num_video_frames), first_minute) - 1
     return np.linspace(0, last, _at_least_one("num_frames", num_frames), dtype=int).tolist()
 
 
-def uniform_indices(timestamps_seconds, num_frames=24) -> list[int]:
-    """The frames nearest to `num_frames` times spread evenly from the first frame to the last, each frame once.
+def uniform_indices(timestamps_seconds: ArrayLike, num_frames: int = 24) -> list[int]:
+    """The frames nearest to `num_frames` evenly spaced times from the first frame to the last, without repeats.
 
-    Fewer come back where the clip has fewer, or where several times fall on one long frame. One frame: the first.
+    The result is shorter if the clip has fewer frames, or if several times are nearest to the same frame.
 
     Raises:
         ValueError: as `chat_indices`.
@@ -54,45 +57,48 @@ def uniform_indices(timestamps_seconds, num_frames=24) -> list[int]:
     return sorted({int(np.abs(times - time).argmin()) for time in np.linspace(times.min(), times.max(), num_frames)})
 
 
-def fps_indices(timestamps_seconds, frames_per_second, num_frames=24) -> list[int]:
-    """The frames nearest to 0, 1 / frames_per_second, 2 / frames_per_second, ... s, each once, at most `num_frames`.
+def fps_indices(timestamps_seconds: ArrayLike, frames_per_second: float, num_frames: int = 24) -> list[int]:
+    """The frames nearest to 0, 1 / frames_per_second, 2 / frames_per_second, ... s, without repeats.
+
+    At most `num_frames`.
 
     Raises:
         ValueError: as `chat_indices`, or `frames_per_second` not positive and finite.
     """
     times = _times(timestamps_seconds)
     rate, limit = positive("frames_per_second", frames_per_second), _at_least_one("num_frames", num_frames)
-    chosen, tick, last = [], 0, times.max() + 1e-6  # a tick may miss the last frame by a rounding error
-    while len(chosen) < limit and tick / rate <= last:
+    indices: list[int] = []
+    tick, last = 0, times.max() + 1e-6  # a rounding error must not exclude the tick of the last frame
+    while len(indices) < limit and tick / rate <= last:
         nearest = int(np.abs(times - tick / rate).argmin())
-        if nearest not in chosen:
-            chosen.append(nearest)
+        if nearest not in indices:
+            indices.append(nearest)
         later = times[times > times[nearest]]
         if not later.size:
             break
-        # Jump to the first tick that is nearer to a later frame, so that a huge rate costs no more than a small one.
+        # Skip to the first tick that is nearer to a later frame, so that a huge rate takes no longer than a small one.
         tick = max(tick + 1, math.ceil((times[nearest] + later.min()) / 2 * rate))
-    return chosen
+    return indices
 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """How frames are chosen.
+    """Which frames of a video the model sees.
 
-    "chat": one a second from the start, as the original. "base": spread over the first minute, as the original.
-    "uniform": spread over the whole clip or window. "fps": `frames_per_second` from the start.
+    "chat": one frame a second from the start, as in the original. "base": evenly over the first minute, as in the
+    original. "uniform": evenly over the whole clip or window. "fps": `frames_per_second` from the start.
 
     Raises:
-        ValueError: an unknown strategy, a bad number, or a setting that the strategy does not use.
+        ValueError: an unknown strategy, a number out of range, or a setting that the strategy does not use.
     """
 
     strategy: str
     num_frames: int = 24
-    """At most this many."""
+    """At most this many frames."""
     frames_per_second: float | None = None
     """For "fps" only."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"unknown frame sampling {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
         object.__setattr__(self, "num_frames", _at_least_one("num_frames", self.num_frames))
@@ -102,72 +108,87 @@ class FrameSampling:
             raise ValueError(f'frames_per_second has no effect with strategy {self.strategy!r}; it belongs to "fps"')
 
     @classmethod
-    def of(cls, frame_sampling) -> "FrameSampling":
-        """A FrameSampling from itself, from a strategy's name, or from a dict of the fields."""
-        if isinstance(frame_sampling, cls):
+    def of(cls, frame_sampling: "FrameSamplingLike") -> "FrameSampling":
+        """A FrameSampling from the name of a strategy, a dict of the fields, or a FrameSampling."""
+        if isinstance(frame_sampling, FrameSampling):
             return frame_sampling
         if isinstance(frame_sampling, dict):
-            unknown = set(frame_sampling) - {field.name for field in fields(cls)}
-            if unknown or "strategy" not in frame_sampling:
+            names = [field.name for field in fields(cls)]
+            if "strategy" not in frame_sampling or set(frame_sampling) - set(names):
                 raise ValueError(
-                    f"frame sampling {frame_sampling!r}: strategy, num_frames, frames_per_second are known"
+                    f"frame sampling {frame_sampling!r}: needs strategy, and may have {', '.join(names[1:])}"
                 )
             return cls(**frame_sampling)
         return cls(frame_sampling)
 
-    def frame_indices(self, timestamps_seconds, average_fps, start_seconds=0.0, end_seconds=None) -> list[int]:
-        """Positions of the chosen frames, all with start_seconds <= time < end_seconds; an empty list if none is there.
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `FrameSampling.of` reads them back."""
+        return asdict(self)
+
+    def frame_indices(
+        self,
+        timestamps_seconds: ArrayLike,
+        average_fps: float,
+        start_seconds: float = 0.0,
+        end_seconds: float | None = None,
+    ) -> list[int]:
+        """Indices of the sampled frames, all with start_seconds <= time < end_seconds; empty if no frame is in there.
 
         Args:
             timestamps_seconds: start times of all the video's frames, shape (n,), in order.
-            average_fps: frames a second over the whole video; only "base" needs it.
+            average_fps: frames per second over the whole video; only "base" uses it.
         """
         check_window(start_seconds, end_seconds)
-        times = _times(timestamps_seconds)
-        first = 0
-        if start_seconds != 0 or end_seconds is not None:  # else: every frame at its own time, as in the original
+        times, first = _times(timestamps_seconds), 0
+        if start_seconds != 0 or end_seconds is not None:  # else negative times count too, as in the original
             inside = (times >= start_seconds) & (times < (math.inf if end_seconds is None else end_seconds))
             if not inside.any():
                 return []
             first, times = int(inside.argmax()), times[inside] - start_seconds
         if self.strategy == "chat":
-            chosen = chat_indices(times, self.num_frames)
+            indices = chat_indices(times, self.num_frames)
         elif self.strategy == "base":
-            chosen = base_indices(len(times), average_fps, self.num_frames)
-        elif self.strategy == "uniform":
-            chosen = uniform_indices(times, self.num_frames)
+            indices = base_indices(len(times), average_fps, self.num_frames)
+        elif self.frames_per_second is not None:  # "fps"
+            indices = fps_indices(times, self.frames_per_second, self.num_frames)
         else:
-            chosen = fps_indices(times, self.frames_per_second, self.num_frames)
-        return [first + index for index in chosen]
+            indices = uniform_indices(times, self.num_frames)
+        return [first + index for index in indices]
 
 
-def check_window(start_seconds, end_seconds):
-    if not _is_number(start_seconds) or start_seconds < 0:
-        raise ValueError(f"start_seconds must be a number of seconds, not negative; got {start_seconds!r}")
-    if end_seconds is not None and (not _is_number(end_seconds) or end_seconds <= start_seconds):
+FrameSamplingLike = FrameSampling | str | dict[str, Any]
+"""What `FrameSampling.of` takes."""
+
+
+def check_window(start_seconds: float, end_seconds: float | None) -> None:
+    """Raise ValueError unless 0 <= start_seconds < end_seconds, where None is the end of the video."""
+    if not _is_finite_number(start_seconds) or start_seconds < 0:
+        raise ValueError(f"start_seconds must be a finite number, not negative; got {start_seconds!r}")
+    if end_seconds is not None and (not _is_finite_number(end_seconds) or end_seconds <= start_seconds):
         raise ValueError(
             f"end_seconds must be None or a number above start_seconds, {start_seconds:g}; got {end_seconds!r}"
         )
 
 
-def _times(timestamps_seconds):
-    times = np.asarray(timestamps_seconds, dtype=np.float64)
-    if times.ndim != 1 or not times.size or not np.isfinite(times).all():
-        raise ValueError(f"timestamps_seconds must be one finite number or more, shape (n,); got shape {times.shape}")
-    return times
+def positive(name: str, value: Any) -> float:
+    """`value` as a float; ValueError with `name` unless it is a finite number above 0."""
+    if not _is_finite_number(value) or value <= 0:
+        raise ValueError(f"{name} must be a positive number; got {value!r}")
+    return float(value)
 
 
-def _at_least_one(name, value):
+def _at_least_one(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
     return int(value)
 
 
-def positive(name, value):
-    if not _is_number(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive number; got {value!r}")
-    return float(value)
-
-
-def _is_number(value):
+def _is_finite_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _times(timestamps_seconds: ArrayLike) -> NDArray[np.float64]:
+    times = np.asarray(timestamps_seconds, dtype=np.float64)
+    if times.ndim != 1 or not times.size or not np.isfinite(times).all():
+        raise ValueError(f"timestamps_seconds must be finite numbers, shape (n,), n >= 1; got shape {times.shape}")
+    return times

@@ -1,6 +1,6 @@
-"""A child process that calls one function again and again, and can be killed: for code in C that hangs or crashes.
+"""A killable worker process that calls one function repeatedly: protection from C code that hangs or crashes.
 
-Not multiprocessing, which would run the user's script once more.
+Not multiprocessing, whose spawned children import the user's main script again.
 """
 
 import importlib
@@ -11,53 +11,64 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING, Any
 
-LAST_RESORT_SECONDS = 5  # a child whose parent is gone ends itself this long after its limit
+from capkit.video.reading import VideoError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ORPHAN_SECONDS = 5  # a worker whose parent was killed during a call ends this long after the call's timeout
 MAIN = (
     "import pickle, sys; sys.path[:], *task = pickle.load(sys.stdin.buffer); "
     "from capkit.video.worker import serve; serve(*task)"
 )
 
 
-class Child:
-    """A process of its own for one function. It starts with the first call, and anew after one that it did not survive.
+class WorkerProcess:
+    """A process that calls one function. It starts with the first call, and again after a call that ended it.
 
-    Not for several threads at once. A child whose parent was killed ends too.
+    Not thread-safe. A worker whose parent is killed ends too.
 
     Args:
-        module, function: names; arguments and results must pickle. An exception raised ends the child.
-        memory_bytes: most memory that the child may take (POSIX); None for no limit.
+        module, function: names of the function; its arguments and results are pickled.
+        memory_bytes: limit for the worker's memory (POSIX); None: no limit.
     """
 
-    def __init__(self, module: str, function: str, memory_bytes: int | None = None):
+    def __init__(self, module: str, function: str, memory_bytes: int | None = None) -> None:
         self._task = (module, function, memory_bytes)
-        self._process = None
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Self":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @property
     def pid(self) -> int | None:
-        """Of the process, None while there is none."""
+        """Process id, None while there is no process."""
         return None if self._process is None else self._process.pid
 
-    def call(self, *arguments, timeout_seconds: float):
+    def call(self, *arguments: Any, timeout_seconds: float) -> Any:
         """The function's result.
 
         Raises:
-            TimeoutError: it took longer than this, starting the process included; it was killed.
-            ChildProcessError: it died; the text says of what.
+            VideoError, ImportError, MemoryError: raised by the function.
+            TimeoutError: it took longer than this, including the start of the process, which was killed.
+            ChildProcessError: the process died, for example of another exception; the message has the exit code or
+                signal, and the end of stderr.
         """
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        process, expired = self._process, threading.Event()
-        self._complaints.seek(0)  # the child's too, which shares the position
-        self._complaints.truncate()
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start()
+        assert process.stdin and process.stdout  # both are pipes
+        self._stderr.seek(0)  # moves the worker's position too, which is shared
+        self._stderr.truncate()
+        expired = threading.Event()
 
-        def expire():
+        def expire() -> None:
             expired.set()
             process.kill()
 
@@ -67,72 +78,69 @@ class Child:
         try:
             pickle.dump((arguments, timeout_seconds), process.stdin, protocol=5)
             process.stdin.flush()
-            return pickle.load(process.stdout)
+            result = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            cause = _cause(self._wait(), self._complaints)
+            cause = _cause_of_death(process, self._stderr)
             self.close()
             if expired.is_set():
                 raise TimeoutError(f"took more than {timeout_seconds:g} seconds") from None
             raise ChildProcessError(cause) from None
-        except BaseException:  # interrupted: what the child answers to this call must not be taken for the next one's
+        except BaseException:  # interrupted: the result of this call must not be taken for that of the next
             self.close()
             raise
         finally:
             timer.cancel()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def close(self) -> None:
         """Kill the process, if there is one."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                try:
-                    pipe.close()
-                except OSError:  # what was not written yet finds no reader
-                    pass
-            self._complaints.close()
+            # Leaving the with statement waits and closes the pipes, where data that was never sent is an OSError.
+            with suppress(OSError), self._process:
+                self._process.kill()
+            self._stderr.close()
             self._process = None
 
-    def _wait(self):
-        try:
-            return self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:  # it closed its output and lives on
-            self._process.kill()
-            return self._process.wait()
-
-    def _start(self):
+    def _start(self) -> subprocess.Popen[bytes]:
         self.close()
-        self._complaints = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", MAIN],  # isolated: no pickle.py from the working directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy starts quicker
+            stderr=self._stderr,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy starts faster
         )
-        try:
+        assert self._process.stdin
+        with suppress(OSError):  # dead already: the call reports the cause
             pickle.dump(([os.path.abspath(entry) for entry in sys.path], *self._task), self._process.stdin)
-        except OSError:  # dead already: the call finds out of what
-            pass
+        return self._process
 
 
-def _cause(returncode, complaints):
+def _cause_of_death(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
+    try:
+        returncode = process.wait(timeout=1)
+    except subprocess.TimeoutExpired:  # it closed its output but still runs
+        process.kill()
+        returncode = process.wait()
     cause = f"exit code {returncode}"
     if returncode < 0:
-        cause = f"{signal.strsignal(-returncode)}{', for want of memory perhaps' if returncode == -9 else ''}"
-    complaints.seek(max(complaints.seek(0, os.SEEK_END) - 400, 0))
-    told = complaints.read().decode(errors="replace").strip()
-    return f"died ({cause})" + (f": {told}" if told else "")
+        cause = f"{signal.strsignal(-returncode)}{', possibly out of memory' if returncode == -9 else ''}"
+    stderr.seek(max(stderr.seek(0, os.SEEK_END) - 400, 0))
+    output = stderr.read().decode(errors="replace").strip()
+    return f"died ({cause})" + (f": {output}" if output else "")
 
 
-def serve(module, function, memory_bytes):
-    """What the child does: answer calls until its input ends."""
+def serve(module: str, function: str, memory_bytes: int | None) -> None:
+    """The worker's main loop: call the function with each set of arguments from stdin until that ends."""
     if memory_bytes is not None and os.name == "posix":
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # C libraries print; none of that may end up among the results
+    os.dup2(2, 1)  # what C libraries print goes to stderr, not among the results
     called = getattr(importlib.import_module(module), function)
     has_alarm = hasattr(signal, "setitimer")
     if has_alarm:
@@ -142,9 +150,13 @@ def serve(module, function, memory_bytes):
             arguments, timeout_seconds = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        if has_alarm:  # should the parent be killed, nobody else would end a call that hangs
-            signal.setitimer(signal.ITIMER_REAL, timeout_seconds + LAST_RESORT_SECONDS)
-        pickle.dump(called(*arguments), results, protocol=5)
+        if has_alarm:  # if the parent is killed, nothing else ends a call that hangs
+            signal.setitimer(signal.ITIMER_REAL, timeout_seconds + ORPHAN_SECONDS)
+        try:
+            result = called(*arguments)
+        except (VideoError, ImportError, MemoryError) as error:
+            result = error.with_traceback(None)
+        pickle.dump(result, results, protocol=5)
         results.flush()
         if has_alarm:
             signal.setitimer(signal.ITIMER_REAL, 0)

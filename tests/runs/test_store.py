@@ -96,7 +96,7 @@ def test_any_torn_last_line_is_set_aside_and_reported(store):
         torn.unlink(missing_ok=True)
         again = CaptionStore(store.path)
         if cut < len(both) - 1:
-            with pytest.warns(UserWarning, match="line 2 is not a whole record"):
+            with pytest.warns(UserWarning, match="line 2 is not valid JSON"):
                 assert [r["request"] for r in again.current()] == ["a"]
         with pytest.warns(UserWarning, match="the last line was torn"):
             again.append(attempt("c"))
@@ -110,7 +110,7 @@ def test_a_damaged_line_in_the_middle_is_skipped_and_named(store):
     lines = store.path.read_bytes().split(b"\n")
     lines[1] = lines[1][:10] + b"\xff\xfe\x00"
     store.path.write_bytes(b"\n".join(lines))
-    with pytest.warns(UserWarning, match="line 2 is not a whole record; skipped"):
+    with pytest.warns(UserWarning, match="line 2 is not valid JSON; skipped"):
         assert [r["request"] for r in store.current()] == ["a", "c"]
 
 

@@ -1,0 +1,289 @@
+"""Which frame came back? The clips of these tests show in frame i the number i."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from video_factory import (
+    KINDS,
+    cut,
+    damage,
+    encode_clip,
+    encode_sound,
+    packets,
+    read_numbers,
+    reason,
+    trim_by_edit_list,
+)
+
+import capkit.video.reading
+from capkit.video import FrameSampling, VideoError, load_clip
+
+EVERY_FRAME = FrameSampling("uniform", num_frames=100_000)
+
+
+@pytest.fixture(params=["decord", "PyAV"])
+def reader(request, monkeypatch):
+    """Reads with decord first, as where it has a wheel, or with PyAV alone, in this process."""
+    if request.param == "decord" and importlib.util.find_spec("decord") is None:
+        pytest.skip("decord has no wheel here")
+    if request.param == "PyAV":
+        monkeypatch.setattr(capkit.video.reading, "_import_decord", lambda path: None)
+    return lambda path, *args, **kwargs: load_clip(path, *args, timeout_seconds=None, **kwargs)
+
+
+def pick(monkeypatch, indices):
+    """Let load_clip read just these frames."""
+    monkeypatch.setattr(FrameSampling, "frame_indices", lambda *args: list(indices))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_frame_shows_its_own_number(clips, reader, monkeypatch, name):
+    path = clips(name)
+    clip = reader(path, EVERY_FRAME)
+    count = len(KINDS[name].get("numbers", range(60)))
+    assert clip.frame_indices == read_numbers(clip.frames) == list(range(count))
+    milliseconds = np.array(KINDS[name].get("milliseconds", [40 * i for i in range(count)]))
+    assert np.allclose(clip.timestamps_seconds, (milliseconds - milliseconds[0]) / 1000, atol=1e-3)
+    size = KINDS[name].get("size", (96, 128))
+    assert (clip.info.height, clip.info.width) == clip.frames.shape[1:3] == size
+    assert clip.info.path == str(path) and clip.info.num_frames == count
+    for seed in range(8):  # a few frames far apart, in any order and with repeats: now seeking matters
+        wanted = random.Random(seed).choices(range(count), k=5)
+        pick(monkeypatch, wanted)
+        assert read_numbers(reader(path).frames) == wanted
+
+
+def test_both_readers_give_the_same_clip(clips, monkeypatch):
+    decord = pytest.importorskip("decord")
+    for name in ("plain.mp4", "b-frames.mp4", "sound.mkv", "vp9.webm", "turned.mp4", "odd-size.mp4", "uneven.mkv"):
+        path = clips(name)
+        by_decord = load_clip(path, "uniform", timeout_seconds=None)
+        with monkeypatch.context() as patch:
+            patch.setattr(capkit.video.reading, "_import_decord", lambda path: None)
+            by_av = load_clip(path, "uniform", timeout_seconds=None)
+        assert np.array_equal(by_decord.frames, by_av.frames), name
+        assert by_decord.info == by_av.info and by_decord.frame_indices == by_av.frame_indices
+        reported = decord.VideoReader(str(path))
+        times = reported.get_frame_timestamp(by_av.frame_indices)[:, 0]
+        assert np.array_equal(times, by_av.timestamps_seconds), name  # to the last bit
+        assert reported.get_avg_fps() == by_av.info.average_fps
+
+
+def test_decord_is_the_reader_where_it_is_exact_and_nowhere_else(clips, monkeypatch):
+    """decord counts frames, which silently fails on open groups, hidden frames, transport streams and AVI B-frames."""
+    decord = pytest.importorskip("decord")
+    read = []
+
+    class Reader(decord.VideoReader):
+        def __init__(self, path):
+            self.path = path
+            super().__init__(path)
+
+        def get_batch(self, indices):
+            read.append(Path(self.path).name)
+            return super().get_batch(indices)
+
+    monkeypatch.setattr(decord, "VideoReader", Reader)
+    for name in KINDS:
+        load_clip(clips(name), timeout_seconds=None)
+    exact = {"plain.mp4", "b-frames.mp4", "fragments.mp4", "index-first.mp4", "uneven.mp4", "vp9.webm", "turned.mp4"}
+    inexact = {
+        "open-groups.mp4",
+        "open-groups.mkv",
+        "open-groups.ts",
+        "hevc.mp4",
+        "b-frames.ts",
+        "h264.avi",
+        "mpeg2.mpg",
+    }
+    assert exact <= set(read) and not inexact & set(read)
+
+
+def test_what_an_edit_list_cuts_away_is_not_shown_and_not_missing(tmp_path, reader, monkeypatch):
+    path = encode_clip(tmp_path / "edited.mp4", options={"bf": "2"}, keyframe_interval=20)
+    trim_by_edit_list(path, first=30, count=25)
+    clip = reader(path, EVERY_FRAME)
+    assert read_numbers(clip.frames) == list(range(30, 55))
+    assert clip.frame_indices == list(range(25)) and clip.timestamps_seconds[0] == 0
+    assert clip.info.num_frames == 25 and clip.info.duration_seconds == pytest.approx(1.0)
+    pick(monkeypatch, [3, 20])
+    assert read_numbers(reader(path).frames) == [33, 50]
+
+
+def test_pictures_that_are_never_shown_are_not_counted(clips, tmp_path, reader, monkeypatch):
+    source = clips("vp8.webm")
+    data = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        packet = list(container.demux(video=0))[31]
+    at = data.index(bytes(packet), packet.pos)
+    data[at] &= ~0x10  # VP8's flag "show this frame", which alternate references lack
+    path = tmp_path / "hidden.webm"
+    path.write_bytes(data)
+    clip = reader(path, EVERY_FRAME)
+    assert read_numbers(clip.frames) == [*range(31), *range(32, 60)] and clip.info.num_frames == 59
+    pick(monkeypatch, [30, 31, 50])
+    assert read_numbers(reader(path).frames) == [30, 32, 51]
+
+
+def test_windows_keep_the_files_numbers_and_times(clips, reader):
+    path = clips("window.mp4", numbers=range(250), fps=10, keyframe_interval=100)
+    clip = reader(path, "chat", start_seconds=12.5, end_seconds=16.5)
+    assert clip.frame_indices == read_numbers(clip.frames) == [125, 135, 145, 155, 164]
+    assert np.allclose(clip.timestamps_seconds, [12.5, 13.5, 14.5, 15.5, 16.4])
+    assert (clip.start_seconds, clip.end_seconds, clip.frame_sampling) == (12.5, 16.5, FrameSampling("chat"))
+    clip = reader(path, "chat", start_seconds=12.5, end_seconds=16.0)
+    assert clip.one_frame_a_second  # counted from the window's start
+    assert not reader(path, "uniform").one_frame_a_second
+    with pytest.raises(VideoError) as caught:
+        reader(path, start_seconds=100, end_seconds=101)
+    assert "no frame starts between 100 s and 101 s; the video lasts 25 s" in str(caught.value)
+
+
+LONG = {"numbers": range(9000), "fps": 15, "size": (64, 64), "keyframe_interval": 250}
+LONG["options"] = {"preset": "ultrafast", "x264-params": "scenecut=0:keyint=250:min-keyint=250:bframes=2"}
+
+
+@pytest.fixture
+def cpu_load():
+    """Twice as many busy processes as there are processors."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    yield
+    for process in busy:
+        process.kill()
+        process.wait()
+
+
+def test_ten_minutes_under_load_give_the_right_24_frames(clips, reader, cpu_load):
+    path = clips("ten-minutes.mp4", **LONG)
+    assert [i for i, packet in enumerate(packets(path)) if packet[3]] == list(range(0, 9000, 250))
+    clip = reader(path, "uniform")
+    assert len(clip) == 24 and clip.info.duration_seconds == pytest.approx(600)
+    assert read_numbers(clip.frames) == clip.frame_indices
+    clip = reader(path, FrameSampling("fps", 24, 1), start_seconds=400)
+    assert read_numbers(clip.frames) == clip.frame_indices == list(range(6000, 6360, 15))
+
+
+@pytest.mark.soak
+def test_soak_the_right_frames_under_load(clips, reader, cpu_load, monkeypatch):
+    path, rounds, wrong = clips("ten-minutes.mp4", **LONG), 40, 0
+    for seed in range(rounds):
+        wanted = sorted(random.Random(seed).sample(range(9000), 24))
+        pick(monkeypatch, wanted)
+        wrong += sum(a != b for a, b in zip(read_numbers(reader(path).frames), wanted, strict=True))
+    print(f"{rounds} rounds of 24 frames under load: {wrong} wrong")
+    assert wrong == 0
+
+
+# ---- bad files -------------------------------------------------------------------------------------------------------
+
+
+def test_not_a_video(tmp_path, reader):
+    (tmp_path / "text.mp4").write_text("a film about nothing\n" * 50)
+    (tmp_path / "noise.mp4").write_bytes(random.Random(0).randbytes(50_000))
+    for name in ("text.mp4", "noise.mp4"):
+        assert "not a video" in reason(reader, tmp_path / name)
+    assert "no video stream, only sound" in reason(reader, encode_sound(tmp_path / "sound.m4a"))
+    assert "no video stream, only sound" in reason(reader, encode_sound(tmp_path / "sound.mp4"))
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.95])
+def test_cut_short_with_the_index_at_the_end(clips, tmp_path, reader, fraction):
+    path = cut(clips("b-frames.mp4"), tmp_path / "cut.mp4", fraction)
+    words = reason(reader, path)
+    assert "the end of the file is probably missing" in words or "cut short: it should have" in words
+    assert "incomplete download?" in words
+
+
+def test_cut_short_within_the_index_at_the_end(clips, tmp_path, reader):
+    """FFmpeg alone would use the rest of the index, or another stream if the file has several."""
+    data = clips("sound.mp4", audio=True).read_bytes()
+    path = tmp_path / "cut.mp4"
+    for end in range(data.index(b"moov") + 4, len(data), 150):
+        path.write_bytes(data[:end])
+        assert "cut short: it should have" in reason(reader, path)
+
+
+@pytest.mark.parametrize("lost", [1, 100, 1500])
+def test_cut_short_with_the_index_in_front(clips, tmp_path, reader, lost):
+    data = clips("front.mp4", container_options={"movflags": "faststart"}, keyframe_interval=20).read_bytes()
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(data[:-lost])
+    words = reason(reader, path, EVERY_FRAME)
+    assert "cut short: its index promises 60 frames, the file holds" in words
+    assert 0 <= int(words.split("holds ")[1].split()[0]) < 60
+    assert "cut short" in reason(reader, path, FrameSampling("chat", 1))  # even if the wanted frame is there
+
+
+@pytest.mark.parametrize("name", ["sound.mkv", "vp9.webm", "h264.avi", "motion-jpeg.avi"])
+def test_cut_short_in_other_containers(clips, tmp_path, reader, name):
+    path = cut(clips(name), tmp_path / name, 0.7)
+    assert "cut short: it should have" in reason(reader, path)
+
+
+def test_cut_short_in_the_middle_of_fragments(clips, tmp_path, reader):
+    path = cut(clips("fragments.mp4"), tmp_path / "cut.mp4", 0.97)
+    assert "cut short" in reason(reader, path, EVERY_FRAME) or "missing" in reason(reader, path, EVERY_FRAME)
+
+
+def test_a_live_stream_of_unknown_length_is_not_cut_short(tmp_path, clips, reader):
+    data = bytearray(clips("sound.mkv").read_bytes())
+    at = data.index(b"\x18S\x80g") + 4
+    data[at : at + 8] = b"\x01" + b"\xff" * 7  # as written when the end is not known
+    (tmp_path / "live.mkv").write_bytes(data)
+    assert read_numbers(reader(tmp_path / "live.mkv", EVERY_FRAME).frames) == list(range(60))
+
+
+def test_junk_after_the_end_does_no_harm(tmp_path, clips, reader):
+    for name in ("plain.mp4", "vp9.webm", "motion-jpeg.avi"):
+        path = tmp_path / name
+        path.write_bytes(clips(name).read_bytes() + b"junk" * 500)
+        assert read_numbers(reader(path, FrameSampling("uniform", 3)).frames) == [0, 29, 59]
+
+
+def test_frames_that_do_not_decode_are_an_error(clips, tmp_path, reader, monkeypatch):
+    source = clips("damage.mp4", options={"bf": "0", "x264-params": "scenecut=0"}, keyframe_interval=20)
+    data = bytearray(source.read_bytes())
+    _, position, size, _ = packets(source)[25]
+    data[position : position + size] = bytes(size)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    for index in (25, 30):  # the frame itself, and one that refers to it
+        pick(monkeypatch, [3, index])
+        assert f"frame {index} of 60" in reason(reader, path) and "cannot be decoded" in reason(reader, path)
+    pick(monkeypatch, [3, 19, 24, 40, 59])
+    assert read_numbers(reader(path).frames) == [3, 19, 24, 40, 59]  # before the damage, and from the next keyframe on
+
+
+def test_a_stream_without_frames(tmp_path, clips, reader):
+    source = clips("fragments.mp4").read_bytes()
+    path = tmp_path / "header.mp4"
+    path.write_bytes(source[: source.index(b"moof") - 4])
+    assert "holds no frames" in reason(reader, path) or "not a video" in reason(reader, path)
+
+
+@pytest.mark.soak
+def test_soak_damaged_files_give_a_clip_or_a_video_error(clips, tmp_path):
+    rng, counts = random.Random(0), {}
+    names = ["b-frames.mp4", "open-groups.mp4", "index-first.mp4", "hevc.mp4", "sound.mkv", "vp9.webm", "av1.mp4"]
+    names += ["h264.avi", "mpeg4.avi", "open-groups.ts", "mpeg2.mpg", "fragments.mp4"]
+    for name in names * 50:
+        path = tmp_path / name
+        path.write_bytes(damage(clips(name).read_bytes(), rng))
+        try:
+            clip = load_clip(path, "uniform", timeout_seconds=30)
+            outcome = "clip"
+            assert clip.frames.shape == (len(clip), clip.info.height, clip.info.width, 3)
+            assert len(set(clip.frame_indices)) == len(clip)
+        except VideoError as error:
+            outcome = error.reason.split(":")[0].split("(")[0].strip()
+        counts[outcome] = counts.get(outcome, 0) + 1
+    print(f"{sum(counts.values())} damaged files:", json.dumps(counts, indent=1))
+    assert "reading took more than 30 seconds" not in counts
