@@ -15,7 +15,7 @@ import pytest
 
 from capkit import CaptionStore
 from capkit.export import CLEANING, LAYOUTS, ExportError, export_dataset
-from capkit.export.base import LINE_SEPARATORS
+from capkit.export.layouts import LINE_SEPARATORS
 from capkit.files import file_sha256 as sha256_of
 
 TEXTS = {
@@ -245,7 +245,7 @@ class TestWhichCaption:
         ):
             report = export_dataset(store, "cogvideo", tmp_path / str(number), choose=choose)
             assert report.exported["text"].iloc[0] == text and len(report.refused) == num_refused
-            assert all(report.refused["reason"] == "none of its 1 captions is as chosen")
+            assert all(report.refused["reason"] == "none of its 1 captions matches choose=")
         store.edit("captions 0", "Our dog.")
         report = export_dataset(store, "cogvideo", tmp_path / "edited", choose=["edited", "latest"])
         assert list(report.exported["text"]) == ["Our dog.", "A cat."]
@@ -427,7 +427,7 @@ class TestFolder:
         assert report.exported["text"].iloc[0] == "Our dog." and "all 2 pairs are right" in report.read_back
         assert {path.name for path in root.parent.iterdir()} == {"out", "out.export.json"}
         (root / latents).mkdir(parents=True)
-        with pytest.raises(ValueError, match=f"holds {latents}/, what a trainer has made of clips"):
+        with pytest.raises(ValueError, match=f"holds {latents}/, which a trainer has computed from clips"):
             export_dataset(store, layout, root, overwrite=True)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -435,7 +435,7 @@ class TestFolder:
         root = tmp_path / "out"
         export_dataset(store, layout, root)
         (root / "notes.txt").write_text("mine")
-        with pytest.raises(ValueError, match="holds 'notes.txt', which is no part of such an export"):
+        with pytest.raises(ValueError, match="holds 'notes.txt', not part of such an export"):
             export_dataset(store, layout, root, overwrite=True)
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="is a file"):
@@ -444,7 +444,7 @@ class TestFolder:
 
     def test_another_layout_is_not_replaced(self, store, tmp_path):
         export_dataset(store, "cogvideo", tmp_path / "out")
-        with pytest.raises(ValueError, match="which is no part of such an export"):
+        with pytest.raises(ValueError, match="not part of such an export"):
             export_dataset(store, "cogkit", tmp_path / "out", overwrite=True)
 
     def test_what_sat_would_look_for_elsewhere(self, store, tmp_path):
@@ -470,7 +470,7 @@ class TestFolder:
         def swap(root):
             (root / "prompts.txt").write_text("A cat.\nA dog.\n")
 
-        with pytest.raises(ExportError, match="a.mp4 has the caption 'A cat.', not 'A dog.'; nothing is left"):
+        with pytest.raises(ExportError, match="a.mp4 has the caption 'A cat.', not 'A dog.'; nothing was exported"):
             export_dataset(store, "cogvideo", tmp_path / "out")
         monkeypatch.setattr(kind, "write", lambda root, pairs: None, raising=False)
         with pytest.raises(ExportError, match="it stops: .*prompts.txt"):
@@ -482,7 +482,7 @@ class TestFolder:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("shutil.copyfile", full)
-        with pytest.raises(ExportError, match="No space left on device; nothing is left of it"):
+        with pytest.raises(ExportError, match="No space left on device; nothing was exported"):
             export_dataset(store, "cogvideo", tmp_path / "out", clips="copy")
         assert {path.name for path in tmp_path.iterdir()} == {"clips", "captions.jsonl"}
 
