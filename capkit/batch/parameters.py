@@ -104,7 +104,8 @@ def convert_value(name: str, value: Any, annotation: ast.expr | None, from_csv: 
         raise ValueError(message) from error
     if types and name in ALSO_LISTS:
         types = [*types, "list"]
-    if types and not any(_has_type(value, kind) for kind in types):
+    # A bool is an int for Python, but not for a parameter.
+    if types and not any(isinstance(value, TYPES[kind]) for kind in types if kind == "bool" or type(value) is not bool):
         actual = DESCRIPTIONS.get(type(value), f"a {type(value).__name__}")
         raise ValueError(f"{name}: {value!r} is {actual}, not {' or '.join(types)}{_type_hint(value, types)}")
     return value
@@ -126,10 +127,6 @@ def _annotated_types(annotation: ast.expr | None) -> list[str]:
         inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
         members = [_annotated_types(member) for member in inner] + ([["None"]] if outer == "Optional" else [])
     return [name for member in members for name in member] if all(members) else []
-
-
-def _has_type(value: Any, name: str) -> bool:
-    return isinstance(value, TYPES[name]) and (name == "bool" or not isinstance(value, bool))
 
 
 def _type_hint(value: Any, types: list[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from capkit.batch.index import write_index
-from capkit.batch.run import BUSY, SAVING_SECONDS, Job
+from capkit.batch.run import BUSY, SAVING_SECONDS
 from capkit.batch.table import Run, Table
 from capkit.files import now
 
@@ -23,7 +23,7 @@ REPORT_SECONDS = 60.0  # between lines that list what is running
 
 @dataclass
 class _Running:
-    job: Job
+    run: Run
     process: subprocess.Popen[bytes]
     stdin: IO[bytes]
     since: float
@@ -47,7 +47,8 @@ class Pool:
         if self.workers < 1:
             raise ValueError(f"workers={workers!r}: must be at least 1")
         self.table, self.gpus = table, gpus
-        self.queue = [Job(run, run.read_status().get("ended"), table.time_limit_minutes) for run in runs]
+        self.queue = list(runs)
+        self.last_ended = {run.name: run.read_status().get("ended") for run in self.queue}
         self.total, self.num_ended = len(self.queue), 0
         self.running: dict[int, _Running] = {}  # by the worker's number
         self.not_before: dict[str, float] = {}  # earliest time to try again, of runs that another command is running
@@ -57,11 +58,14 @@ class Pool:
         last_report = time.monotonic()
         try:
             while self.queue or self.running:
-                self._start_jobs()
+                self._start_runs()
                 self._collect_ended()
-                if time.monotonic() - last_report > REPORT_SECONDS:
-                    self._report()
-                    last_report = time.monotonic()
+                if (time_now := time.monotonic()) - last_report > REPORT_SECONDS:
+                    minutes = [
+                        f"{one.run.name} ({(time_now - one.since) / 60:.0f} min)" for one in self.running.values()
+                    ]
+                    print(f"running: {', '.join(minutes) or 'none'}; {len(self.queue)} to come", flush=True)
+                    last_report = time_now
                 time.sleep(POLL_SECONDS)
         except BaseException:
             self._stop()
@@ -69,32 +73,32 @@ class Pool:
         finally:
             write_index(self.table)
 
-    def _start_jobs(self) -> None:
+    def _start_runs(self) -> None:
         for worker in set(range(self.workers)) - set(self.running):
-            ready = (job for job in self.queue if self.not_before.get(job.run.name, 0) <= time.monotonic())
-            if (job := next(ready, None)) is not None:
-                self.queue.remove(job)
-                self.running[worker] = self._start(job, self.gpus[worker % len(self.gpus)] if self.gpus else None)
+            ready = (run for run in self.queue if self.not_before.get(run.name, 0) <= time.monotonic())
+            if (run := next(ready, None)) is not None:
+                self.queue.remove(run)
+                self.running[worker] = self._start(run, self.gpus[worker % len(self.gpus)] if self.gpus else None)
 
-    def _start(self, job: Job, gpu: str | None) -> _Running:
-        job.run.folder.mkdir(parents=True, exist_ok=True)
-        with open(job.run.folder / "log.txt", "ab") as log:
+    def _start(self, run: Run, gpu: str | None) -> _Running:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with open(run.folder / "log.txt", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", "from capkit.batch.run import main; main()"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                cwd=job.run.working_dir,
+                cwd=run.working_dir,
                 env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}),
                 start_new_session=True,  # Ctrl-C reaches the batch only, which then ends its runs
             )
         assert process.stdin is not None  # it is a pipe
         try:
-            pickle.dump(job, process.stdin)
+            pickle.dump((run, self.last_ended[run.name]), process.stdin)
             process.stdin.flush()  # and not closed, which would end the run
         except BrokenPipeError:  # the process has died already; its exit code is handled like any other
             pass
-        return _Running(job, process, process.stdin, time.monotonic())
+        return _Running(run, process, process.stdin, time.monotonic())
 
     def _collect_ended(self) -> None:
         for worker, running in list(self.running.items()):
@@ -102,21 +106,16 @@ class Pool:
                 continue
             running.stdin.close()
             del self.running[worker]
-            run = running.job.run
+            run = running.run
             if running.process.returncode == BUSY:
                 if run.name not in self.not_before:
                     print(f"{run.name}: another command is running it; waiting", flush=True)
                 self.not_before[run.name] = time.monotonic() + BUSY_SECONDS
-                self.queue.append(running.job)
+                self.queue.append(run)
             else:
                 self.num_ended += 1
                 print(f"[{self.num_ended}/{self.total}] {_outcome(run, running.process.returncode)}", flush=True)
                 write_index(self.table)
-
-    def _report(self) -> None:
-        minutes = {running.job.run.name: (time.monotonic() - running.since) / 60 for running in self.running.values()}
-        names = ", ".join(f"{name} ({number:.0f} min)" for name, number in minutes.items())
-        print(f"running: {names or 'none'}; {len(self.queue)} to come", flush=True)
 
     def _stop(self) -> None:
         for running in self.running.values():
@@ -129,7 +128,7 @@ class Pool:
                 process.kill()  # its kernel ends when it finds its parent gone
                 code = process.wait()
             if code != BUSY:
-                print(_outcome(running.job.run, code, "interrupted"), flush=True)
+                print(_outcome(running.run, code, "interrupted"), flush=True)
 
 
 def _outcome(run: Run, exit_code: int, status_if_crashed: str = "failed") -> str:

@@ -1,4 +1,4 @@
-"""One run of a batch, in a process of its own, which gets its `Job` pickled on standard input.
+"""One run of a batch, in a process of its own, which reads from standard input what to do.
 
 The end of standard input (the batch stops, or was killed) ends the run: its kernel is killed, and papermill saves the
 notebook as it stands. The process holds the run's lock until it exits, even if the batch is gone.
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -29,25 +29,20 @@ SAVING_SECONDS = 20.0  # for papermill to save the notebook after its kernel was
 LONGEST_HEADLINE = 500  # characters
 
 
-class Job(NamedTuple):
-    """A run to be run unless another command has run it after `last_ended`, the end of the attempt before."""
-
-    run: Run
-    last_ended: str | None
-    time_limit_minutes: float | None
-
-
 def main() -> None:
-    """Read the job, run the notebook unless the run is locked or done by now, and write the outcome to its status."""
-    job: Job = pickle.load(sys.stdin.buffer)
-    stop = _Stop(job.run)
+    """Run a notebook unless its run is locked, or another command has tried it by now; write its status.
+
+    Standard input holds, pickled, the run and the time at which the attempt before this batch ended, or None.
+    """
+    run, last_ended = pickle.load(sys.stdin.buffer)
+    stop = _Stop(run)
     threading.Thread(target=stop.at_end_of_input, daemon=True).start()
     try:
-        with FileLock(job.run.folder / ".lock", timeout=0):
-            before = job.run.read_status()
-            failed_elsewhere = before["status"] == "failed" and before.get("ended") != job.last_ended
+        with FileLock(run.folder / ".lock", timeout=0):
+            before = run.read_status()
+            failed_elsewhere = before["status"] == "failed" and before.get("ended") != last_ended
             if before["status"] != "done" and not failed_elsewhere:
-                _run(job, stop)
+                _run(run, stop)
     except Timeout:
         sys.exit(BUSY)
 
@@ -79,12 +74,12 @@ class _Stop:
         os._exit(0)
 
 
-def _run(job: Job, stop: _Stop) -> None:
-    run, started = job.run, time.perf_counter()
+def _run(run: Run, stop: _Stop) -> None:
+    started = time.perf_counter()
     stop.progress = {"started": now(), "process": os.getpid()}
     run.write_status("running", **stop.progress)
     print(f"\n==== {stop.progress['started']} {run.name}", file=sys.stderr, flush=True)
-    if limit := job.time_limit_minutes:
+    if limit := run.time_limit_minutes:
         timer = threading.Timer(limit * 60, stop.stop, ("failed", f"stopped after {limit:g} minutes, its time limit"))
         timer.daemon = True
         timer.start()

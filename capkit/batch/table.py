@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -76,6 +76,7 @@ class Run:
         fingerprint: digest of the notebook's code and the parameters; a status counts only under its fingerprint.
         varied: names of the parameters that the table gives for this run in particular.
         has_output_dir: the notebook has a parameter `output_dir`.
+        time_limit_minutes: None for no limit.
         working_dir: where the notebook runs, the folder of the table: relative paths begin there.
         batch_dir: where the runs' folders are.
     """
@@ -86,6 +87,7 @@ class Run:
     fingerprint: str
     varied: tuple[str, ...]
     has_output_dir: bool
+    time_limit_minutes: float | None
     working_dir: Path
     batch_dir: Path
 
@@ -131,14 +133,12 @@ class Table:
         runs: in order.
         output_dir: where the runs' folders are.
         workers: how many run at a time.
-        time_limit_minutes: for each run; None for no limit.
     """
 
     path: Path
     runs: tuple[Run, ...]
     output_dir: Path
-    workers: int = 1
-    time_limit_minutes: float | None = None
+    workers: int
 
 
 def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] | None = None) -> Table:
@@ -182,7 +182,7 @@ def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] 
         problems.append("has no runs")
     if problems:
         raise TableError(path, problems)
-    return Table(path, tuple(runs), batch_dir, content.get("workers") or 1, content.get("time_limit_minutes"))
+    return Table(path, tuple(runs), batch_dir, content.get("workers") or 1)
 
 
 def _read(path: Path, is_csv: bool) -> Any:
@@ -216,7 +216,8 @@ class _Reader:
     """Makes runs of a table's entries; collects what is wrong with them in `problems`."""
 
     def __init__(self, path: Path, is_csv: bool, batch_dir: Path, content: dict[str, Any]):
-        self.working_dir, self.is_csv, self.batch_dir = path.parent, is_csv, batch_dir
+        self.is_csv, self.time_limit_minutes = is_csv, content.get("time_limit_minutes")
+        self.working_dir, self.batch_dir = path.parent, batch_dir
         self.notebook, self.parameters, self.grid = map(content.get, ("notebook", "parameters", "grid"))
         self.load_notebook = functools.cache(_load_notebook)
         self.problems: list[str] = []
@@ -245,7 +246,7 @@ class _Reader:
         for name, values in candidates.items():
             for value in values:
                 try:
-                    choices[name].append(notebook.convert(name, value, self.is_csv))
+                    choices[name].append(_convert(notebook, name, value, self.is_csv))
                 except ValueError as error:
                     problems.append(str(error))
         if problems:
@@ -259,23 +260,25 @@ class _Reader:
                 name = _label(notebook.path.stem, {key: parameters[key] for key in varied}, digest)
             elif any(len(choices[key]) > 1 for key in axes):
                 name = _label(name, {key: parameters[key] for key in axes}, digest)
-            has_output_dir, folders = "output_dir" in notebook.annotations, (self.working_dir, self.batch_dir)
-            runs.append(Run(name, notebook.path, parameters, digest, varied, has_output_dir, *folders))
+            run = Run(
+                name=name,
+                notebook=notebook.path,
+                parameters=parameters,
+                fingerprint=digest,
+                varied=varied,
+                has_output_dir="output_dir" in notebook.annotations,
+                time_limit_minutes=self.time_limit_minutes,
+                working_dir=self.working_dir,
+                batch_dir=self.batch_dir,
+            )
+            runs.append(run)
         return runs
 
 
-@dataclass(frozen=True)
-class _Notebook:
+class _Notebook(NamedTuple):
     path: Path
     digest: str  # of its code
     annotations: dict[str, ast.expr | None]
-
-    def convert(self, name: str, value: Any, from_csv: bool) -> Any:
-        if not self.annotations:
-            raise ValueError(f"unknown parameter {name!r}; {self.path.name} has no cell tagged 'parameters'")
-        if name not in self.annotations:
-            raise ValueError(unknown_name("parameter", name, self.annotations, f"{self.path.name} has"))
-        return convert_value(name, value, self.annotations[name], from_csv)
 
 
 def _load_notebook(path: str) -> _Notebook:
@@ -290,6 +293,14 @@ def _load_notebook(path: str) -> _Notebook:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"notebook {path}: cannot be read as a notebook: {error!r}") from error
     return _Notebook(Path(path), _digest([cell["source"] for cell in cells]), annotations)
+
+
+def _convert(notebook: _Notebook, name: str, value: Any, from_csv: bool) -> Any:
+    if not notebook.annotations:
+        raise ValueError(f"unknown parameter {name!r}; {notebook.path.name} has no cell tagged 'parameters'")
+    if name not in notebook.annotations:
+        raise ValueError(unknown_name("parameter", name, notebook.annotations, f"{notebook.path.name} has"))
+    return convert_value(name, value, notebook.annotations[name], from_csv)
 
 
 def _label(start: str, parameters: dict[str, Any], digest: str) -> str:

@@ -190,7 +190,7 @@ class TestReadTable:
         )
         with pytest.raises(TableError) as error:
             read_table(path)
-        for told in (
+        for message in (
             "run 1: unknown parameter 'wrd'; did you mean 'word'? tiny.ipynb has: n, word, how",
             "run 1: unknown parameter 'nn'; did you mean 'n'?",
             "run 1: n: '3' is text, not int",
@@ -209,11 +209,11 @@ class TestReadTable:
             "run 9: grid: {'n': []} must be a mapping of parameters to lists of values, none of them empty",
             "run 10: 'n' is both in parameters and in grid",
         ):
-            assert told in str(error.value)
+            assert message in str(error.value)
         assert sum("gone.ipynb" in problem for problem in error.value.problems) == 1
 
     @pytest.mark.parametrize(
-        "text, told",
+        "text, message",
         [
             ("", "must be a list of runs, or a mapping"),
             ("[", "cannot be read as a table of runs"),
@@ -227,12 +227,12 @@ class TestReadTable:
             ("notebook: tiny.ipynb\ngrid: {n: [1, 2]}\nparameters: {output_dir: o}", "would both write into"),
         ],
     )
-    def test_tables_that_make_no_sense(self, folder, text, told, capsys):
+    def test_tables_that_make_no_sense(self, folder, text, message, capsys):
         path = table(folder, text)
         with pytest.raises(TableError) as error:
             read_table(path)
-        assert told in str(error.value) and str(path) in str(error.value)
-        assert run_command(path) == 2 and told in capsys.readouterr().err
+        assert message in str(error.value) and str(path) in str(error.value)
+        assert run_command(path) == 2 and message in capsys.readouterr().err
         assert not path.with_suffix("").exists()  # nothing was begun
 
     def test_a_table_that_is_not_there_and_csv_that_is_torn(self, folder):
@@ -342,8 +342,8 @@ class TestRun:
         runs = {"notebook": str(NOTEBOOKS / "01_caption_clips.ipynb"), "parameters": parameters}
         path = table(folder, yaml.safe_dump({"runs": [runs | {"name": "captions"}]}))
         assert run_command(path) == 0
-        told = "1 captions, 0 errors, 1 cut off by max_new_tokens, mean log-probability a token -"
-        assert told in capsys.readouterr().out and told in (folder / "runs" / "index.html").read_text()
+        message = "1 captions, 0 errors, 1 cut off by max_new_tokens, mean log-probability a token -"
+        assert message in capsys.readouterr().out and message in (folder / "runs" / "index.html").read_text()
         (record,) = capkit.CaptionStore(folder / "runs" / "captions" / "results" / "captions.jsonl").current()
         assert record["status"] == "ok" and record["num_tokens"] == 4
 
