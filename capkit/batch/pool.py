@@ -1,4 +1,4 @@
-"""Run runs of a table in processes of their own, several at a time; wait for those that another command is running."""
+"""Run the runs of a table in processes, several at a time; wait for those that another command is running."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class Pool:
             while self.queue or self.running:
                 self._start_runs()
                 self._collect_ended()
-                if (time_now := time.monotonic()) - last_report > REPORT_SECONDS:
-                    minutes = [
-                        f"{one.run.name} ({(time_now - one.since) / 60:.0f} min)" for one in self.running.values()
+                if time.monotonic() - last_report > REPORT_SECONDS:
+                    last_report = time.monotonic()
+                    names = [
+                        f"{one.run.name} ({(last_report - one.since) / 60:.0f} min)" for one in self.running.values()
                     ]
-                    print(f"running: {', '.join(minutes) or 'none'}; {len(self.queue)} to come", flush=True)
-                    last_report = time_now
+                    print(f"running: {', '.join(names) or 'none'}; {len(self.queue)} to come", flush=True)
                 time.sleep(POLL_SECONDS)
         except BaseException:
             self._stop()

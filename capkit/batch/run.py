@@ -115,7 +115,7 @@ def _execute(run: Run, executed: Path, stop: _Stop) -> str | None:
     except DeadKernelError:
         reason = stop.reason or "crashed, or killed from outside, most often because memory ran out; see log.txt"
         message = f"the kernel died {_last_cell(executed)}: {reason}"
-    except Exception as error:  # whatever it is must not end the other runs
+    except Exception as error:  # any error is recorded as the run's
         logging.exception("the notebook did not run to its end")
         message = stop.reason or f"{type(error).__name__}: {_plain(str(error))}"
     _mark_as_failed(executed, message)
@@ -148,7 +148,7 @@ def _mark_as_failed(executed: Path, message: str) -> None:
 
 
 def _read_headline(executed: Path) -> str:
-    """What the cells tagged `headline` printed or returned, as text; "" without such cells."""
+    """Output of the cells tagged `headline`, as text; "" without such cells."""
     tagged = [cell for cell in code_cells(executed) if "headline" in cell["tags"]]
     outputs = [output for cell in tagged for output in cell["outputs"] if output.get("name") != "stderr"]
     texts = ["".join(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in outputs]
@@ -163,5 +163,5 @@ def _write_html(executed: Path) -> None:
     try:
         html, _ = HTMLExporter().from_filename(str(executed))
         write_whole(executed.with_suffix(".html"), html)
-    except Exception:  # the run counts without its page too
+    except Exception:  # a missing page does not make the run fail
         logging.exception("%s could not be converted to HTML", executed)
