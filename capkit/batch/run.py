@@ -1,173 +1,154 @@
-"""One run of a batch, in a process of its own: `python -m capkit.batch.run`, the job as a line of JSON on its input.
+"""One run of a batch, in a process of its own, which reads from standard input what to do.
 
-The end of the input, be it that the batch stops or that it was killed, ends the run: its kernel is killed, and
-papermill saves the notebook as far as it came. The lock is held as long as this process lives, whatever became of the
-batch.
+The end of standard input (the batch stops, or was killed) ends the run: its kernel is killed, and papermill saves the
+notebook as it stands. The process holds the run's lock until it exits, even if the batch is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
+import pickle
 import re
 import sys
 import threading
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 
-from capkit.batch.table import code_cells
-from capkit.files import atomic_write
+from capkit.batch.parameters import code_cells
+from capkit.batch.table import Run
+from capkit.files import atomic_write, now
 
-BUSY = 75  # exit code: another command is at this run
+BUSY = 75  # exit code: another command is running this run
 SAVING_SECONDS = 20.0  # for papermill to save the notebook after its kernel was killed
 LONGEST_HEADLINE = 500  # characters
-STATUS = "status.json"
 
 
 def main() -> None:
-    """Read the job, run the notebook unless it is locked or done by now, and leave the outcome in its status file."""
-    job = json.loads(sys.stdin.readline())
-    folder = Path(job["folder"])
-    stop = _Stop(folder)
-    threading.Thread(target=stop.with_parent, daemon=True).start()
+    """Run a notebook unless its run is locked, or another command has tried it by now; write its status.
+
+    Standard input holds, pickled, the run and the time at which the attempt before this batch ended, or None.
+    """
+    run, last_ended = pickle.load(sys.stdin.buffer)
+    stop = _Stop(run)
+    threading.Thread(target=stop.at_end_of_input, daemon=True).start()
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            before = read_status(folder)
-            same = before.get("fingerprint") == job["fingerprint"]
-            done_by_others = before.get("status") == "failed" and before.get("ended", "") >= job["since"]
-            if not same or before.get("status") != "done" and not done_by_others:
-                _run(job, folder, stop)
+        with FileLock(run.folder / ".lock", timeout=0):
+            before = run.read_status()
+            failed_elsewhere = before["status"] == "failed" and before.get("ended") != last_ended
+            if before["status"] != "done" and not failed_elsewhere:
+                _run(run, stop)
     except Timeout:
         sys.exit(BUSY)
 
 
-def read_status(folder: Path) -> dict[str, Any]:
-    """What is known of a run; an empty dictionary where that is nothing."""
-    try:
-        status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
-def write_status(folder: Path, status: dict[str, Any]) -> None:
-    """Keep what is known of a run."""
-    atomic_write(folder / STATUS, json.dumps(status, ensure_ascii=False, indent=1) + "\n")
-
-
-def now() -> str:
-    """The time in UTC, to be compared as text."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
 class _Stop:
-    """Ends the run before its time: `status` and `reason` say why, once it has begun to."""
+    """Stops a run before its end."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.status = self.reason = None
-        self.running: dict[str, Any] = {}  # the run's status file so far
+    def __init__(self, run: Run):
+        self.run = run
+        self.status = self.reason = ""  # empty unless it is being stopped
+        self.progress: dict[str, Any] = {}  # fields of the run's status; empty before it has started
 
-    def with_parent(self) -> None:
-        """Wait for the end of the input."""
-        sys.stdin.read()
-        self.now("interrupted", "stopped before it was done")
+    def at_end_of_input(self) -> None:
+        """Wait for the end of standard input, then stop the run."""
+        os.read(sys.stdin.fileno(), 1)  # not buffered: the buffer's lock would abort the interpreter's exit
+        self.stop("interrupted", "stopped before it was done")
 
-    def now(self, status: str, reason: str) -> None:
-        """Kill the kernel, and this process too if it does not come to its end then."""
+    def stop(self, status: str, reason: str) -> None:
+        """Kill the kernel, and exit if the run has not ended soon after."""
         self.status, self.reason = self.status or status, self.reason or reason
         until = time.monotonic() + SAVING_SECONDS
-        while time.monotonic() < until:  # again and again, because a kernel may be about to start
+        while time.monotonic() < until:  # repeatedly, because a kernel may be about to start
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
             time.sleep(0.2)
-        if self.running:
-            ended = {"status": self.status, "error": self.reason, "ended": now()}
-            write_status(self.folder, self.running | ended)
+        if self.progress:
+            self.run.write_status(self.status, **self.progress, error=self.reason, ended=now())
         os._exit(0)
 
 
-def _run(job: dict[str, Any], folder: Path, stop: _Stop) -> None:
-    status = {name: job[name] for name in ("name", "notebook", "parameters", "fingerprint")}
-    status |= {"status": "running", "started": now(), "process": os.getpid()}
-    started, stop.running = time.perf_counter(), status
-    write_status(folder, status)
-    print(f"\n==== {status['started']} {job['name']}", file=sys.stderr, flush=True)
-    if limit := job["time_limit_minutes"]:
-        timer = threading.Timer(limit * 60, stop.now, ("failed", f"stopped after {limit:g} minutes, its time limit"))
+def _run(run: Run, stop: _Stop) -> None:
+    started = time.perf_counter()
+    stop.progress = {"started": now(), "process": os.getpid()}
+    run.write_status("running", **stop.progress)
+    print(f"\n==== {stop.progress['started']} {run.name}", file=sys.stderr, flush=True)
+    if limit := run.time_limit_minutes:
+        timer = threading.Timer(limit * 60, stop.stop, ("failed", f"stopped after {limit:g} minutes, its time limit"))
         timer.daemon = True
         timer.start()
-    executed = folder / Path(job["notebook"]).name
-    error = _execute(job, executed, stop)
+    executed = run.folder / run.notebook.name
+    error = _execute(run, executed, stop)
     _write_html(executed)
     if error is None:
-        outcome = {"status": "done", "headline": read_headline(executed)}
+        status, outcome = "done", {"headline": _read_headline(executed)}
     else:
-        outcome = {"status": stop.status or "failed", "error": error}
-    write_status(folder, status | outcome | {"ended": now(), "seconds": round(time.perf_counter() - started, 1)})
+        status, outcome = stop.status or "failed", {"error": error}
+    seconds = round(time.perf_counter() - started, 1)
+    run.write_status(status, **stop.progress, **outcome, ended=now(), seconds=seconds)
 
 
-def _execute(job: dict[str, Any], executed: Path, stop: _Stop) -> str | None:
-    """Run the notebook; returns None, or what went wrong."""
+def _execute(run: Run, executed: Path, stop: _Stop) -> str | None:
+    """Run the notebook; returns an error message, or None."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     executed.unlink(missing_ok=True)
-    doubled = [str(path).replace("{", "{{").replace("}", "}}") for path in (job["notebook"], executed)]
-    try:  # papermill fills in braces of paths
+    # papermill formats paths, so braces are doubled.
+    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (run.notebook, executed)]
+    parameters = run.parameters | ({"output_dir": str(run.results_dir)} if run.has_output_dir else {})
+    try:
         papermill.execute_notebook(
-            *doubled, job["passed"], kernel_name="python3", language="python", progress_bar=False, log_output=True
+            *paths, parameters, kernel_name="python3", language="python", progress_bar=False, log_output=True
         )
         return None
     except papermill.PapermillExecutionError as error:
         logging.error(_plain(str(error)))
         return f"cell {error.exec_count}: {error.ename}: {_plain(error.evalue)}"
     except DeadKernelError:
-        why = stop.reason or "crashed, or killed from outside, most often because memory ran out; see log.txt"
-        told = f"the kernel died {_cells_run(executed)}: {why}"
-    except Exception as error:  # whatever it is, it ends this run and no other
-        logging.exception("not run to its end")
-        told = stop.reason or f"{type(error).__name__}: {_plain(str(error))}"
-    _say_in_notebook(executed, told)
-    return told
+        reason = stop.reason or "crashed, or killed from outside, most often because memory ran out; see log.txt"
+        message = f"the kernel died {_last_cell(executed)}: {reason}"
+    except Exception as error:  # any error is recorded as the run's
+        logging.exception("the notebook did not run to its end")
+        message = stop.reason or f"{type(error).__name__}: {_plain(str(error))}"
+    _mark_as_failed(executed, message)
+    return message
 
 
 def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
 
 
-def _cells_run(executed: Path) -> str:
+def _last_cell(executed: Path) -> str:
     try:
         cells = code_cells(executed)
     except (OSError, ValueError):
-        return "at its start"
-    begun = [number for number, cell in enumerate(cells, 1) if cell["metadata"]["papermill"]["start_time"]]
-    return f"in code cell {begun[-1]}" if begun else "at its start"
+        cells = []
+    started = [number for number, cell in enumerate(cells, 1) if cell["metadata"]["papermill"]["start_time"]]
+    return f"in code cell {started[-1]}" if started else "at its start"
 
 
-def _say_in_notebook(executed: Path, told: str) -> None:
-    """On top, as papermill does it for an error in a cell; a notebook that is not there yet is left alone."""
+def _mark_as_failed(executed: Path, message: str) -> None:
+    """Put an error message on top of the notebook, as papermill does for an error in a cell."""
     import nbformat
 
     try:
         notebook = nbformat.read(executed, 4)
-        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Not run to its end:** `{told}`"))
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Not run to its end:** `{message}`"))
         atomic_write(executed, nbformat.writes(notebook))
     except (OSError, ValueError):
         logging.exception("%s could not be marked as failed", executed)
 
 
-def read_headline(executed: Path) -> str:
-    """What the cells tagged `headline` printed or returned, as text; "" where there are none."""
+def _read_headline(executed: Path) -> str:
+    """Output of the cells tagged `headline`, as text; "" without such cells."""
     tagged = [cell for cell in code_cells(executed) if "headline" in cell["tags"]]
     outputs = [output for cell in tagged for output in cell["outputs"] if output.get("name") != "stderr"]
     texts = ["".join(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in outputs]
@@ -182,9 +163,5 @@ def _write_html(executed: Path) -> None:
     try:
         html, _ = HTMLExporter().from_filename(str(executed))
         atomic_write(executed.with_suffix(".html"), html)
-    except Exception:  # a page that cannot be made takes nothing away from the run
+    except Exception:  # a missing page does not make the run fail
         logging.exception("%s could not be converted to HTML", executed)
-
-
-if __name__ == "__main__":
-    main()

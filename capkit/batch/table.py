@@ -1,36 +1,59 @@
-"""A table of notebook runs, read and checked before any of them starts; all that is wrong with it is told at once."""
+"""Read a table of notebook runs (YAML or CSV), and check all of it before any run starts."""
 
 from __future__ import annotations
 
 import ast
 import csv
 import dataclasses
-import difflib
+import functools
 import hashlib
 import itertools
 import json
 import os
 import re
+import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-TABLE_KEYS = ("output_dir", "workers", "time_limit_minutes", "notebook", "parameters", "grid", "runs")
-RUN_KEYS = ("name", "notebook", "parameters", "grid")
-ALSO_LISTS = ("videos",)  # written as `str`, because papermill does not see a union; a list of them is as good
-NAME = re.compile(r"\w[\w .,=+-]*")
+from capkit.batch.parameters import code_cells, convert_value, parameter_annotations, unknown_name
+from capkit.files import atomic_write
+
 LONGEST_NAME = 60  # characters; each value in it VALUE_LENGTH at most
 VALUE_LENGTH = 20
-KINDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict, "None": type(None)}
-WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
+NAME = re.compile(r"\w[\w .,=+-]*")
+RUN_KEYS = ("name", "notebook", "parameters", "grid")
+TABLE_KEYS = ("output_dir", "workers", "time_limit_minutes", "notebook", "parameters", "grid", "runs")
+CHECKS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "output_dir": (lambda value: isinstance(value, str), "must be the name of a folder"),
+    "workers": (lambda value: type(value) is int and value > 0, "must be a whole number of at least 1"),
+    "time_limit_minutes": (lambda value: type(value) in (int, float) and value > 0, "must be a number above 0"),
+    "runs": (
+        lambda value: isinstance(value, list) and all(isinstance(run, dict) for run in value),
+        f"must be a list of mappings, each with some of: {', '.join(RUN_KEYS)}",
+    ),
+    "name": (
+        lambda value: isinstance(value, str) and len(value) <= 2 * LONGEST_NAME and NAME.fullmatch(value),
+        "must be text that can name a folder: letters, digits, spaces and . , = + - _",
+    ),
+    "notebook": (lambda value: isinstance(value, str), "must be the name of a file"),
+    "parameters": (
+        lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+        "must be a mapping of names to values",
+    ),
+    "grid": (
+        lambda value: isinstance(value, dict) and all(isinstance(item, list) and item for item in value.values()),
+        "must be a mapping of parameters to lists of values, none of them empty",
+    ),
+}
 
 
 class TableError(ValueError):
-    """A table that cannot be run as it stands.
+    """A table with errors in it.
 
     Attributes:
         path: the table.
@@ -44,321 +67,248 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A notebook with parameters.
+    """A notebook with parameters, and its status file.
 
     Attributes:
-        name: of its folder; no two runs of a table have the same.
+        name: of its folder; unique in the table.
         notebook: an absolute path.
-        parameters: as the table has them; those that it does not name keep the notebook's defaults.
-        fingerprint: changes with the notebook's code and with the parameters: a run is finished under its fingerprint.
-        varied: the parameters that are its own in the table, for people to tell runs by.
-        has_output_dir: the notebook has a parameter of that name.
+        parameters: as given in the table; others keep the notebook's defaults.
+        fingerprint: digest of the notebook's code and the parameters; a status counts only under its fingerprint.
+        varied: names of the parameters that the table gives for this run in particular.
+        has_output_dir: the notebook has a parameter `output_dir`.
+        time_limit_minutes: None for no limit.
+        working_dir: where the notebook runs, the folder of the table: relative paths begin there.
+        batch_dir: where the runs' folders are.
     """
 
     name: str
     notebook: Path
     parameters: dict[str, Any]
     fingerprint: str
-    varied: tuple[str, ...] = ()
-    has_output_dir: bool = False
+    varied: tuple[str, ...]
+    has_output_dir: bool
+    time_limit_minutes: float | None
+    working_dir: Path
+    batch_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the executed notebook, its HTML, `log.txt`, `status.json` and, by default, `results/`."""
+        return self.batch_dir / self.name
+
+    @property
+    def results_dir(self) -> Path:
+        """Where the notebook writes, if it has a parameter `output_dir`: as the table says, or `results/`."""
+        output_dir = self.parameters.get("output_dir")
+        if isinstance(output_dir, str):
+            return self.working_dir / Path(output_dir).expanduser()
+        return self.folder / "results"
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of the status file; `status` is "done", "failed", "running" or "interrupted".
+
+        Without a file it is "not run"; it is "changed" if the notebook's code or the parameters have changed since.
+        """
+        try:
+            status = json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            status = None
+        if not isinstance(status, dict):
+            return {"name": self.name, "status": "not run"}
+        return status if status.get("fingerprint") == self.fingerprint else {"name": self.name, "status": "changed"}
+
+    def write_status(self, status: str, **fields: Any) -> None:
+        """Replace the status file."""
+        content = {"name": self.name, "notebook": str(self.notebook), "parameters": self.parameters}
+        content |= {"fingerprint": self.fingerprint, "status": status} | fields
+        atomic_write(self.folder / "status.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Runs, and how to do them.
+    """Runs, and how to run them.
 
     Attributes:
-        path: the file, absolute. Relative paths in it, those among parameters too, are relative to its folder.
+        path: the file.
         runs: in order.
-        output_dir: where their folders go: as the table says, else beside it in a folder of its name.
+        output_dir: where the runs' folders are.
         workers: how many run at a time.
-        time_limit_minutes: longest time for a run; None for no limit.
     """
 
     path: Path
     runs: tuple[Run, ...]
     output_dir: Path
-    workers: int = 1
-    time_limit_minutes: float | None = None
+    workers: int
 
 
-@dataclass
-class _Notebook:
-    path: Path
-    digest: str = ""
-    annotations: dict[str, ast.expr | None] = field(default_factory=dict)
-    problem: str | None = None
+def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] | None = None) -> Table:
+    """Read a table of runs, and check it against the parameters of its notebooks.
 
+    YAML: a mapping with `runs`, a list of mappings with `notebook` and optionally `name`, `parameters` and `grid`
+    (parameters with lists of values; every combination is a run). `notebook`, `parameters` and `grid` beside `runs`
+    apply to all runs; a run's own override them. Without `runs` they are the only entry. `output_dir`, `workers` and
+    `time_limit_minutes` are optional beside them. A bare list is taken for `runs`.
 
-def read_table(path: str | Path) -> Table:
-    """Read a table of runs and check it against the notebooks' own parameters.
+    CSV: a row for each run, with columns `notebook`, optionally `name`, and parameters. An empty cell leaves the
+    default; values of parameters that are not annotated as text are parsed as YAML.
 
-    YAML: a mapping with `runs`, a list of mappings with `notebook`, and, if wanted, `name`, `parameters` and `grid`
-    (parameters with lists of values, which are crossed). `notebook`, `parameters` and `grid` beside `runs` hold for all
-    of them; a run's own go before. Without `runs` they are the one run, or the one grid of runs. Beside them may stand
-    `output_dir`, `workers` and `time_limit_minutes`. A bare list is taken for `runs`.
-
-    CSV: a row for each run, with columns `notebook`, `name` if wanted, and parameters. A blank leaves the default; what
-    is not text by the notebook's own word is read as YAML.
+    Args:
+        path: file, CSV by its suffix or else YAML.
+        output_dir: replaces the table's, which is by default a folder beside the table, named like it.
 
     Raises:
-        TableError: with everything that is wrong with it.
+        TableError: lists everything that is wrong with it.
     """
     path = Path(path).expanduser().absolute()
+    is_csv = path.suffix.lower() == ".csv"
     try:
-        content = _read(path)
+        content = _read(path, is_csv)
     except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
         raise TableError(path, [f"cannot be read as a table of runs: {error}"]) from error
-    problems = [*_check_top(content)]
-    if problems:
+    if not isinstance(content, dict):
+        raise TableError(path, [f"must be a list of runs, or a mapping with some of: {', '.join(TABLE_KEYS)}"])
+    if problems := list(_check(content, TABLE_KEYS)):
         raise TableError(path, problems)
-    entries = content.get("runs", [{}])
-    shared = {name: content.get(name) for name in RUN_KEYS[1:]}
-    notebooks: dict[str, _Notebook] = {}
-    drafts = []
-    for number, entry in enumerate(entries, 1):
-        where = f"row {number}" if path.suffix.lower() == ".csv" else f"run {number}"
-        found = list(_check_entry(entry, where, shared))
-        problems += found
-        if not found:
-            drafts += _expand(entry, where, shared, notebooks, path, problems)
-    runs = _distinct(drafts, problems)
-    problems += _shared_outputs(runs, path.parent)
+    if output_dir is None:
+        output_dir = path.parent / Path(content.get("output_dir") or path.stem).expanduser()
+    batch_dir = Path(output_dir).expanduser().resolve()
+    reader = _Reader(path, is_csv, batch_dir, content)
+    runs: list[Run] = []
+    for number, entry in enumerate(content["runs"] or () if "runs" in content else [{}], 1):
+        runs += reader.read_entry(entry, f"{'row' if is_csv else 'run'} {number}")
+    runs = _with_unique_names(runs)
+    problems = [*reader.problems, *_check_outputs(runs)]
     if not runs and not problems:
         problems.append("has no runs")
     if problems:
         raise TableError(path, problems)
-    output_dir = path.parent / Path(content.get("output_dir") or path.stem).expanduser()
-    return Table(path, tuple(runs), output_dir, content.get("workers", 1), content.get("time_limit_minutes"))
+    return Table(path, tuple(runs), batch_dir, content.get("workers") or 1)
 
 
-def near_miss(name: str, known: Iterable[str]) -> str:
-    """The nearest of the names that exist, as a question; "" where none is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
-def parameter_annotations(source: str) -> dict[str, ast.expr | None]:
-    """The parameters that a parameters cell assigns, with the types that it writes beside them.
-
-    Read by Python's own parser, because papermill's reading overlooks `int | None`, and lines with a second `=`.
-    """
-    found: dict[str, ast.expr | None] = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = node.annotation
-        elif isinstance(node, ast.Assign):
-            found |= {target.id: None for target in node.targets if isinstance(target, ast.Name)}
-    return found
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, is_csv: bool) -> Any:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() != ".csv":
+        if not is_csv:
             content = yaml.safe_load(file)
             return {"runs": content} if isinstance(content, list) else content
         rows = list(csv.DictReader(file, strict=True))
     if any(None in row for row in rows):
         raise ValueError("a row has more fields than there are columns")
-    cells = [{name: value for name, value in row.items() if value not in (None, "")} for row in rows]
-    own = ("name", "notebook")
-    return {
-        "runs": [
-            {name: row[name] for name in own if name in row}
-            | {"parameters": {name: _CSVCell(value) for name, value in row.items() if name not in own}}
-            for row in cells
-        ]
-    }
+    runs = []
+    for row in rows:
+        values = {name: value for name, value in row.items() if value not in (None, "")}
+        entry = {name: values.pop(name) for name in ("name", "notebook") if name in values}
+        runs.append(entry | {"parameters": values})
+    return {"runs": runs}
 
 
-class _CSVCell(str):
-    """A value that is text so far."""
+def _check(mapping: dict[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
+    for key, value in mapping.items():
+        if key not in keys:
+            yield unknown_name("key", key, keys, "the keys are")
+        elif value is not None and not CHECKS[key][0](value):
+            yield f"{key}: {reprlib.repr(value)} {CHECKS[key][1]}"
+    parameters, grid = mapping.get("parameters"), mapping.get("grid")
+    if isinstance(parameters, dict) and isinstance(grid, dict):
+        yield from (f"{name!r} is both in parameters and in grid" for name in parameters if name in grid)
 
 
-def _check_top(content: Any) -> Iterator[str]:
-    if not isinstance(content, dict):
-        yield f"must be a list of runs, or a mapping with some of: {', '.join(TABLE_KEYS)}"
-        return
-    yield from _unknown(content, TABLE_KEYS, "")
-    yield from _check_shapes(content, "")
-    runs = content.get("runs", [])
-    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        yield "runs: must be a list of mappings, each with some of: " + ", ".join(RUN_KEYS)
-    if not isinstance(content.get("output_dir", ""), str):
-        yield "output_dir: must be the name of a folder"
-    workers, limit = content.get("workers", 1), content.get("time_limit_minutes")
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        yield f"workers: {workers!r} must be a whole number of at least 1"
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
-        yield f"time_limit_minutes: {limit!r} must be a number above 0"
+class _Reader:
+    """Makes runs of a table's entries; collects what is wrong with them in `problems`."""
+
+    def __init__(self, path: Path, is_csv: bool, batch_dir: Path, content: dict[str, Any]):
+        self.is_csv, self.time_limit_minutes = is_csv, content.get("time_limit_minutes")
+        self.working_dir, self.batch_dir = path.parent, batch_dir
+        self.notebook, self.parameters, self.grid = map(content.get, ("notebook", "parameters", "grid"))
+        self.load_notebook = functools.cache(_load_notebook)
+        self.problems: list[str] = []
+
+    def read_entry(self, entry: dict[str, Any], where: str) -> list[Run]:
+        """The runs of an entry, one for each combination of its grid; none if there are problems."""
+        problems, runs = list(_check(entry, RUN_KEYS)), []
+        file = entry.get("notebook") or self.notebook
+        if not file:
+            problems.append("has no notebook")
+        elif not problems:
+            try:
+                notebook = self.load_notebook(os.path.normpath(self.working_dir / Path(file).expanduser()))
+                runs = self._expand(entry, notebook, problems)
+            except ValueError as error:  # the notebook's: listed without the entry, once for all entries
+                self.problems.append(str(error))
+        self.problems += [f"{where}: {problem}" for problem in problems]
+        return runs
+
+    def _expand(self, entry: dict[str, Any], notebook: _Notebook, problems: list[str]) -> list[Run]:
+        own = entry.get("parameters") or {}
+        axes = {name: values for name, values in (self.grid or {}).items() if name not in own}
+        axes |= entry.get("grid") or {}
+        candidates = {name: [value] for name, value in ((self.parameters or {}) | own).items()} | axes
+        choices: dict[str, list[Any]] = {name: [] for name in candidates}
+        for name, values in candidates.items():
+            for value in values:
+                try:
+                    choices[name].append(_convert(notebook, name, value, self.is_csv))
+                except ValueError as error:
+                    problems.append(str(error))
+        if problems:
+            return []
+        runs = []
+        varied = tuple(dict.fromkeys([*axes, *own]))
+        for combination in itertools.product(*choices.values()):
+            parameters = dict(zip(choices, combination, strict=True))
+            digest, name = _digest([notebook.digest, parameters]), entry.get("name")
+            if name is None:
+                name = _label(notebook.path.stem, {key: parameters[key] for key in varied}, digest)
+            elif any(len(choices[key]) > 1 for key in axes):
+                name = _label(name, {key: parameters[key] for key in axes}, digest)
+            run = Run(
+                name=name,
+                notebook=notebook.path,
+                parameters=parameters,
+                fingerprint=digest,
+                varied=varied,
+                has_output_dir="output_dir" in notebook.annotations,
+                time_limit_minutes=self.time_limit_minutes,
+                working_dir=self.working_dir,
+                batch_dir=self.batch_dir,
+            )
+            runs.append(run)
+        return runs
 
 
-def _check_entry(entry: dict, where: str, shared: dict) -> Iterator[str]:
-    yield from _unknown(entry, RUN_KEYS, f"{where}: ")
-    yield from _check_shapes(entry, f"{where}: ")
-    name = entry.get("name")
-    if name is not None and not (isinstance(name, str) and len(name) <= 2 * LONGEST_NAME and NAME.fullmatch(name)):
-        yield f"{where}: name {name!r} must be text fit for a folder: letters, digits, spaces and . , = + - _"
-    if entry.get("notebook", shared["notebook"]) is None:
-        yield f"{where}: has no notebook"
+class _Notebook(NamedTuple):
+    path: Path
+    digest: str  # of its code
+    annotations: dict[str, ast.expr | None]
 
 
-def _unknown(given: dict, known: tuple[str, ...], where: str) -> Iterator[str]:
-    for name in given:
-        if name not in known:
-            yield f"{where}unknown {name!r}; {near_miss(name, known)}known are: {', '.join(known)}"
-
-
-def _check_shapes(given: dict, where: str) -> Iterator[str]:
-    parameters, grid = given.get("parameters") or {}, given.get("grid") or {}
-    if not isinstance(given.get("notebook", ""), str):
-        yield f"{where}notebook: must be the name of a file"
-    if not isinstance(parameters, dict) or not all(isinstance(name, str) for name in parameters):
-        yield f"{where}parameters: must be a mapping of names to values"
-    elif not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
-        yield f"{where}grid: must be a mapping of parameters to lists of values, none of them empty"
-    else:
-        for name in set(parameters) & set(grid):
-            yield f"{where}{name!r} stands in parameters and in grid"
-
-
-def _expand(entry, where, shared, notebooks, path, problems) -> Iterator[Run]:
-    """The runs of an entry; what is wrong with it goes to `problems`."""
-    given = entry.get("notebook", shared["notebook"])
-    if given not in notebooks:
-        notebooks[given] = _load_notebook(Path(os.path.normpath(path.parent / Path(given).expanduser())))
-        problems += [notebooks[given].problem] if notebooks[given].problem else []
-    notebook = notebooks[given]
-    if notebook.problem:
-        return
-    own, grid = entry.get("parameters") or {}, entry.get("grid") or {}
-    parameters = {name: value for name, value in (shared["parameters"] or {}).items() if name not in grid} | own
-    axes = {name: values for name, values in (shared["grid"] or {}).items() if name not in own} | grid
-    found = []
-    parameters = {name: _checked(notebook, name, value, where, found) for name, value in parameters.items()}
-    axes = {name: [_checked(notebook, name, one, where, found) for one in values] for name, values in axes.items()}
-    problems += found
-    if found:
-        return
-    name, combinations = entry.get("name"), list(itertools.product(*axes.values()))
-    for values in combinations:
-        every = parameters | dict(zip(axes, values, strict=True))
-        digest = _digest([notebook.digest, every])
-        if name is None:
-            label = _label(notebook.path.stem, {key: every[key] for key in (*axes, *own)}, digest)
-        else:
-            label = name if len(combinations) == 1 else _label(name, {key: every[key] for key in axes}, digest)
-        varied, has_output_dir = tuple(dict.fromkeys([*axes, *own])), "output_dir" in notebook.annotations
-        yield Run(label, notebook.path, every, digest, varied, has_output_dir)
-
-
-def code_cells(path: Path) -> list[dict[str, Any]]:
-    """The code cells of a notebook file, their sources as text, their tags in `tags`.
-
-    Without nbformat, whose import takes longer than all else that a batch does before its first run.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no notebook, or one of before 2014.
-    """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("nbformat") != 4:
-        raise ValueError("no notebook of format 4")
-    found = [cell for cell in content.get("cells", []) if cell["cell_type"] == "code"]
-    return [cell | {"source": "".join(cell["source"]), "tags": cell["metadata"].get("tags", [])} for cell in found]
-
-
-def _load_notebook(path: Path) -> _Notebook:
+def _load_notebook(path: str) -> _Notebook:
     try:
-        code = code_cells(path)
-    except FileNotFoundError:
-        return _Notebook(path, problem=f"notebook {path}: no such file")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return _Notebook(path, problem=f"notebook {path}: cannot be read as a notebook: {error!r}")
-    tagged = [cell["source"] for cell in code if "parameters" in cell["tags"]]
-    try:
+        cells = code_cells(Path(path))
+        tagged = [cell["source"] for cell in cells if "parameters" in cell["tags"]]
         annotations = parameter_annotations(tagged[0]) if tagged else {}
+    except FileNotFoundError:
+        raise ValueError(f"notebook {path}: no such file") from None
     except SyntaxError as error:
-        return _Notebook(path, problem=f"notebook {path}: its parameters cell is not plain Python: {error}")
-    return _Notebook(path, _digest([cell["source"] for cell in code]), annotations)
+        raise ValueError(f"notebook {path}: its parameters cell is not plain Python: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"notebook {path}: cannot be read as a notebook: {error!r}") from error
+    return _Notebook(Path(path), _digest([cell["source"] for cell in cells]), annotations)
 
 
-def _checked(notebook: _Notebook, name: str, value: Any, where: str, problems: list[str]) -> Any:
-    """The value as the notebook gets it; what is wrong with it goes to `problems`."""
-    known = notebook.annotations
-    if name not in known:
-        listed = f"{notebook.path.name} has: {', '.join(known)}" if known else "it has no cell tagged 'parameters'"
-        problems.append(f"{where}: unknown parameter {name!r}; {near_miss(name, known)}{listed}")
-        return value
-    kinds = _kinds(known[name])
-    if isinstance(value, _CSVCell):
-        try:
-            value = str(value) if "str" in kinds else yaml.safe_load(value)
-        except yaml.YAMLError:
-            problems.append(f"{where}: {name}: {str(value)!r} cannot be read as YAML")
-            return value
-    try:
-        json.dumps(value)
-    except TypeError as error:
-        problems.append(f"{where}: {name}: {value!r} cannot be passed to a notebook ({error}); quote it to pass text")
-        return value
-    if kinds and name in ALSO_LISTS:
-        kinds = [*kinds, "list"]
-    if kinds and not any(_is(value, kind) for kind in kinds):
-        told = f"{value!r} is {WORDS.get(type(value), 'a ' + type(value).__name__)}, not {' or '.join(kinds)}"
-        problems.append(f"{where}: {name}: {told}{_type_hint(value, kinds)}")
-    return value
+def _convert(notebook: _Notebook, name: str, value: Any, from_csv: bool) -> Any:
+    if not notebook.annotations:
+        raise ValueError(f"unknown parameter {name!r}; {notebook.path.name} has no cell tagged 'parameters'")
+    if name not in notebook.annotations:
+        raise ValueError(unknown_name("parameter", name, notebook.annotations, f"{notebook.path.name} has"))
+    return convert_value(name, value, notebook.annotations[name], from_csv)
 
 
-def _kinds(annotation: ast.expr | None) -> list[str]:
-    """The built-in types that an annotation allows; none where it says nothing that can be checked."""
-    if isinstance(annotation, ast.Constant) and annotation.value is None:
-        return ["None"]
-    if isinstance(annotation, ast.Name):
-        return [annotation.id.lower()] if annotation.id.lower() in KINDS else []
-    parts = []
-    if isinstance(annotation, ast.BinOp):
-        parts = [_kinds(annotation.left), _kinds(annotation.right)]
-    elif isinstance(annotation, ast.Subscript):
-        outer = ast.unparse(annotation.value).rpartition(".")[2]
-        if outer not in ("Optional", "Union"):
-            return _kinds(annotation.value)
-        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-        parts = [_kinds(part) for part in inner] + ([["None"]] if outer == "Optional" else [])
-    return [kind for part in parts for kind in part] if all(parts) else []
-
-
-def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
-
-
-def _type_hint(value, kinds):
-    if isinstance(value, list) and "list" not in kinds:
-        return "; several values to try, a run each, go under grid"
-    if "str" in kinds:
-        return "; put it in quotes"
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+[eE][+-]?\d+", value):
-        return "; YAML wants a point and a sign in it, such as 1.0e-3"
-    return ""
-
-
-def _label(start: str, own: dict[str, Any], digest: str) -> str:
-    """A name that says what is a run's own, and that stays when others are added to the table."""
-    words = [f"{name}={_short(value)}" for name, value in own.items()]
-    label = "-".join([start, *words])
-    if len(label) <= LONGEST_NAME and all(len(str(value)) <= VALUE_LENGTH for value in own.values()):
+def _label(start: str, parameters: dict[str, Any], digest: str) -> str:
+    """Name a run by its own parameters, so that the name stays when other runs are added to the table."""
+    label = "-".join([start, *(f"{name}={_short(value)}" for name, value in parameters.items())])
+    if len(label) <= LONGEST_NAME and all(len(str(value)) <= VALUE_LENGTH for value in parameters.values()):
         return label
     return f"{label[:LONGEST_NAME].rstrip('-= .')}-{digest[:6]}"
-
-
-def _distinct(runs: list[Run], problems: list[str]) -> list[Run]:
-    """Runs whose names differ, also where a file system does not tell A from a."""
-    taken = Counter(run.name.casefold() for run in runs)
-    alike = [run for run in runs if taken[run.name.casefold()] > 1]
-    for (name, _), number in Counter((run.name, run.fingerprint) for run in alike).items():
-        if number > 1:
-            problems.append(f"{name}: the same run is there {number} times")
-    return [dataclasses.replace(run, name=f"{run.name}-{run.fingerprint[:6]}") if run in alike else run for run in runs]
 
 
 def _short(value: Any) -> str:
@@ -368,15 +318,25 @@ def _short(value: Any) -> str:
     return re.sub(r"[^\w.,+-]+", "_", text).strip("_.")[:VALUE_LENGTH]
 
 
-def _shared_outputs(runs: list[Run], folder: Path) -> Iterator[str]:
-    taken: dict[Path, str] = {}
+def _with_unique_names(runs: list[Run]) -> list[Run]:
+    """Add a digest to names that are equal on a file system that ignores case."""
+    count = Counter(run.name.casefold() for run in runs)
+    return [
+        dataclasses.replace(run, name=f"{run.name}-{run.fingerprint[:6]}") if count[run.name.casefold()] > 1 else run
+        for run in runs
+    ]
+
+
+def _check_outputs(runs: list[Run]) -> Iterator[str]:
+    """Check that each run writes into a folder of its own."""
+    owners: dict[Path, Run] = {}
     for run in runs:
-        if isinstance(run.parameters.get("output_dir"), str):
-            place = (folder / Path(run.parameters["output_dir"]).expanduser()).resolve()
-            if place in taken:
-                told = f"{taken[place]} and {run.name} would both write into {place}"
-                yield f"{told}; leave output_dir out, and each run gets its own"
-            taken.setdefault(place, run.name)
+        owner = owners.setdefault(run.results_dir.resolve(), run)
+        if owner.fingerprint == run.fingerprint and owner is not run:
+            yield f"{run.name}: the same run occurs more than once"
+        elif owner is not run:
+            message = f"{owner.name} and {run.name} would both write into {run.results_dir}"
+            yield f"{message}; leave output_dir out, and each run gets its own"
 
 
 def _digest(content: Any) -> str:

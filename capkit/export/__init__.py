@@ -1,9 +1,10 @@
-"""Training data from caption stores, in the layouts of the CogVideoX trainers, each read back as its trainer does."""
+"""Export captions and clips as training data, in the layouts of CogVideoX trainers, read back as each trainer does."""
 
-from capkit.export.choosing import choose_records
+from capkit.export.choose import choose_records
 from capkit.export.cleaning import CLEANING, clean
-from capkit.export.exporting import LAYOUTS, export_dataset
+from capkit.export.dataset import export_dataset
+from capkit.export.layouts import LAYOUTS
 from capkit.export.report import ExportReport
-from capkit.export.writing import ExportError
+from capkit.export.write import ExportError
 
 __all__ = ["CLEANING", "LAYOUTS", "ExportError", "ExportReport", "choose_records", "clean", "export_dataset"]

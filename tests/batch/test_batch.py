@@ -18,9 +18,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from paths import NOTEBOOKS
 
 import capkit
-from capkit.batch import check_parameters, run_command
-from capkit.batch.batch import Batch
-from capkit.batch.table import TableError, read_table
+from capkit.batch import TableError, check_parameters, read_table, run_command, runs_to_do
+from capkit.batch.index import write_index
 
 PARAMETERS = 'videos: str = "clips"  # which\nbatch_size: int = 1\nlimit: Optional[int] = None'
 
@@ -191,49 +190,49 @@ class TestReadTable:
         )
         with pytest.raises(TableError) as error:
             read_table(path)
-        for told in (
+        for message in (
             "run 1: unknown parameter 'wrd'; did you mean 'word'? tiny.ipynb has: n, word, how",
             "run 1: unknown parameter 'nn'; did you mean 'n'?",
             "run 1: n: '3' is text, not int",
-            "run 1: share: '1e-3' is text, not float; YAML wants a point and a sign in it, such as 1.0e-3",
+            "run 1: share: '1e-3' is text, not float; YAML needs a point and a sign in it, such as 1.0e-3",
             "run 1: word: ['a', 'b'] is a list, not str; several values to try, a run each, go under grid",
             "run 1: opt: 'x' is text, not int or None",
             "run 2: word: True is true or false, not str; put it in quotes",
             "run 2: n: True is true or false, not int",
             "run 2: names: datetime.date(2026, 1, 1) cannot be passed to a notebook",
-            "run 3: unknown 'notebok'; did you mean 'notebook'?",
+            "run 3: unknown key 'notebok'; did you mean 'notebook'?",
             "run 3: has no notebook",
             "gone.ipynb: no such file",
             "text.ipynb: cannot be read as a notebook",
             "magic.ipynb: its parameters cell is not plain Python",
-            "run 8: name 'a/b' must be text fit for a folder",
-            "run 9: grid: must be a mapping of parameters to lists of values, none of them empty",
-            "run 10: 'n' stands in parameters and in grid",
+            "run 8: name: 'a/b' must be text that can name a folder",
+            "run 9: grid: {'n': []} must be a mapping of parameters to lists of values, none of them empty",
+            "run 10: 'n' is both in parameters and in grid",
         ):
-            assert told in str(error.value)
+            assert message in str(error.value)
         assert sum("gone.ipynb" in problem for problem in error.value.problems) == 1
 
     @pytest.mark.parametrize(
-        "text, told",
+        "text, message",
         [
             ("", "must be a list of runs, or a mapping"),
             ("[", "cannot be read as a table of runs"),
             ("runs: []", "has no runs"),
-            ("runs: {a: 1}", "runs: must be a list of mappings"),
-            ("worker: 2\nnotebook: tiny.ipynb", "unknown 'worker'; did you mean 'workers'?"),
+            ("runs: {a: 1}", "runs: {'a': 1} must be a list of mappings"),
+            ("worker: 2\nnotebook: tiny.ipynb", "unknown key 'worker'; did you mean 'workers'?"),
             ("workers: 0\nnotebook: tiny.ipynb", "workers: 0 must be a whole number of at least 1"),
             ("time_limit_minutes: -1\nnotebook: tiny.ipynb", "time_limit_minutes: -1 must be a number above 0"),
-            ("parameters: [n]\nnotebook: tiny.ipynb", "parameters: must be a mapping"),
-            ("notebook: tiny.ipynb\ngrid: {n: [1, 1]}", "tiny-n=1: the same run is there 2 times"),
+            ("parameters: [n]\nnotebook: tiny.ipynb", "parameters: ['n'] must be a mapping"),
+            ("notebook: tiny.ipynb\ngrid: {n: [1, 1]}", "the same run occurs more than once"),
             ("notebook: tiny.ipynb\ngrid: {n: [1, 2]}\nparameters: {output_dir: o}", "would both write into"),
         ],
     )
-    def test_tables_that_make_no_sense(self, folder, text, told, capsys):
+    def test_tables_that_make_no_sense(self, folder, text, message, capsys):
         path = table(folder, text)
         with pytest.raises(TableError) as error:
             read_table(path)
-        assert told in str(error.value) and str(path) in str(error.value)
-        assert run_command(path) == 2 and told in capsys.readouterr().err
+        assert message in str(error.value) and str(path) in str(error.value)
+        assert run_command(path) == 2 and message in capsys.readouterr().err
         assert not path.with_suffix("").exists()  # nothing was begun
 
     def test_a_table_that_is_not_there_and_csv_that_is_torn(self, folder):
@@ -254,17 +253,17 @@ class TestRun:
             "notebook: tiny.ipynb\nparameters: {word: '{x}'}\nruns:\n  - {name: good, parameters: {n: 2}}\n"
             "  - {name: bad, parameters: {how: raise}}\n  - {name: dead, parameters: {how: die}}\n",
         )
-        batch, out = Batch(read_table(path)), folder / "runs"
+        batch, out = read_table(path), folder / "runs"
         (out / "good").mkdir(parents=True)
         with FileLock(out / "good" / ".lock"):  # as a third command would hold it
             both = [start(path), start(path)]
-            wait_for(lambda: batch.status(batch.table.runs[1])["status"] == "failed")
+            wait_for(lambda: batch.runs[1].read_status()["status"] == "failed")
         shown = [process.communicate(timeout=300)[0] for process in both]
         assert [process.returncode for process in both] == [1, 1]
         for text in shown:
-            assert "good: another command is at it; waiting" in text and "2 failed: bad, dead" in text
+            assert "good: another command is running it; waiting" in text and "2 failed: bad, dead" in text
             assert re.search(r"good: done after [\d.]+ s: 2 times <i>{x}</i>", text)
-        good, bad, dead = map(batch.status, batch.table.runs)
+        good, bad, dead = (run.read_status() for run in batch.runs)
         assert (good["status"], good["headline"]) == ("done", "2 times <i>{x}</i>")
         assert (bad["status"], bad["error"]) == ("failed", "cell 3: ValueError: <b>no {x}</b>")
         assert dead["status"] == "failed" and dead["error"].startswith("the kernel died in code cell 3: crashed, or")
@@ -284,34 +283,37 @@ class TestRun:
         (folder / "repaired").touch()
         assert run_command(path) == 1 and "3 runs, 0 to do, 1 done before, 2 failed before" in capsys.readouterr().out
         assert run_command(path, retry=["bad", "good"]) == 1  # dead is still failed
-        assert "3 runs, 1 to do" in capsys.readouterr().out and batch.status(batch.table.runs[1])["status"] == "done"
+        assert "3 runs, 1 to do" in capsys.readouterr().out and batch.runs[1].read_status()["status"] == "done"
         assert (out / "good" / "results" / "ran.txt").read_text().count("\n") == 1
-        assert [run.name for run in batch.to_do(retry=[])] == ["dead"]
+        assert [run.name for run in runs_to_do(batch, retry=[])] == ["dead"]
 
         changed = table(folder, path.read_text().replace("n: 2", "n: 3"))
-        assert [run.name for run in Batch(read_table(changed)).to_do()] == ["good"]
+        assert [run.name for run in runs_to_do(read_table(changed))] == ["good"]
         assert run_command(path, retry=["goof"]) == 2 and "did you mean 'good'?" in capsys.readouterr().err
 
     def test_what_is_killed_or_stopped_leaves_nothing_running_and_goes_on_later(self, folder, start):
         path = table(folder, "notebook: tiny.ipynb\nparameters: {how: wait}\nruns: [{name: a}, {name: b}]\n")
-        batch = Batch(read_table(path))
-        a, b = batch.table.runs
+        batch = read_table(path)
+        a, b = batch.runs
         ran = [folder / "runs" / name / "results" / "ran.txt" for name in "ab"]
         process = start(path, "--workers", "2")
         wait_for(lambda: all(file.exists() and file.read_text().endswith("\n") for file in ran))
-        os.kill(batch.status(a)["process"], signal.SIGKILL)
-        wait_for(lambda: batch.status(a)["status"] == "failed")
+        os.kill(a.read_status()["process"], signal.SIGKILL)
+        wait_for(lambda: a.read_status()["status"] == "failed")
         process.send_signal(signal.SIGINT)
         assert "b: interrupted after" in process.communicate(timeout=300)[0] and process.returncode == 130
-        assert "its process ended with signal 9 before it could say why" in batch.status(a)["error"]
-        assert batch.status(b)["status"] == "interrupted" and "1 interrupted" in batch.index.read_text()
-        assert [run.name for run in batch.to_do()] == ["b"]
+        assert "its process ended with signal 9 before it could say why" in a.read_status()["error"]
+        assert (
+            b.read_status()["status"] == "interrupted"
+            and "1 interrupted" in (folder / "runs" / "index.html").read_text()
+        )
+        assert [run.name for run in runs_to_do(batch)] == ["b"]
 
         process = start(path)
         wait_for(lambda: ran[1].read_text().count("\n") == 2)
         process.kill()  # no chance to end its run
         process.communicate()
-        wait_for(lambda: batch.status(b)["status"] == "interrupted")
+        wait_for(lambda: b.read_status()["status"] == "interrupted")
         kernels = [int(line) for file in ran for line in file.read_text().split()]
         assert len(kernels) == 3
         wait_for(lambda: not any(map(psutil.pid_exists, kernels)))
@@ -330,8 +332,8 @@ class TestRun:
     def test_a_run_past_its_time_limit(self, folder):
         path = table(folder, "notebook: tiny.ipynb\nparameters: {how: wait}\ntime_limit_minutes: 0.02\n")
         assert run_command(path) == 1
-        batch = Batch(read_table(path))
-        assert "stopped after 0.02 minutes, its time limit" in batch.status(batch.table.runs[0])["error"]
+        batch = read_table(path)
+        assert "stopped after 0.02 minutes, its time limit" in batch.runs[0].read_status()["error"]
 
     def test_notebook_01_with_the_example_parameters(self, folder, capsys):
         parameters = yaml.safe_load((NOTEBOOKS / "runs" / "example.yaml").read_text())
@@ -340,8 +342,8 @@ class TestRun:
         runs = {"notebook": str(NOTEBOOKS / "01_caption_clips.ipynb"), "parameters": parameters}
         path = table(folder, yaml.safe_dump({"runs": [runs | {"name": "captions"}]}))
         assert run_command(path) == 0
-        told = "1 captions, 0 errors, 1 cut off by max_new_tokens, mean log-probability a token -"
-        assert told in capsys.readouterr().out and told in (folder / "runs" / "index.html").read_text()
+        message = "1 captions, 0 errors, 1 cut off by max_new_tokens, mean log-probability a token -"
+        assert message in capsys.readouterr().out and message in (folder / "runs" / "index.html").read_text()
         (record,) = capkit.CaptionStore(folder / "runs" / "captions" / "results" / "captions.jsonl").current()
         assert record["status"] == "ok" and record["num_tokens"] == 4
 
@@ -353,13 +355,13 @@ class TestRun:
 
     def test_a_run_that_was_tried_with_other_parameters_or_left_a_torn_status(self, folder):
         path = table(folder, "notebook: tiny.ipynb\nruns: [{name: a}, {name: b}]\n")
-        batch = Batch(read_table(path))
+        batch = read_table(path)
         for name, text in (("a", '{"fingerprint": "other", "status": "done"}'), ("b", '{"fingerpr')):
             (folder / "runs" / name).mkdir(parents=True)
             (folder / "runs" / name / "status.json").write_text(text)
-        assert [batch.status(run)["status"] for run in batch.table.runs] == ["changed", "not run"]
-        assert batch.to_do() == list(batch.table.runs) and batch.to_do(retry=[]) == []
-        assert "1 changed, 1 not run" in batch.write_index().read_text()
+        assert [run.read_status()["status"] for run in batch.runs] == ["changed", "not run"]
+        assert runs_to_do(batch) == list(batch.runs) and runs_to_do(batch, retry=[]) == []
+        assert "1 changed, 1 not run" in write_index(batch).read_text()
 
     def test_an_output_folder_that_cannot_be_made(self, folder, capsys):
         path = table(folder, "notebook: tiny.ipynb\n")

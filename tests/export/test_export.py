@@ -15,7 +15,7 @@ import pytest
 
 from capkit import CaptionStore
 from capkit.export import CLEANING, LAYOUTS, ExportError, export_dataset
-from capkit.export.base import LINE_SEPARATORS
+from capkit.export.layouts import LINE_SEPARATORS
 from capkit.files import file_sha256 as sha256_of
 
 TEXTS = {
@@ -229,9 +229,11 @@ class TestWhichCaption:
         store.append(a_record("more 30", tmp_path / "clips" / "a.mp4", more))
         with pytest.raises(ValueError) as error:
             export_dataset(store, "cogvideo", tmp_path / "out")
-        told = str(error.value)
-        assert "1 clips have several captions, the first" in told and "a.mp4" in told and "template" not in told
-        assert '\n  prompt: "Describe." | "Briefly."' in told and '"seed": 1' in told
+        message = str(error.value)
+        assert (
+            "1 clips have several captions, the first" in message and "a.mp4" in message and "template" not in message
+        )
+        assert '\n  prompt: "Describe." | "Briefly."' in message and '"seed": 1' in message
         assert not (tmp_path / "out").exists()
         for number, (choose, text, num_refused) in enumerate(
             [
@@ -245,12 +247,12 @@ class TestWhichCaption:
         ):
             report = export_dataset(store, "cogvideo", tmp_path / str(number), choose=choose)
             assert report.exported["text"].iloc[0] == text and len(report.refused) == num_refused
-            assert all(report.refused["reason"] == "none of its 1 captions is as chosen")
+            assert all(report.refused["reason"] == "none of its 1 captions matches choose=")
         store.edit("captions 0", "Our dog.")
         report = export_dataset(store, "cogvideo", tmp_path / "edited", choose=["edited", "latest"])
         assert list(report.exported["text"]) == ["Our dog.", "A cat."]
-        for choose, told in (("newest", "'newest'"), ({"promt": "x"}, "unknown field 'promt'")):
-            with pytest.raises(ValueError, match=told):
+        for choose, message in (("newest", "'newest'"), ({"promt": "x"}, "unknown field 'promt'")):
+            with pytest.raises(ValueError, match=message):
                 export_dataset(store, "cogvideo", tmp_path / "wrong", choose=choose)
 
     def test_hand_edits_win_and_no_rule_changes_their_words(self, make_store, tmp_path):
@@ -305,8 +307,8 @@ class TestWhichCaption:
         assert (
             done["late.mp4"].text == "The whole dog." and done["good copy.mp4"].same_file_as == done["good.mp4"].video
         )
-        told = json.loads(report.path.read_text())
-        assert len(told["clips"]) == 10 and told["clips"][6]["original"] == r"A \ud800 dog."
+        saved = json.loads(report.path.read_text())
+        assert len(saved["clips"]) == 10 and saved["clips"][6]["original"] == r"A \ud800 dog."
         assert "1 clips are copies of another" in str(report) and "good" not in report._repr_html_()
 
     def test_wrong_arguments_are_named(self, make_store, tmp_path):
@@ -427,7 +429,7 @@ class TestFolder:
         assert report.exported["text"].iloc[0] == "Our dog." and "all 2 pairs are right" in report.read_back
         assert {path.name for path in root.parent.iterdir()} == {"out", "out.export.json"}
         (root / latents).mkdir(parents=True)
-        with pytest.raises(ValueError, match=f"holds {latents}/, what a trainer has made of clips"):
+        with pytest.raises(ValueError, match=f"holds {latents}/, which a trainer has computed from clips"):
             export_dataset(store, layout, root, overwrite=True)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -435,7 +437,7 @@ class TestFolder:
         root = tmp_path / "out"
         export_dataset(store, layout, root)
         (root / "notes.txt").write_text("mine")
-        with pytest.raises(ValueError, match="holds 'notes.txt', which is no part of such an export"):
+        with pytest.raises(ValueError, match="holds 'notes.txt', not part of such an export"):
             export_dataset(store, layout, root, overwrite=True)
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="is a file"):
@@ -444,7 +446,7 @@ class TestFolder:
 
     def test_another_layout_is_not_replaced(self, store, tmp_path):
         export_dataset(store, "cogvideo", tmp_path / "out")
-        with pytest.raises(ValueError, match="which is no part of such an export"):
+        with pytest.raises(ValueError, match="not part of such an export"):
             export_dataset(store, "cogkit", tmp_path / "out", overwrite=True)
 
     def test_what_sat_would_look_for_elsewhere(self, store, tmp_path):
@@ -470,7 +472,7 @@ class TestFolder:
         def swap(root):
             (root / "prompts.txt").write_text("A cat.\nA dog.\n")
 
-        with pytest.raises(ExportError, match="a.mp4 has the caption 'A cat.', not 'A dog.'; nothing is left"):
+        with pytest.raises(ExportError, match="a.mp4 has the caption 'A cat.', not 'A dog.'; nothing was exported"):
             export_dataset(store, "cogvideo", tmp_path / "out")
         monkeypatch.setattr(kind, "write", lambda root, pairs: None, raising=False)
         with pytest.raises(ExportError, match="it stops: .*prompts.txt"):
@@ -482,7 +484,7 @@ class TestFolder:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("shutil.copyfile", full)
-        with pytest.raises(ExportError, match="No space left on device; nothing is left of it"):
+        with pytest.raises(ExportError, match="No space left on device; nothing was exported"):
             export_dataset(store, "cogvideo", tmp_path / "out", clips="copy")
         assert {path.name for path in tmp_path.iterdir()} == {"clips", "captions.jsonl"}
 
@@ -512,9 +514,9 @@ def test_report_of_a_set_that_says_the_same_of_everything(make_store, tmp_path):
     report = export_dataset(make_store(captions), "metadata-csv", tmp_path / "out", trigger_word="ZORP")
     assert report.shared_openings.to_dict("records") == [{"opening": "the video shows a", "num_captions": 5}]
     assert list(report.table["boilerplate_opening"]) == ["the video shows"] * 5 + [""]
-    told = json.loads(report.path.read_text())
-    assert told["shared_openings"] == report.shared_openings.to_dict("records") and told["layout"] == "metadata-csv"
-    assert [row["original"] for row in told["clips"]] == list(captions.values())
+    saved = json.loads(report.path.read_text())
+    assert saved["shared_openings"] == report.shared_openings.to_dict("records") and saved["layout"] == "metadata-csv"
+    assert [row["original"] for row in saved["clips"]] == list(captions.values())
     with open(tmp_path / "out" / "metadata.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[5] == {"file_name": "other.mp4"} | dict.fromkeys(("caption", "prompt", "text"), "ZORP Rain falls.")

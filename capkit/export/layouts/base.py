@@ -1,0 +1,108 @@
+"""Base class of layouts: write pairs of clip and caption, and read them back with the trainer's rules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+# What str.splitlines breaks at. Some trainers break a caption at all of these, some only at "\n" and "\r".
+LINE_SEPARATORS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A clip and its caption, as exported.
+
+    Attributes:
+        clip: the video file, symbolic links resolved.
+        name: of the clip in the export, such as "dog.mp4"; unique, of letters, digits, "-" and "_".
+        text: the caption, with the trigger word unless the trainer adds it.
+    """
+
+    clip: Path
+    name: str
+    text: str
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return Path(self.name).stem
+
+
+class Layout(ABC):
+    """The files that one trainer reads: writes them, and reads a folder as the trainer does.
+
+    Attributes:
+        name: in `LAYOUTS`.
+        trainer: its name in messages.
+        clip_folder: folder of the clips below the trainer's root; "" for the root itself.
+        clip_suffixes: suffixes that the trainer accepts; empty for any.
+        tables: files that hold the captions of all clips, relative to the root.
+        latents: folders in which the trainer caches what it computes from clips, by the clips' names.
+        adds_trigger: the trainer can put the trigger word before each caption itself.
+        trigger_end: what the trigger word has to end with then.
+        launch: template of `command`, with the fields root (quoted for a shell), path (not quoted) and trigger.
+    """
+
+    name = ""
+    trainer = ""
+    clip_folder = "videos"
+    clip_suffixes: frozenset[str] = frozenset()
+    tables: tuple[str, ...] = ()
+    latents: tuple[str, ...] = ("cache", ".cache")
+    adds_trigger = False
+    trigger_end = ""
+    launch = ""
+
+    def as_read(self, text: str) -> list[str]:
+        """The captions that the trainer reads from a single caption; `[text]` if it fits the layout."""
+        return [text]
+
+    def unfit(self, text: str) -> str:
+        """Why a caption does not fit this layout, or ""."""
+        captions = self.as_read(text)
+        if captions == [text]:
+            return ""
+        has_breaks = any(letter in text for letter in LINE_SEPARATORS)
+        hint = '; the cleaning rule "lines" replaces line breaks by spaces' if has_breaks else ""
+        if len(captions) != 1:
+            return f"has line breaks: {self.trainer} would read {len(captions)} captions here{hint}"
+        return f"{self.trainer} would read {shorten(str(captions[0]))} here{hint}"
+
+    def unfit_root(self, root: Path) -> str:
+        """Why this folder cannot hold an export, or ""."""
+        return ""
+
+    @abstractmethod
+    def write(self, root: Path, pairs: list[Pair]) -> None:
+        """Write all files that hold captions; the clips exist already."""
+
+    @abstractmethod
+    def read(self, root: Path) -> list[tuple[Path, str]]:
+        """Clips and captions, paired as the trainer pairs them.
+
+        Raises:
+            ValueError, OSError: where the trainer would stop.
+        """
+
+    def caption_files(self, names: list[str]) -> set[str]:
+        """The files that `write` makes for clips of these names, relative to the root."""
+        return set(self.tables)
+
+    def command(self, root: Path, trigger_word: str) -> str:
+        """How to start the trainer on the folder; words in capitals are for the user to replace."""
+        trigger = f"--id_token {quote(trigger_word + self.trigger_end)} " if trigger_word else ""
+        return self.launch.format(root=quote(str(root)), path=str(root), trigger=trigger)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, without changing line ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """The text in quotes, cut off where it is long."""
+    return repr(text if len(text) <= limit else text[:limit] + "…")

@@ -1,0 +1,209 @@
+"""Layouts of a table with one row a clip: CogKit, finetrainers, metadata.jsonl, metadata.csv, VideoX-Fun.
+
+All but VideoX-Fun read with `load_dataset("videofolder")`, which finds `metadata.jsonl` or `.csv` (never `.json`) and
+has three traps. It takes words in file names for splits: beside a clip called `test_1.mp4` there is no split "train"
+any more; so clips are renamed (see `capkit.export.clip_names`). It converts captions that all look like dates to times
+(JSON), and captions such as "12" and "None" to numbers and missing values (CSV). And it ignores rows without a clip
+and clips without a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from shlex import quote
+
+import pandas as pd
+
+from capkit.export.clip_names import SPLIT_WORD
+from capkit.export.layouts.base import Layout, Pair, write_text
+
+_LOOKS_LIKE_A_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d.*)?")
+
+
+class VideoFolder(Layout):
+    """`metadata.jsonl` among the clips, the caption in each of `columns`; `load_dataset("videofolder")` reads it."""
+
+    name = "metadata-jsonl"
+    trainer = 'load_dataset("videofolder")'
+    clip_folder = ""
+    clip_suffixes = frozenset((".mkv", ".mp4", ".avi", ".mpeg", ".mov"))
+    tables: tuple[str, ...] = ("metadata.jsonl",)
+    columns: tuple[str, ...] = ("caption", "prompt", "text")
+    launch = 'load_dataset("videofolder", data_dir={path!r}, split="train")  # Python, from datasets'
+
+    def unfit(self, text: str) -> str:
+        if _LOOKS_LIKE_A_DATE.fullmatch(text):
+            return f"{self.trainer} could read {text!r} as a time instead of text"
+        return super().unfit(text)
+
+    def write(self, root: Path, pairs: list[Pair]) -> None:
+        rows = [{"file_name": pair.name} | dict.fromkeys(self.columns, pair.text) for pair in pairs]
+        _write_json_lines(root / self.tables[0], rows)
+
+    def read(self, root: Path) -> list[tuple[Path, str]]:
+        rows = _read_video_folder(root / self.clip_folder)
+        if any(row[name] != row[self.columns[0]] for _, row in rows for name in self.columns):
+            raise ValueError(f"metadata.jsonl: {self.columns} differ")
+        return [(clip, row[self.columns[0]]) for clip, row in rows]
+
+
+class VideoFolderCSV(VideoFolder):
+    """`metadata.csv` among the clips, every value in quotes; pandas reads it, alone and in load_dataset."""
+
+    name = "metadata-csv"
+    trainer = "pandas.read_csv"
+    tables = ("metadata.csv",)
+    unfit = Layout.unfit  # pandas converts no dates
+
+    def as_read(self, text: str) -> list[str]:
+        if text.count(" ") > 1 and "\0" not in text:
+            return [text]  # neither a number nor one of pandas' words for a missing value: saves parsing most captions
+        table = pd.read_csv(io.StringIO(_to_csv([("file_name", "caption"), ("a.mp4", text)]), newline=""))
+        return table["caption"].to_list()
+
+    def write(self, root: Path, pairs: list[Pair]) -> None:
+        rows = [(pair.name, *[pair.text] * len(self.columns)) for pair in pairs]
+        write_text(root / "metadata.csv", _to_csv([("file_name", *self.columns), *rows]))
+
+    def read(self, root: Path) -> list[tuple[Path, str]]:
+        table = pd.read_csv(root / "metadata.csv")
+        _check_split_names(root)
+        return [(root / name, text) for name, text in zip(table["file_name"], table["caption"], strict=True)]
+
+
+class Finetrainers(VideoFolder):
+    """finetrainers: `metadata.jsonl` in the root, which it prefers to all other layouts.
+
+    A second metadata file is an error, and a .tar or .parquet anywhere below the root makes it a web dataset in some
+    versions. `b'...'` is taken for bytes and unwrapped.
+    """
+
+    name = "finetrainers"
+    trainer = "finetrainers"
+    columns = ("caption",)
+    adds_trigger = True
+
+    def as_read(self, text: str) -> list[str]:
+        return [text[2:-1] if text.startswith("b'") and text.endswith("'") else text]
+
+    def read(self, root: Path) -> list[tuple[Path, str]]:
+        tables = [kind for kind in ("json", "jsonl", "csv") if (root / f"metadata.{kind}").exists()]
+        if tables != ["jsonl"]:
+            raise ValueError("must have metadata.jsonl, and neither metadata.json nor metadata.csv")
+        if archives := [path for path in root.rglob("*") if path.suffix in (".tar", ".parquet")]:
+            raise ValueError(f"{archives[0]} would be taken for the data set")
+        return [(clip, self.as_read(text)[0]) for clip, text in super().read(root)]
+
+    def command(self, root: Path, trigger_word: str) -> str:
+        data = {"data_root": str(root), "dataset_type": "video", "video_resolution_buckets": [[49, 480, 720]]}
+        if trigger_word:
+            data["id_token"] = trigger_word
+        config = json.dumps({"datasets": [data]}, ensure_ascii=False)
+        return (
+            f"printf %s {quote(config)} > training.json && torchrun --standalone --nproc_per_node=1 train.py "
+            "--parallel_backend ptd --model_name cogvideox --pretrained_model_name_or_path THUDM/CogVideoX-5b "
+            "--dataset_config training.json --training_type lora --train_steps 1000 --batch_size 1 "
+            "--output_dir OUTPUT_DIR  # in finetrainers"
+        )
+
+
+class CogKit(VideoFolder):
+    """CogKit, text to video: a videofolder in `train/`. Latents are cached in `train/.cache` by the clip's stem."""
+
+    name = "cogkit"
+    trainer = "CogKit"
+    clip_folder = "train"
+    tables: tuple[str, ...] = ("train/metadata.jsonl",)
+    columns = ("prompt",)
+    latents = ("train/.cache", ".cache", "cache")
+    launch = (
+        "accelerate launch train.py --model_path THUDM/CogVideoX1.5-5B --model_name cogvideox1.5-t2v "
+        "--model_type t2v --training_type lora --train_resolution 81x768x1360 --train_epochs 1 "
+        "--mixed_precision bf16 --do_validation false --data_root {root} --output_dir OUTPUT_DIR"
+        "  # in CogKit/quickstart/scripts"
+    )
+
+
+class CogKitImageToVideo(CogKit):
+    """CogKit, image to video, with the first frame as the image.
+
+    Captions and clips are two tables, sorted by `id` and joined by position, not by key: the ids must be the same.
+    """
+
+    name = "cogkit-i2v"
+    trainer = "CogKit (image to video)"
+    clip_folder = "train/videos"
+    tables = ("train/metadata.jsonl", "train/videos/metadata.jsonl")
+    launch = CogKit.launch.replace("1.5-5B", "1.5-5B-I2V").replace("t2v", "i2v")
+
+    def write(self, root: Path, pairs: list[Pair]) -> None:
+        _write_json_lines(root / self.tables[0], [{"id": pair.stem, "prompt": pair.text} for pair in pairs])
+        _write_json_lines(root / self.tables[1], [{"file_name": pair.name, "id": pair.stem} for pair in pairs])
+
+    def read(self, root: Path) -> list[tuple[Path, str]]:
+        captions = sorted(_read_json_lines(root / self.tables[0]), key=lambda row: row["id"])
+        clips = sorted(_read_video_folder(root / self.clip_folder), key=lambda pair: pair[1]["id"])
+        if len(captions) != len(clips):
+            raise ValueError(f"{len(captions)} captions and {len(clips)} clips")
+        return [(clip, row["prompt"]) for (clip, _), row in zip(clips, captions, strict=True)]
+
+
+class VideoXFun(Layout):
+    """VideoX-Fun: `metadata.json`, a list of rows with paths relative to the root.
+
+    It is opened in the locale encoding, so everything is written in ASCII.
+    """
+
+    name = "videox-fun"
+    trainer = "VideoX-Fun"
+    tables = ("metadata.json",)
+    launch = (
+        "accelerate launch --mixed_precision bf16 scripts/cogvideox_fun/train_lora.py "
+        "--pretrained_model_name_or_path MODEL_FOLDER --train_data_dir {root} --train_data_meta {root}/metadata.json "
+        "--video_sample_n_frames 49 --video_sample_stride 3 --train_batch_size 1 --num_train_epochs 100 "
+        "--output_dir OUTPUT_DIR  # in VideoX-Fun"
+    )
+
+    def write(self, root: Path, pairs: list[Pair]) -> None:
+        rows = [{"file_path": f"{self.clip_folder}/{pair.name}", "text": pair.text, "type": "video"} for pair in pairs]
+        write_text(root / "metadata.json", json.dumps(rows, indent=2) + "\n")
+
+    def read(self, root: Path) -> list[tuple[Path, str]]:
+        rows = json.loads((root / "metadata.json").read_text(encoding="ascii"))
+        return [(root / row["file_path"], row["text"]) for row in rows if row.get("type", "image") == "video"]
+
+
+def _write_json_lines(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write JSON Lines; line breaks within captions are escaped."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _read_json_lines(path: Path) -> list[dict[str, str]]:
+    """Read JSON Lines, which end with "\\n" only."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def _read_video_folder(folder: Path) -> list[tuple[Path, dict[str, str]]]:
+    """Clips and rows of a folder with a metadata.jsonl, as `load_dataset("videofolder", split="train")` has them."""
+    tables = [path for path in folder.rglob("metadata.*") if path.suffix in (".csv", ".jsonl", ".parquet")]
+    if tables != [folder / "metadata.jsonl"]:
+        raise ValueError(f"must have one metadata.jsonl and no other table, but has {sorted(map(str, tables))}")
+    _check_split_names(folder)
+    return [(folder / row["file_name"], row) for row in _read_json_lines(tables[0])]
+
+
+def _check_split_names(folder: Path) -> None:
+    """Raise ValueError if load_dataset would take a word in a file's name for a split."""
+    for path in folder.rglob("*"):
+        if any(SPLIT_WORD.search(part) for part in path.relative_to(folder).parts):
+            raise ValueError(f"{path}: load_dataset takes the name for a split's")
+
+
+def _to_csv(rows: list[tuple[str, ...]]) -> str:
+    file = io.StringIO(newline="")
+    csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,81 @@
+"""Layouts of one text file a clip: beside it, as many tools and finetrainers read it, or in `labels/` for SAT."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+from capkit.export.layouts.base import Layout, Pair, write_text
+
+
+class TextFiles(Layout):
+    """A text file for each clip, named like it, in `caption_folder` below the root."""
+
+    caption_folder = ""
+
+    def write(self, root: Path, pairs: list[Pair]) -> None:
+        for pair in pairs:
+            write_text(root / self.caption_folder / f"{pair.stem}.txt", f"{pair.text}\n")
+
+    def caption_files(self, names: list[str]) -> set[str]:
+        return {(Path(self.caption_folder) / f"{Path(name).stem}.txt").as_posix() for name in names}
+
+
+class Sidecars(TextFiles):
+    """`dog.txt` beside `dog.mp4`, in the root.
+
+    The caption is the entire file without surrounding white space; "\\r" is read as "\\n". Many tools open it in the
+    locale encoding, which must then be UTF-8.
+    """
+
+    name = "sidecar"
+    trainer = "a reader of sidecar files"
+    clip_folder = ""
+    clip_suffixes = frozenset((".mp4", ".mov", ".mkv", ".avi", ".webm"))
+    launch = "PYTHONUTF8=1 TRAINER --data_root {root}  # any that reads a .txt beside each clip"
+
+    def as_read(self, text: str) -> list[str]:
+        return [io.StringIO(text, newline=None).read().strip()]
+
+    def read(self, root: Path) -> list[tuple[Path, str]]:
+        pairs = []
+        for file in sorted(root.glob("*.txt")):
+            clips = [clip for suffix in sorted(self.clip_suffixes) if (clip := file.with_suffix(suffix)).exists()]
+            if len(clips) > 1:
+                raise ValueError(f"{file} is beside {len(clips)} clips of its name")
+            pairs += [(clip, file.read_text(encoding="utf-8").strip()) for clip in clips]
+        return pairs
+
+
+class SAT(TextFiles):
+    """CogVideo's `sat/`: `videos/dog.mp4` and `labels/dog.txt`.
+
+    It walks the folder for ".mp4", and takes as the caption's path the clip's path with every ".mp4" replaced by
+    ".txt" and every "videos" by "labels", in parent folders too. It uses the first line of the file, by
+    `splitlines()`; a clip without a file gets an empty caption. Files are opened in the locale encoding.
+    """
+
+    name = "sat"
+    trainer = "SAT"
+    clip_suffixes = frozenset((".mp4",))
+    caption_folder = "labels"
+    launch = (
+        "PYTHONUTF8=1 bash finetune_single_gpu.sh  # in CogVideo/sat, with train_data: [{path!r}] in configs/sft.yaml"
+    )
+
+    def as_read(self, text: str) -> list[str]:
+        return io.StringIO(text, newline=None).read().splitlines()[:1]
+
+    def unfit_root(self, root: Path) -> str:
+        words = [word for word in ("videos", ".mp4") if word in str(root)]
+        reason = "which SAT replaces in paths, so that SAT would look for the captions elsewhere; choose another folder"
+        return f"{root} has {words[0]!r} in it, {reason}" if words else ""
+
+    def read(self, root: Path) -> list[tuple[Path, str]]:
+        pairs = []
+        for folder, _, files in os.walk(root):
+            for clip in [os.path.join(folder, name) for name in files if name.endswith(".mp4")]:
+                path = Path(clip.replace(".mp4", ".txt").replace("videos", "labels"))
+                pairs.append((Path(clip), path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else ""))
+        return pairs

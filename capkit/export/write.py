@@ -1,0 +1,117 @@
+"""Write an export's folder atomically: beside its place, read back as the trainer does, and only then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from capkit.export.layouts import Layout, Pair, shorten
+from capkit.files import file_sha256
+
+
+class ExportError(RuntimeError):
+    """An export could not be written, or did not read back as it was written; nothing of it is kept."""
+
+
+def is_exported(layout: Layout, root: Path, pairs: list[Pair], overwrite: bool) -> bool:
+    """True if the root holds this very export already; False if it may be written there.
+
+    Raises:
+        ValueError: the root holds something else.
+    """
+    if not root.exists() or root.is_dir() and not any(root.iterdir()):
+        return False
+    if not root.is_dir():
+        raise ValueError(f"output_dir: {root} is a file")
+    for name in layout.latents:
+        if (root / name).is_dir():
+            raise ValueError(
+                f"output_dir: {root} holds {name}/, which a trainer has computed from clips; it would use it for the "
+                "new clips of the same names too. Delete it, or choose another folder"
+            )
+    try:
+        names = [clip.name for clip, _ in layout.read(root)]
+    except (ValueError, KeyError, IndexError, OSError):
+        names = []
+    own = layout.caption_files(names) | {(Path(layout.clip_folder) / name).as_posix() for name in names}
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if foreign := sorted(files - own):
+        raise ValueError(f"output_dir: {root} holds {foreign[0]!r}, not part of such an export; choose another folder")
+    if not _first_difference(layout, root, pairs):
+        return True
+    if not overwrite:
+        raise ValueError(f"output_dir: {root} holds other captions; choose another folder, or overwrite=True")
+    return False
+
+
+def write_export(layout: Layout, root: Path, pairs: list[Pair], clips: str) -> None:
+    """Write an export beside its place, read it back, and only then rename it.
+
+    A process that is killed meanwhile leaves a hidden folder `.<name>.part-...`.
+
+    Args:
+        layout: of the export.
+        root: free, or may be replaced: see `is_exported`.
+        pairs: clips and captions.
+        clips: "link", "copy" or "hardlink".
+
+    Raises:
+        ExportError: it could not be written, or does not read back as it should.
+    """
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{root.name}.part-", dir=root.parent))
+    except OSError as error:
+        raise ExportError(f"{root.parent}: cannot be written to: {error}") from error
+    try:
+        part.chmod(0o755)
+        place: dict[str, Callable[[Path, Path], object]]
+        place = {"link": os.symlink, "copy": shutil.copyfile, "hardlink": os.link}
+        (part / layout.clip_folder).mkdir(parents=True, exist_ok=True)
+        for pair in pairs:
+            place[clips](pair.clip, part / layout.clip_folder / pair.name)
+        layout.write(part, pairs)
+        if difference := _first_difference(layout, part, pairs):
+            raise ExportError(f"{root}: read back as {layout.trainer} reads it, {difference}; nothing was exported")
+        _replace_folder(part, root)
+    except OSError as error:
+        hint = "; a copy (clips='copy') needs no links" if clips != "copy" else ""
+        raise ExportError(f"{root}: could not be written: {error}{hint}; nothing was exported") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _replace_folder(new: Path, root: Path) -> None:
+    """Rename a folder to the root; an older one is missing only between two renames."""
+    if root.exists() and not any(root.iterdir()):
+        root.rmdir()
+    if not root.exists():
+        new.rename(root)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{root.name}.old-", dir=root.parent))
+    root.rename(old / root.name)
+    new.rename(root)
+    shutil.rmtree(old)
+
+
+def _first_difference(layout: Layout, root: Path, pairs: list[Pair]) -> str:
+    """What differs from the pairs when the root is read as the trainer reads it, or ""."""
+    try:
+        actual = layout.read(root)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        return f"it stops: {error}"
+    if len(actual) != len(pairs):
+        return f"there are {len(actual)} pairs, not {len(pairs)}"
+    expected = {root / layout.clip_folder / pair.name: pair for pair in pairs}
+    for clip, text in actual:
+        pair = expected.pop(clip, None)
+        if pair is None:
+            return f"{clip.name} is not expected, or occurs twice"
+        if text != pair.text:
+            return f"{clip.name} has the caption {shorten(str(text))}, not {shorten(pair.text)}"
+        if not (clip.exists() and (clip.samefile(pair.clip) or file_sha256(clip) == file_sha256(pair.clip))):
+            return f"{clip.name} is not {pair.clip}"
+    return ""
