@@ -10,48 +10,39 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
-    from capkit.captioning import Caption, Captioner, CaptionStream, Decoding, Score, load_captioner
-    from capkit.cogvlm2 import DEFAULT_PROMPT, CheckpointError, Prompt
-    from capkit.runs import CaptionStore, caption_clips, find_clips
-    from capkit.sweep import SweepPlan, SweepResult, plan_sweep, run_sweep
-    from capkit.video import Clip, FrameSampling, VideoError, VideoInfo, load_clip
+    from capkit.captioning import Caption as Caption
+    from capkit.captioning import Captioner as Captioner
+    from capkit.captioning import CaptionStream as CaptionStream
+    from capkit.captioning import Decoding as Decoding
+    from capkit.captioning import Score as Score
+    from capkit.captioning import load_captioner as load_captioner
+    from capkit.cogvlm2 import DEFAULT_PROMPT as DEFAULT_PROMPT
+    from capkit.cogvlm2 import CheckpointError as CheckpointError
+    from capkit.cogvlm2 import Prompt as Prompt
+    from capkit.runs import CaptionStore as CaptionStore
+    from capkit.runs import caption_clips as caption_clips
+    from capkit.runs import find_clips as find_clips
+    from capkit.sweep import SweepPlan as SweepPlan
+    from capkit.sweep import SweepResult as SweepResult
+    from capkit.sweep import plan_sweep as plan_sweep
+    from capkit.sweep import run_sweep as run_sweep
+    from capkit.video import Clip as Clip
+    from capkit.video import FrameSampling as FrameSampling
+    from capkit.video import VideoError as VideoError
+    from capkit.video import VideoInfo as VideoInfo
+    from capkit.video import load_clip as load_clip
 
-_NAMES_BY_ROOM = {
+_ROOMS = {
     "video": ("Clip", "FrameSampling", "VideoError", "VideoInfo", "load_clip"),
     "cogvlm2": ("DEFAULT_PROMPT", "CheckpointError", "Prompt"),
     "captioning": ("Caption", "CaptionStream", "Captioner", "Decoding", "Score", "load_captioner"),
     "runs": ("CaptionStore", "caption_clips", "find_clips"),
     "sweep": ("SweepPlan", "SweepResult", "plan_sweep", "run_sweep"),
 }
-_ROOM_OF = {name: room for room, names in _NAMES_BY_ROOM.items() for name in names}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+__all__ = [*_ROOM_OF, "__version__"]
 
-__all__ = [
-    "DEFAULT_PROMPT",
-    "Caption",
-    "CaptionStore",
-    "CaptionStream",
-    "Captioner",
-    "CheckpointError",
-    "Clip",
-    "Decoding",
-    "FrameSampling",
-    "Prompt",
-    "Score",
-    "SweepPlan",
-    "SweepResult",
-    "VideoError",
-    "VideoInfo",
-    "__version__",
-    "caption_clips",
-    "find_clips",
-    "load_captioner",
-    "load_clip",
-    "plan_sweep",
-    "run_sweep",
-]
-
-
-if not TYPE_CHECKING:  # a type checker that sees this takes every name for Any
+if not TYPE_CHECKING:  # seeing this, a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _ROOM_OF:
