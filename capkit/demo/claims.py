@@ -1,4 +1,4 @@
-"""Reading a text back: what does it say of background, objects, events and camera?"""
+"""Parse a caption: what it claims about background, objects, events and camera."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ MOTION_WORDS = {
     "shrinks": r"shrink(?:s|ing)|(?:gets|becomes) smaller",
 }
 COLOUR_WORDS, SHAPE_WORDS = "|".join(COLOURS), "|".join(SHAPES)
+NUMBER_WORDS = {"no": 0, "0": 0, "one": 1, "1": 1, "two": 2, "2": 2, "three": 3, "3": 3}
+_CAMERA = re.compile(r"\bcamera [^.,;\n]*")
 _TOKENS = re.compile(
     rf"(?:(?P<article>\ban?|\bone|-) )?(?:\b(?P<size>{'|'.join(SIZES)}) )?"
     rf"\b(?P<colour>{COLOUR_WORDS}) (?P<shape>{SHAPE_WORDS})\b"
     r"|\b(?P<disappears>disappears|vanishes|is gone)\b|\b(?P<appears>appears|comes into view|shows up)\b"
-    rf"|\b(?:turns|changes to|becomes) (?P<new>{COLOUR_WORDS})\b|\bsecond (?P<second>\d+)"
+    rf"|\b(?:turns|changes to|becomes) (?P<changes>{COLOUR_WORDS})\b|\bsecond (?P<second>\d+)"
     + "".join(rf"|\b(?P<{motion}>{wordings})\b" for motion, wordings in MOTION_WORDS.items())
 )
-NUMBER_WORDS = {"no": 0, "0": 0, "one": 1, "1": 1, "two": 2, "2": 2, "three": 3, "3": 3}
 
 
 @dataclass
@@ -46,58 +47,58 @@ class Named:
     colour: str
     shape: str
     size: str | None = None
-    motion: str | None = None
-    """One of MOTIONS; several with "and" between them."""
+    motion: str | None = None  # one of MOTIONS; several with "and" between them
 
     @property
-    def pair(self):
+    def pair(self) -> tuple[str, str]:
         return self.colour, self.shape
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What a text says, as far as it is in words that the scenes are described with."""
+    """What a text says, as far as it uses the words that scenes are described with."""
 
     backgrounds: frozenset[str]
-    counts: frozenset[int]
-    """Numbers of objects said outright."""
+    counts: frozenset[int]  # explicit numbers of objects
     objects: tuple[Named, ...]
+    # (kind, the object's first colour and shape, new colour or "", second) of each
     events: tuple[tuple[str, tuple[str, str] | None, str, int | None], ...]
-    """(kind, the object's first colour and shape, new colour or "", second) of each."""
     camera: str | None
 
 
 def claims(text: str) -> Claims:
-    """Read a text: an object is what has a colour and a shape; a verb belongs to the object named last."""
-    text = text.lower()
-    camera = None
-    for said in re.findall(r"\bcamera [^.,;\n]*", text):
-        way = re.search(r"\b(?:left|right)\b", said)
-        camera = way[0] if way else "still"
-    text = re.sub(r"\bcamera [^.,;\n]*", "", text)
+    """Parse a text: a colour with a shape is an object, and a verb belongs to the object named last."""
+    text, camera = text.lower(), None
+    for phrase in _CAMERA.findall(text):
+        direction = re.search(r"\b(?:left|right)\b", phrase)
+        camera = direction[0] if direction else "still"
+    text = _CAMERA.sub("", text)
     counts = {NUMBER_WORDS[word] for word in re.findall(rf"\b({'|'.join(NUMBER_WORDS)}) objects?\b", text)}
     counts |= {0} if re.search(r"\bnothing but\b|\bis only an? (?!\w+ object)|^(?:- )?nothing\b", text) else set()
-    objects, events, renamed, current = [], [], {}, None
+    objects: list[Named] = []
+    events: list[tuple[str, tuple[str, str] | None, str, int | None]] = []
+    first_pairs: dict[tuple[str, str], tuple[str, str]] = {}  # of objects that have changed, by their new pair
+    current = None
     for sentence in re.split(r"[.;\n]", text):
-        seconds, happenings = [], []
+        seconds: list[int | None] = []
+        happenings = []
         for token in _TOKENS.finditer(sentence):
             kind = token.lastgroup
             if kind == "shape":
                 pair = (token["colour"], token["shape"])
-                known = next((named for named in objects if named.pair == renamed.get(pair, pair)), None)
-                if known is None or token["article"]:  # "the red circle" has been named before, "a red circle" is new
-                    objects.append(known := Named(*pair))
-                known.size, current = token["size"] or known.size, known
+                current = next((named for named in objects if named.pair == first_pairs.get(pair, pair)), None)
+                if current is None or token["article"]:  # "the red circle" is one named before, "a red circle" is new
+                    objects.append(current := Named(*pair))
+                current.size = token["size"] or current.size
             elif kind == "second":
                 seconds.append(int(token["second"]))
-            elif kind in ("appears", "disappears", "new"):
-                new = token["new"] or ""
-                happenings.append((kind if not new else "changes", current.pair if current else None, new))
-                if new and current:
-                    renamed[(new, current.shape)] = current.pair
-            elif current:
+            elif kind in ("appears", "disappears", "changes"):
+                happenings.append((kind, current.pair if current else None, token["changes"] or ""))
+                if kind == "changes" and current:
+                    first_pairs[token["changes"], current.shape] = current.pair
+            elif kind and current:
                 current.motion = kind if current.motion in (None, kind) else f"{current.motion} and {kind}"
-        # "At second 3, X appears, and Y disappears at second 5": both come in the same order.
+        # "At second 3, X appears, and Y disappears at second 5": events and seconds come in the same order.
         seconds += [None] * (len(happenings) - len(seconds))
         events += [(*happening, second) for happening, second in zip(happenings, seconds, strict=False)]
     backgrounds = frozenset(name for name, wording in _BACKGROUNDS.items() if re.search(wording, text))

@@ -1,19 +1,25 @@
-"""Short clips of simple shapes: what there is, and how it is drawn. `capkit.demo.planning.make_scene` plans them.
+"""Scenes of simple moving shapes, and drawing them as frames or mp4. `capkit.demo.random_scenes` makes random ones.
 
-Lengths are in short sides of the frame: the square in its middle, all that the model sees, is 1 x 1, x to the right and
-y down.
+Lengths are fractions of the frame's short side. Coordinates are those of the central square, which is all that the
+model sees: (0, 0) is its top left corner, (1, 1) its bottom right one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
 from capkit.video import Clip, FrameSampling, VideoInfo
+
+T = TypeVar("T")
 
 COLOURS = {
     "red": (214, 30, 34),
@@ -26,11 +32,10 @@ COLOURS = {
     "black": (16, 14, 16),
 }
 SIZES = {"small": 0.30, "medium": 0.42, "large": 0.55}  # diameters
-# By the number of objects. Plans with large objects find room less often, which these shares make up for in part.
-SIZE_SHARES = {1: (0.2, 0.4, 0.4), 2: (0.25, 0.4, 0.35), 3: (0.5, 0.35, 0.15)}
-MOTIONS = ("still", "left", "right", "up", "down", "bounces", "orbits", "grows", "shrinks")
-# Name: how it is called with an article, how after "is", and its colours, lower or darker first. Before a plain one, a
-# pan would look like moving objects.
+DIRECTIONS = ("left", "right", "up", "down")
+MOTIONS = ("still", *DIRECTIONS, "bounces", "orbits", "grows", "shrinks")
+# Name: (noun phrase, phrase after "is", RGB colours, lower or darker first). No camera pans over a plain one: it would
+# look like moving objects.
 BACKGROUNDS = {
     "grey": ("a plain grey background", "plain grey", [(176, 178, 180)]),
     "dark blue": ("a plain dark blue background", "plain dark blue", [(52, 70, 122)]),
@@ -40,20 +45,14 @@ BACKGROUNDS = {
     "striped wall": ("a striped wall", "a striped wall", [(96, 140, 140), (146, 186, 184)]),
     "checkered wall": ("a checkered wall", "a checkered wall", [(126, 108, 96), (176, 158, 146)]),
 }
-UNSEEN_PAIRS = {
-    ("red", "star"),
-    ("blue", "triangle"),
-    ("green", "circle"),
-    ("yellow", "cross"),
-    ("white", "square"),
-}
-"""Pairs of colour and shape that only held-out scenes have."""
+UNSEEN_PAIRS = {("red", "star"), ("blue", "triangle"), ("green", "circle"), ("yellow", "cross"), ("white", "square")}
+"""Pairs of colour and shape that occur in held-out scenes only."""
 
 
-def _outlines():
-    """Each shape's corners, (n, 2), in diameters from its middle."""
+def _outlines() -> dict[str, np.ndarray]:
+    """Each shape's corners relative to its middle, (n, 2), in diameters."""
 
-    def around(count, radius, start=0.0):
+    def around(count: int, radius: ArrayLike, start: float = 0.0) -> np.ndarray:
         angles = 2 * np.pi * (np.arange(count) / count + start)
         return np.stack([np.sin(angles), -np.cos(angles)], 1) * np.resize(radius, count)[:, None]
 
@@ -70,13 +69,13 @@ def _outlines():
 
 OUTLINES = _outlines()
 SHAPES = tuple(OUTLINES)
-REACH = 0.55  # of any outline from its middle along x or y, in diameters, tilted or not
-SMOOTHING = 4  # outlines are drawn this much larger
+REACH = 0.55  # largest distance of any outline from its middle along x or y, in diameters, at any tilt
+SMOOTHING = 4  # shapes are drawn this many times larger, then reduced
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object and its path. Times are seconds from the clip's start."""
+    """An object and its path. Times are in seconds from the clip's start."""
 
     colour: str
     shape: str
@@ -85,34 +84,29 @@ class Thing:
     diameter: float
     x: float
     y: float
-    travel: float = 0.0
-    """How far it moves; how high it bounces; the radius of its orbit; its last diameter by its first."""
-    period: float = 1.0
-    """Of bouncing and orbiting; negative against the clock."""
+    travel: float = 0.0  # distance; height of a bounce; radius of an orbit; last diameter / first
+    period: float = 1.0  # of bouncing and orbiting; negative for counterclockwise
     phase: float = 0.0
-    tilt: float = 0.0
-    """Degrees."""
-    shade: tuple[int, int, int] = (0, 0, 0)
-    """Added to its colour."""
+    tilt: float = 0.0  # degrees
+    shade: tuple[int, int, int] = (0, 0, 0)  # added to the colour's RGB values
     appears: float = 0.0
     disappears: float = 1e9
     changes: float = 1e9
     new_colour: str = ""
-    ends: float = 1.0
-    """When its path ends: at the end of the clip, or where it disappears."""
+    ends: float = 1.0  # when its path ends: with the clip, or when it disappears
 
-    def colour_at(self, seconds):
+    def colour_at(self, seconds: float) -> str:
         return self.new_colour if seconds >= self.changes else self.colour
 
-    def is_there(self, seconds):
+    def is_there(self, seconds: float | np.ndarray) -> bool | np.ndarray:
         return (self.appears <= seconds) & (seconds < self.disappears)
 
-    def place(self, seconds):
-        """Middle x, y and diameter, each of the shape of `seconds`, before any pan."""
-        seconds = np.asarray(seconds, dtype=float)
-        share = np.clip((seconds - self.appears) / (self.ends - self.appears), 0, 1)
+    def place(self, seconds: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Middle x, y and diameter at each time, before any pan."""
+        times = np.asarray(seconds, dtype=float)
+        share = np.clip((times - self.appears) / (self.ends - self.appears), 0, 1)
         x, y, diameter = self.x + 0 * share, self.y + 0 * share, self.diameter + 0 * share
-        turn = 2 * np.pi * (seconds / self.period + self.phase)
+        turn = 2 * np.pi * (times / self.period + self.phase)
         if self.motion in ("left", "right"):
             x = x + share * self.travel * (1 if self.motion == "right" else -1)
         elif self.motion in ("up", "down"):
@@ -128,44 +122,48 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A clip, planned; `draw`, `sample` and `write_mp4` show it."""
+    """What a clip shows: background, camera movement and objects."""
 
     num_frames: int
     fps: int
-    height: int
-    """Pixels, even."""
+    height: int  # pixels, even
     width: int
     background: str
     background_shade: tuple[int, int, int]
-    background_start: float
-    """Where its pattern begins."""
-    pan: float
-    """How far the camera turns to the right over the clip; negative to the left."""
+    background_start: float  # horizontal offset of its pattern
+    pan: float  # how far the camera pans to the right over the whole clip; negative to the left
     things: tuple[Thing, ...]
 
     @property
-    def duration_seconds(self):
+    def duration_seconds(self) -> float:
         return self.num_frames / self.fps
 
     @property
-    def timestamps_seconds(self):
-        """When each frame is shown, float64 (num_frames,)."""
+    def timestamps_seconds(self) -> np.ndarray:
+        """Time of each frame, float64 (num_frames,)."""
         return np.arange(self.num_frames) / self.fps
 
-    def panned(self, seconds):
-        """How far the camera has turned to the right by then."""
+    @property
+    def side(self) -> int:
+        """Side of the central square, in pixels."""
+        return min(self.height, self.width)
+
+    def panned(self, seconds: ArrayLike) -> np.ndarray:
+        """How far the camera has panned to the right at each time."""
         return self.pan * np.clip(np.asarray(seconds) / self.duration_seconds, 0, 1)
 
-    def visible(self, seconds):
-        """(thing, its colour now, x, y, diameter) of each thing there is at this moment, in the middle square."""
-        there = [thing for thing in self.things if thing.is_there(seconds)]
-        places = [[float(value) for value in thing.place(seconds)] for thing in there]
-        shift = float(self.panned(seconds))
-        return [(t, t.colour_at(seconds), x - shift, y, d) for t, (x, y, d) in zip(there, places, strict=True)]
+    def visible(self, seconds: float) -> list[tuple[Thing, str, float, float, float]]:
+        """(thing, its colour, x, y, diameter) of each object present at this time."""
+        visible = []
+        for thing in self.things:
+            if thing.is_there(seconds):
+                x, y, diameter = map(float, thing.place(seconds))
+                visible.append((thing, thing.colour_at(seconds), x - float(self.panned(seconds)), y, diameter))
+        return visible
 
-    def draw(self, seconds):
-        """The frame at that moment, uint8 RGB (height, width, 3)."""
-        side = min(self.height, self.width)
+    def draw(self, seconds: float) -> np.ndarray:
+        """Draw the frame at this time, uint8 RGB (height, width, 3)."""
+        side = self.side
         left, top = (self.width - side) / 2, (self.height - side) / 2
         start = round((float(self.panned(seconds)) + max(0.0, -self.pan)) * side)
         picture = self._backdrop.crop((start, 0, start + self.width, self.height))
@@ -174,32 +172,33 @@ class Scene:
             turned = OUTLINES[thing.shape] @ [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
             corners = turned * (diameter * side) + [left + x * side, top + y * side]
             corner, beyond = np.floor(corners.min(0)).astype(int), np.ceil(corners.max(0)).astype(int) + 1
-            mask = Image.new("L", tuple(int(n) for n in (beyond - corner) * SMOOTHING))
-            # Pillow's pixels are points, the first one at 0.
+            width, height = (int(n) for n in (beyond - corner) * SMOOTHING)
+            mask = Image.new("L", (width, height))
+            # Pillow's pixel centres have integer coordinates.
             ImageDraw.Draw(mask).polygon(((corners - corner) * SMOOTHING - 0.5).ravel().tolist(), fill=255)
             picture.paste(_shaded(COLOURS[colour], thing.shade), tuple(corner.tolist()), mask.reduce(SMOOTHING))
         return np.array(picture)
 
     @cached_property
-    def _backdrop(self):
-        """The background as wide as a pan may need it."""
-        side = min(self.height, self.width)
+    def _backdrop(self) -> Image.Image:
+        """The background, as wide as the pan needs it."""
+        side = self.side
         width = self.width + round(abs(self.pan) * side) + 1
-        low, *high = (_shaded(colour, self.background_shade) for colour in BACKGROUNDS[self.background][2])
-        if not high:
-            return Image.new("RGB", (width, self.height), low)
+        colours = [_shaded(colour, self.background_shade) for colour in BACKGROUNDS[self.background][2]]
+        if len(colours) == 1:
+            return Image.new("RGB", (width, self.height), colours[0])
         x = np.arange(width)[None] / side + self.background_start
         y = (np.arange(self.height)[:, None] - (self.height - side) / 2) / side
-        if self.background == "meadow":  # hills, so that a pan shows
-            is_low = y > 0.55 + 0.1 * np.sin(2 * np.pi * x / 0.9)
+        if self.background == "meadow":  # with hills, so that a pan is visible
+            is_high = y <= 0.55 + 0.1 * np.sin(2 * np.pi * x / 0.9)
         elif self.background == "striped wall":
-            is_low = (x / 0.25).astype(int) % 2 + 0 * y > 0
+            is_high = (x / 0.25).astype(int) % 2 + 0 * y == 0
         else:
-            is_low = ((x / 0.25).astype(int) + np.floor(y / 0.25).astype(int)) % 2 > 0
-        return Image.fromarray(np.where(is_low[..., None], np.uint8(low), np.uint8(high[0])))
+            is_high = ((x / 0.25).astype(int) + np.floor(y / 0.25).astype(int)) % 2 == 0
+        return Image.fromarray(np.array(colours, np.uint8)[is_high.astype(int)])
 
-    def sample(self, frame_sampling="chat") -> Clip:
-        """The clip as `load_clip` would read it from a file, without one; only the frames chosen are drawn."""
+    def sample(self, frame_sampling: FrameSampling | str | dict = "chat") -> Clip:
+        """The clip that `load_clip` would read from a file of this scene; only the sampled frames are drawn."""
         sampling, times = FrameSampling.of(frame_sampling), self.timestamps_seconds
         chosen = sampling.frame_indices(times, self.fps)
         drawn = {index: self.draw(times[index]) for index in set(chosen)}
@@ -207,8 +206,8 @@ class Scene:
         info = VideoInfo(None, self.num_frames, float(self.fps), self.duration_seconds, self.height, self.width, None)
         return Clip(frames, chosen, times[chosen], info, sampling)
 
-    def write_mp4(self, path):
-        """Encode the whole clip as H.264; returns `path`."""
+    def write_mp4(self, path: Path) -> Path:
+        """Encode the whole clip as H.264, and return `path`."""
         import av
 
         with av.open(str(path), "w") as container:
@@ -220,9 +219,10 @@ class Scene:
         return path
 
 
-def _shaded(colour, shade):
+def _shaded(colour: tuple[int, int, int], shade: tuple[int, int, int]) -> tuple[int, ...]:
     return tuple(min(255, max(0, a + b)) for a, b in zip(colour, shade, strict=True))
 
 
-def pick(rng, choices):
+def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+    """One of the choices at random. (`Generator.choice` would turn them into an array.)"""
     return choices[int(rng.integers(len(choices)))]

@@ -1,19 +1,21 @@
-"""Train the demo model from nothing: clips that we draw, a small tokenizer, CogVLM2-Video's architecture, small.
+"""Train the demo model from nothing: drawn clips, a small tokenizer, and a small CogVLM2-Video.
 
-transformers' Trainer does the training, of a `capkit.demo.heads.TrainingModel`.
+transformers' Trainer trains a `capkit.demo.heads.TrainingModel` in three stages, which can be interrupted and resumed.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_model
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Sampler
+from transformers import EvalPrediction, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from capkit.captioning import GREY, load_captioner
@@ -26,11 +28,11 @@ from capkit.cogvlm2 import (
 from capkit.demo.examples import (
     IMAGE_SIZE,
     PATCH_SIZE,
-    SPECIAL,
+    DrawnClip,
     Examples,
     Frames,
+    content_tokens,
     draw_clips,
-    tokens_that_matter,
     train_tokenizer,
 )
 from capkit.demo.heads import TrainingModel
@@ -38,24 +40,23 @@ from capkit.demo.heads import TrainingModel
 FRAMES_PER_STEP = 192
 FEATURE_LENGTH = 2.0
 TOKENIZER_CLIPS, VISION_CLIPS, CLIPS_AT_A_TIME = 3000, 16000, 3200
-"""The tokenizer and the vision tower learn from so many; so many are drawn before their pictures are let go."""
+"""Clips for the tokenizer and for the vision tower; clips drawn before their pictures are freed."""
 INTERVIEWS = 0.6
-"""Share of clips that are asked many questions in a row, in the last stage."""
+"""Share of clips with several questions in a row, in the last stage."""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> CogVLM2VideoForConditionalGeneration:
     """CogVLM2-Video with random weights, small enough for a laptop."""
-    bos, eos, pad = tokenizer.convert_tokens_to_ids(SPECIAL[:3])
     config = CogVLM2VideoConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=6,
         num_attention_heads=4,
-        num_multi_query_heads=2,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.04,
         dtype="float32",
         vision_config={
@@ -69,43 +70,40 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> CogVLM2VideoForConditionalG
         },
     )
     model = CogVLM2VideoForConditionalGeneration(config)
-    _tell_places(model.model.vision.patch_embedding.position_embedding.weight)
+    # Position embeddings begin with column and row. Small random ones would be drowned by the first block's normalised
+    # output, and then the bridge never learns places.
+    side = IMAGE_SIZE // PATCH_SIZE
+    steps = torch.linspace(-1, 1, side)
+    positions = model.model.vision.patch_embedding.position_embedding.weight
+    across, down = torch.randn(2, positions.shape[1])
+    with torch.no_grad():
+        positions[1:] += steps.repeat(side)[:, None] * across + steps.repeat_interleave(side)[:, None] * down
     return model
 
 
-@torch.no_grad()
-def _tell_places(positions):
-    """Begin with patches that know their column and row: what small random weights say of places is drowned by the
-    first block's normalised output, and then the bridge never learns it."""
-    side = IMAGE_SIZE // PATCH_SIZE
-    steps = torch.linspace(-1, 1, side)
-    ways = torch.randn(2, positions.shape[1])
-    positions[1:] += steps.repeat(side)[:, None] * ways[0] + steps.repeat_interleave(side)[:, None] * ways[1]
-
-
 class _Log(TrainerCallback):
-    """Stop when the time is up; one line of log a time, kept for the plot."""
+    """Stop at a time, and append each log of the Trainer to a file of JSON lines."""
 
     def __init__(self, stage: str, until: float, history: Path):
         self.stage, self.until, self.history = stage, until, history
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if time.monotonic() > self.until:
             control.should_save = control.should_training_stop = True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         line = {"stage": self.stage, "step": state.global_step, "time": time.time()} | logs
         with open(self.history, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of blocks, AdamW for all else.
+    """Muon for the matrices of blocks, AdamW for all other weights.
 
-    After 400 steps of the language model 78 % of the tokens that matter were right; with AdamW alone 66 %.
+    After 400 steps of the language model 78 % of the content tokens were right; with AdamW alone 66 %.
 
     Args:
-        model: whose weights to change; those that need a gradient now.
+        model: trains its weights that require a gradient now.
         learning_rate: of both; Muon's steps are scaled to AdamW's.
         weight_decay: of both.
     """
@@ -120,45 +118,42 @@ class MuonAndAdamW(torch.optim.Optimizer):
         ]
         super().__init__(self._groups(), {})
 
-    def _groups(self):
+    def _groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever passed
         for part in self.parts:
             part.step()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = self._groups()
 
 
-class _Trainer(Trainer):
-    def create_optimizer(self, model=None):
-        self.optimizer = MuonAndAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
-        return self.optimizer
-
-    def _get_train_sampler(self, train_dataset=None):
-        return _ByLength(self.train_dataset.num_frames, self.args.per_device_train_batch_size)
-
-
-class _ByLength(torch.utils.data.Sampler):
-    """A random order in which clips of one batch have nearly the same number of frames, or they would be padded."""
+class _ByLength(Sampler):
+    """A random order in which clips of one batch have nearly the same number of frames, so that little is padded."""
 
     def __init__(self, num_frames: list[int], batch_size: int):
         self.num_frames, self.batch_size = num_frames, batch_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.num_frames)
 
-    def __iter__(self):
-        order = torch.randperm(len(self)).split(16 * self.batch_size)
-        batches = [b for some in order for b in sorted(some.tolist(), key=self.num_frames.__getitem__)]
-        batches = torch.tensor(batches).split(self.batch_size)
+    def __iter__(self) -> Iterator[int]:
+        chunks = torch.randperm(len(self)).split(16 * self.batch_size)
+        order = [index for chunk in chunks for index in sorted(chunk.tolist(), key=self.num_frames.__getitem__)]
+        batches = torch.tensor(order).split(self.batch_size)
         return iter([index for i in torch.randperm(len(batches)) for index in batches[i].tolist()])
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        data: Any = self.train_dataset
+        return _ByLength(data.num_frames, self.args.per_device_train_batch_size)
 
 
 def train(
@@ -177,27 +172,27 @@ def train(
     bf16: bool = False,
     start_from: str | Path | None = None,
 ) -> Path:
-    """Train, and write a checkpoint in the published layout. Called again with the same folder, it goes on.
+    """Train, and write a checkpoint in the published layout. Called again with the same folder, it resumes.
 
     Args:
         output_dir: gets `trainer/` (to resume from), `history.jsonl` and `checkpoint/`.
-        steps: optimiser steps of the whole model, on clips and texts.
+        steps: optimiser steps of the language model, on clips and texts.
         vision_steps: steps before them of the vision tower and the bridge alone, on FRAMES_PER_STEP single frames each.
-        question_steps: steps after them on as many other clips, of which most are asked many questions in a row; 0 for
-            none. Only then the model finds objects by their names.
+        question_steps: steps after them on as many other clips, most with several questions in a row; 0 for none. Only
+            in these the model learns to find objects by their names.
         batch_size: clips a step.
-        learning_rate: at its highest after 5 % of a stage's steps; it falls to 0 along a cosine. Half of it in the last
+        learning_rate: the maximum, after 5 % of a stage's steps; it falls to 0 along a cosine. Half of it in the last
             stage, or too much of what has been learnt would be lost again.
         vision_learning_rate: the same for the vision tower's stage.
-        num_clips: scenes drawn for training; worded anew each time they come up. The vision tower learns from the first
-            VISION_CLIPS of them.
-        num_held_out: scenes for the accuracy in `history.jsonl`, from the held-out stream.
-        minutes: stop after so long, with a checkpoint to go on from.
+        num_clips: scenes drawn for training, worded anew each time they come up; the first VISION_CLIPS of them train
+            the vision tower.
+        num_held_out: held-out scenes for the accuracy in `history.jsonl`.
+        minutes: stop after so long, with a checkpoint to resume from.
         num_workers: processes that draw; 1 draws in this one.
         seed: of weights and order.
-        bf16: multiply in bfloat16, where the processor does so faster.
-        start_from: a checkpoint, as for `load_captioner`, whose weights and tokenizer to begin with; None for nothing.
-            With `vision_steps` 0 its vision tower stays as it is.
+        bf16: autocast to bfloat16, where the processor is faster with it.
+        start_from: a checkpoint, as in `load_captioner`, whose weights and tokenizer to begin with. With `vision_steps`
+            0 its vision tower stays as it is.
 
     Returns:
         The folder of the checkpoint.
@@ -214,83 +209,84 @@ def train(
         tokenizer = train_tokenizer(draw_clips(range(min(num_clips, TOKENIZER_CLIPS)), num_workers=num_workers))
         model = new_model(tokenizer)
         processor = CogVLM2VideoProcessor(tokenizer, IMAGE_SIZE, model.config.tokens_per_frame)
-    training = TrainingModel(model, tokens_that_matter(processor.tokenizer), bf16)
+    training = TrainingModel(model, content_tokens(processor.tokenizer), bf16)
 
-    def frames():
+    def frames() -> tuple[Frames, Frames]:
         drawn = draw_clips(range(min(num_clips, VISION_CLIPS)), num_workers=num_workers)
         return Frames(drawn, recoloured=0.75), Frames(held_out)
 
-    def examples(seeds, interviews):
+    def examples(first: int, interviews: float) -> tuple[Examples, Examples]:
         grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
-        clips, features = _drawn_and_encoded(model, seeds, num_workers)
-        # One clip in ten has two events, and only they teach to look for the second once the first has been told.
-        often = [i for i, one in enumerate(clips) for _ in range(3 if len(one.facts.events) == 2 else 1)]
-        clips, features = [clips[i] for i in often], [features[i] for i in often]
+        clips, features = [], []
+        # In parts, or the pictures would fill the memory.
+        for start in range(first, first + num_clips, CLIPS_AT_A_TIME):
+            seeds = range(start, min(start + CLIPS_AT_A_TIME, first + num_clips))
+            drawn = draw_clips(seeds, num_workers=num_workers)
+            for clip, encoded in zip(drawn, _encode(model, _frames(drawn)), strict=True):
+                # One clip in ten has two events, and only these teach to look for the second event.
+                repeats = 3 if len(clip.facts.events) == 2 else 1
+                clips += repeats * [clip.without_pictures()]
+                features += repeats * [encoded]
         return (
             Examples(clips, features, processor, misheard=0.3, grey=grey, interviews=interviews),
             Examples(held_out, _encode(model, _frames(held_out)), processor, interviews=interviews),
         )
 
-    told, further = range(num_clips), range(num_clips, 2 * num_clips)
     for name, num_steps, num_rows, rate, make_data in (
         ("vision", vision_steps, FRAMES_PER_STEP, vision_learning_rate, frames),
-        ("model", steps, batch_size, learning_rate, lambda: examples(told, 0.0)),
-        ("questions", question_steps, batch_size, learning_rate / 2, lambda: examples(further, INTERVIEWS)),
+        ("model", steps, batch_size, learning_rate, lambda: examples(0, 0.0)),
+        ("questions", question_steps, batch_size, learning_rate / 2, lambda: examples(num_clips, INTERVIEWS)),
     ):
         folder, log = output_dir / "trainer" / name, _Log(name, until, output_dir / "history.jsonl")
         if num_steps and not _train_stage(training, folder, num_steps, num_rows, rate, make_data, seed, log):
             break
         if name == "vision":
             if vision_steps:
-                _level(model, held_out)
+                _scale_features(model, held_out)
             model.model.vision.requires_grad_(False)
     model.save_pretrained(output_dir / "checkpoint")
     processor.save_pretrained(output_dir / "checkpoint")
     return output_dir / "checkpoint"
 
 
-def _drawn_and_encoded(model, seeds, num_workers):
-    """Clips without their pictures, and the features of each; piece by piece, or the pictures would fill the memory.
-
-    Those that the vision tower has learnt from are drawn again, which takes a minute.
-    """
-    clips, features = [], []
-    for first in range(0, len(seeds), CLIPS_AT_A_TIME):
-        drawn = draw_clips(seeds[first : first + CLIPS_AT_A_TIME], num_workers=num_workers)
-        features += _encode(model, _frames(drawn))
-        clips += [one.without_pictures() for one in drawn]
-    return clips, features
-
-
-def _frames(clips):
+def _frames(clips: Sequence[DrawnClip]) -> list[np.ndarray]:
     return [drawn.clip.frames for drawn in clips]
 
 
 @torch.no_grad()
-def _level(model, clips):
-    """Make frames' features as long as FEATURE_LENGTH: far longer ones would drown what the decoder adds to them."""
+def _scale_features(model: CogVLM2VideoForConditionalGeneration, clips: Sequence[DrawnClip]) -> None:
+    """Give features the mean length FEATURE_LENGTH: far longer ones would drown what the decoder adds to them."""
     length = torch.cat(_encode(model, _frames(clips))).float()[:, 1:-1].norm(dim=-1).mean()
     model.model.vision.linear_proj.dense_4h_to_h.weight *= FEATURE_LENGTH / length
 
 
 @torch.no_grad()
-def _encode(model, frames):
+def _encode(model: CogVLM2VideoForConditionalGeneration, frames: list[np.ndarray]) -> list[torch.Tensor]:
     """Features of each clip's frames, in half precision."""
-    features = []
+    features: list[torch.Tensor] = []
     for first in range(0, len(frames), 32):
-        some = frames[first : first + 32]
-        pixels = preprocess_frames(np.concatenate(some), IMAGE_SIZE).to(model.device)
-        features += model.model.get_video_features(pixels).half().cpu().split([*map(len, some)])
+        batch = frames[first : first + 32]
+        pixels = preprocess_frames(np.concatenate(batch), IMAGE_SIZE).to(model.device)
+        features += model.model.get_video_features(pixels).half().cpu().split([*map(len, batch)])
     return features
 
 
-def _train_stage(training, folder, steps, batch_size, learning_rate, make_data, seed, log):
-    """Train, or go on, or take the weights of what has been trained before; True when the stage is done."""
+def _train_stage(
+    training: TrainingModel,
+    folder: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    make_data: Callable[[], tuple[Frames | Examples, Frames | Examples]],
+    seed: int,
+    log: _Log,
+) -> bool:
+    """Train a stage, resume it, or load its weights where it is done already; returns whether it is done."""
     last = get_last_checkpoint(folder) if folder.exists() else None
     if last and last.endswith(f"-{steps}"):
         load_model(training, Path(last) / "model.safetensors")
         return True
-    examples, held_out = make_data()
+    data, held_out = make_data()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -316,22 +312,23 @@ def _train_stage(training, folder, steps, batch_size, learning_rate, make_data, 
     trainer = _Trainer(
         training,
         arguments,
-        data_collator=examples.collate,
-        train_dataset=examples,
+        data_collator=data.collate,
+        train_dataset=data,
         eval_dataset=held_out,
         compute_metrics=_accuracy,
         callbacks=[log],
+        optimizers=(MuonAndAdamW(training, learning_rate, arguments.weight_decay), None),
     )
     trainer.train(resume_from_checkpoint=last)
     return trainer.state.global_step == steps
 
 
-def _accuracy(predicted):
-    num_right, num_asked = predicted.predictions
-    return {"accuracy": float(num_right.sum() / num_asked.sum())}
+def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
+    num_right, num_counted = map(np.sum, evaluated.predictions)
+    return {"accuracy": float(num_right / num_counted)}
 
 
 def read_history(output_dir: str | Path) -> list[dict[str, Any]]:
-    """What was logged: `stage`, `step`, `loss`, `eval_loss`, `eval_accuracy`, ... a dictionary a line."""
+    """The lines of `history.jsonl`: `stage`, `step`, `loss`, `eval_loss`, `eval_accuracy`, ..."""
     with open(Path(output_dir) / "history.jsonl") as file:
         return [json.loads(line) for line in file]

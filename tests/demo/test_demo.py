@@ -13,7 +13,7 @@ from capkit import Decoding
 from capkit.captioning import SharedVideo, ground
 from capkit.demo import evaluation
 from capkit.demo.facts import see
-from capkit.demo.planning import make_scene
+from capkit.demo.random_scenes import make_scene
 from capkit.demo.scenes import COLOURS
 from capkit.demo.wording import make_example
 from capkit.sweep import compare
@@ -165,5 +165,5 @@ def test_soak_the_better_of_two_prompts_is_found(demo):
 
 def test_json_is_json(demo):
     (clip, _, facts), *_ = held_out_texts(lambda f: len(f.objects) == 1, 1)
-    said = json.loads(demo.caption(clip, "Describe this video as JSON.").text)
-    assert said["background"] == facts.background and len(said["objects"]) == 1
+    described = json.loads(demo.caption(clip, "Describe this video as JSON.").text)
+    assert described["background"] == facts.background and len(described["objects"]) == 1

@@ -1,4 +1,4 @@
-"""Texts are read back as they were meant, damage is noticed, and whole evaluations count right."""
+"""Texts are parsed as meant, damage is noticed, and evaluations count right."""
 
 import re
 from dataclasses import replace
@@ -12,7 +12,7 @@ from capkit.demo import evaluation
 from capkit.demo.claims import claims
 from capkit.demo.evaluation import CHECKS, TIMELESS_CHECKS, check, check_answer, check_json
 from capkit.demo.facts import see
-from capkit.demo.planning import make_scene
+from capkit.demo.random_scenes import make_scene
 from capkit.demo.scenes import COLOURS
 from capkit.demo.wording import PROMPTS, QUESTIONS, make_example, make_question
 
@@ -26,16 +26,16 @@ def all_facts():
 
 
 def test_claims_of_a_text():
-    said = claims(
+    claimed = claims(
         "The video shows a striped wall and two objects. A large red circle moves to the left. "
         "It turns blue at second 4. At second 7, a small white star appears and bounces up and down. "
         "The camera stays still."
     )
-    assert said.backgrounds == {"striped wall"} and said.counts == {2} and said.camera == "still"
-    circle, star = said.objects
+    assert claimed.backgrounds == {"striped wall"} and claimed.counts == {2} and claimed.camera == "still"
+    circle, star = claimed.objects
     assert (circle.size, circle.colour, circle.shape, circle.motion) == ("large", "red", "circle", "left")
     assert (star.size, star.colour, star.shape, star.motion) == ("small", "white", "star", "bounces")
-    assert said.events == (("changes", ("red", "circle"), "blue", 4), ("appears", ("white", "star"), "", 7))
+    assert claimed.events == (("changes", ("red", "circle"), "blue", 4), ("appears", ("white", "star"), "", 7))
 
 
 @pytest.mark.parametrize("text", ["", "...", "The the red of at second", "A circle.", "\n\n{"])
@@ -46,11 +46,11 @@ def test_nonsense_claims_little_and_is_not_right(all_facts, text):
 
 
 def test_free_wording_is_understood():
-    said = claims(
+    claimed = claims(
         "Against a dark blue wall there is a yellow cross, which is small, going up while a red star is rising."
     )
-    assert said.backgrounds == {"dark blue"}
-    assert [(one.colour, one.shape, one.motion) for one in said.objects] == [
+    assert claimed.backgrounds == {"dark blue"}
+    assert [(one.colour, one.shape, one.motion) for one in claimed.objects] == [
         ("yellow", "cross", "up"),
         ("red", "star", "up"),
     ]
@@ -103,8 +103,8 @@ def _damaged(name, word):
     swaps = {"small": "large", "medium": "small", "large": "medium", "left": "right", "right": "left"}
     swaps |= {"one": "two", "two": "three", "three": "one", "plain grey": "plain pink", "plain pink": "plain beige"}
     swaps |= {"plain beige": "plain grey"}
-    for way, other in (("left", "right"), ("right", "left")):
-        swaps |= {f"{verb} to the {way}": f"{verb} to the {other}" for verb in ("pans", "turns")}
+    for direction, other in (("left", "right"), ("right", "left")):
+        swaps |= {f"{verb} to the {direction}": f"{verb} to the {other}" for verb in ("pans", "turns")}
     return swaps.get(word, "square" if word != "square" else "circle")
 
 
@@ -234,8 +234,8 @@ def test_a_wrong_captioner_is_found_out():
 def test_prompts_and_controls():
     table = evaluation.summarise(evaluation.evaluate_prompts(Oracle(), 3, questions_per_scene=1))
     assert (table["right"] == 1).all(), table
-    asked = {"chat: question", "vqa: question", "base: question", "base: detailed"}
-    assert set(table.index.get_level_values("measure")) == asked | {"chat: sentence", "chat: list", "chat: json"}
+    questions = {"chat: question", "vqa: question", "base: question", "base: detailed"}
+    assert set(table.index.get_level_values("measure")) == questions | {"chat: sentence", "chat: list", "chat: json"}
     assert set(table.loc["chat: sentence"].index) == {"is one sentence", "no wrong statement"}
 
     table = evaluation.summarise(evaluation.evaluate_controls(Oracle(), 4))["right"]

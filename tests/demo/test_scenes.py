@@ -1,4 +1,4 @@
-"""Drawn clips show what is said of them: the frames are looked at without asking the scene where things are."""
+"""Drawn clips show what the facts say: frames are measured without using where the scene puts things."""
 
 import json
 import pickle
@@ -10,10 +10,9 @@ import pytest
 
 import capkit
 from capkit.demo.facts import see
-from capkit.demo.planning import make_scene
+from capkit.demo.random_scenes import make_scene
 from capkit.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, UNSEEN_PAIRS
 from capkit.demo.wording import (
-    DEFAULT_PROMPT,
     MOVES,
     PROMPTS,
     QUESTIONS,
@@ -73,7 +72,7 @@ def test_everything_that_is_promised_comes_up(train, all_facts):
 
 
 def test_held_out_descriptions_and_pairs_are_never_trained_on(train, held_out):
-    def description(scene):  # without frame numbers, which nobody is told
+    def description(scene):  # without frame numbers, which are not drawn
         facts = chat_facts(scene)
         objects = frozenset((seen.full_name, seen.motion) for seen in facts.objects)
         return facts.background, facts.camera, objects, facts.events, len(facts.objects) or len(facts.numbers)
@@ -192,7 +191,7 @@ def test_frames_show_the_motion_and_size_told(looked_at):
 
 
 def test_a_pan_moves_the_background_and_all_objects_the_other_way():
-    ways = set()
+    directions = set()
     for scene in filter(lambda scene: scene.pan, map(make_scene, range(300))):
         clip, start = scene.sample(), scene.visible(0.0)
         facts = see(scene, clip)
@@ -206,8 +205,8 @@ def test_a_pan_moves_the_background_and_all_objects_the_other_way():
             first, second = (row[0, shift:], row[1, :-shift]) if scene.pan > 0 else (row[0, :-shift], row[1, shift:])
             assert (first != second).mean() < 0.1
         assert all(seen.motion is None for seen in facts.objects)
-        ways.add(facts.camera)
-    assert ways == {"left", "right"}
+        directions.add(facts.camera)
+    assert directions == {"left", "right"}
 
 
 @pytest.mark.parametrize("frame_sampling", ["chat", "base", {"strategy": "fps", "frames_per_second": 2.0}])
@@ -223,7 +222,7 @@ def test_a_file_holds_what_sample_draws(tmp_path, train, frame_sampling):
         assert path.stat().st_size < 100_000
 
 
-# ---- what can be seen and said -------------------------------------------------------------------------------------
+# ---- facts and texts -------------------------------------------------------------------------------------------------
 
 
 def test_one_frame_shows_no_motion_no_event_and_no_camera(train):
@@ -282,8 +281,8 @@ def test_sentences_lists_and_json_are_what_they_say(all_facts):
         assert sentence.count(".") == 1 and sentence.endswith(".") and "\n" not in sentence
         lines = make_example(facts, rng, "list").answer.split("\n")
         assert lines == [f"- {seen.full_name}" for seen in facts.objects] or lines == ["- nothing"]
-        said = json.loads(make_example(facts, rng, "json", "chat").answer)
-        assert said["background"] == facts.background and len(said["objects"]) == len(facts.objects)
+        described = json.loads(make_example(facts, rng, "json", "chat").answer)
+        assert described["background"] == facts.background and len(described["objects"]) == len(facts.objects)
 
 
 def test_questions_have_one_clear_answer(all_facts):
@@ -310,25 +309,25 @@ def test_questions_have_one_clear_answer(all_facts):
 
 
 def test_interviews_ask_for_every_object_by_its_name(all_facts):
-    rng, by_name, told_before, templates = np.random.default_rng(6), [], [], set()
+    rng, by_name, given_away, templates = np.random.default_rng(6), [], [], set()
     for facts in all_facts:
         interview = make_interview(facts, rng)
         templates.add(interview.template)
         turns = [*interview.history, (interview.prompt, interview.answer)]
         assert 2 <= len(turns) <= 8 and interview.kind in QUESTIONS
-        told = ""
+        earlier = ""
         for question, answer in turns:
-            if asked := re.search(r"^Wh(?:at colour is|ich colour does) the (\w+)(?: have)?\?", question):
-                (seen,) = [seen for seen in facts.objects if seen.shape == asked[1]]
+            if match := re.search(r"^Wh(?:at colour is|ich colour does) the (\w+)(?: have)?\?", question):
+                (seen,) = [seen for seen in facts.objects if seen.shape == match[1]]
                 assert re.search(rf"\b{seen.colour}\b", answer)
-                told_before.append(seen.name in told)
-            told += f"{question} {answer} "
+                given_away.append(seen.name in earlier)
+            earlier += f"{question} {answer} "
             if len(facts.objects) == 3:
                 names = [name for seen in facts.objects for name in (seen.name, seen.shape, f"{seen.colour} object")]
                 by_name.append(any(f"the {name}" in question for name in names))
     assert templates == {"chat", "vqa"}
     assert np.mean(by_name) > 0.4
-    assert 0.05 < np.mean(told_before) < 0.5
+    assert 0.05 < np.mean(given_away) < 0.5
 
 
 def test_the_usual_prompt_and_template_come_most(all_facts):
@@ -338,7 +337,6 @@ def test_the_usual_prompt_and_template_come_most(all_facts):
     shares = {name: np.mean([e.template == name for e in examples]) for name in ("chat", "vqa", "base")}
     assert shares["chat"] > 0.7 and min(shares.values()) > 0.03
     assert max(PROMPTS["detailed"], key=[e.prompt for e in examples].count) == capkit.DEFAULT_PROMPT
-    assert DEFAULT_PROMPT == capkit.DEFAULT_PROMPT
     assert {len(example.history) for example in examples} == set(range(5))
 
 

@@ -13,9 +13,9 @@ import capkit
 from capkit.cogvlm2 import CogVLM2VideoProcessor
 from capkit.demo import examples as drawn_examples
 from capkit.demo import training
-from capkit.demo.examples import CAMERA_WAYS, CELLS, EVENTS, UNKNOWN
+from capkit.demo.examples import CAMERA_MOTIONS, CELLS, EVENTS, UNKNOWN
 from capkit.demo.heads import TrainingModel
-from capkit.demo.planning import make_scene
+from capkit.demo.random_scenes import make_scene
 from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, UNSEEN_PAIRS
 
 
@@ -50,17 +50,17 @@ def test_every_answer_is_learnt_and_nothing_else(examples):
         assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
         assert learnt[-1] == tokenizer.eos_token_id == ids[-1]
         # The last token of an answer in the history has the line's end in it and is left out.
-        said = "".join(tokenizer.decode(learnt[:-1]).split())
+        learnt_text = "".join(tokenizer.decode(learnt[:-1]).split())
         answers = [*(answer for _, answer in example.history), example.answer]
-        assert said.endswith("".join(answers[-1].split()))
-        assert len("".join("".join(answers).split())) - len(said) in range(len(answers))
+        assert learnt_text.endswith("".join(answers[-1].split()))
+        assert len("".join("".join(answers).split())) - len(learnt_text) in range(len(answers))
 
 
 def test_ids_are_those_of_the_processor(examples):
     """What training sees is what captioning asks, so that nothing changes between the two."""
     drawn, _, ids, *_ = examples[3]
-    asked = examples.processor.prompt_ids(drawn.clip, capkit.Prompt())
-    assert ids[: 1 + 18] == asked[: 1 + 18]
+    prompt_ids = examples.processor.prompt_ids(drawn.clip, capkit.Prompt())
+    assert ids[: 1 + 18] == prompt_ids[: 1 + 18]
     tokenizer = examples.processor.tokenizer
     prompt = "Question: Why? Answer:"
     joint = tokenizer.encode(prompt + " A red star.", add_special_tokens=False)
@@ -86,7 +86,7 @@ def test_cells_say_what_is_where(clips):
 
 def test_what_has_happened_is_what_the_facts_say(clips):
     """What cells and frames are to say of motion and events, against the facts that captions are made from."""
-    told = {"motion": 0, "event": 0, "gain": 0}
+    counts = {"motion": 0, "event": 0, "gain": 0}
     for drawn in clips:
         motions = {(seen.colour, seen.shape): seen.motion for seen in drawn.facts.objects}
         changed = {(event.new_colour, event.shape): event.name for event in drawn.facts.events if event.new_colour}
@@ -97,11 +97,11 @@ def test_what_has_happened_is_what_the_facts_say(clips):
             assert MOTIONS[motion] == motions[name]
             seen = drawn.facts.objects[place]
             assert (seen.colour, seen.shape) == name and [*SIZES, None][size] == seen.size
-            told["motion"] += 1
+            counts["motion"] += 1
         happened = {event.second: event for event in drawn.facts.events}
         for frame, (number, _, camera, event, colour, shape, place) in enumerate(drawn.frames):
             assert number == frame
-            assert camera == UNKNOWN or CAMERA_WAYS[camera] == drawn.facts.camera
+            assert camera == UNKNOWN or CAMERA_MOTIONS[camera] == drawn.facts.camera
             if frame in happened:
                 assert (EVENTS[event], list(COLOURS)[colour], SHAPES[shape]) == (
                     happened[frame].kind,
@@ -109,7 +109,7 @@ def test_what_has_happened_is_what_the_facts_say(clips):
                     happened[frame].shape,
                 )
                 assert drawn.facts.events[place - 1] == happened[frame]
-                told["event"] += 1
+                counts["event"] += 1
             elif frame:
                 assert EVENTS[event] == "nothing" and place == 0 and (drawn.cells[frame, :, 4] <= 0).all()
         assert drawn.frames[-1, 1] == len(drawn.facts.objects)
@@ -118,23 +118,23 @@ def test_what_has_happened_is_what_the_facts_say(clips):
                 x, _, size = np.nanmean(drawn.places[..., 3:], axis=(0, 1))
                 signs = {"left": (-1, 0), "right": (1, 0), "grows": (0, 1), "shrinks": (0, -1), "still": (0, 0)}
                 assert (np.sign(np.round((x, size), 3)) == signs[seen.motion]).all()
-                told["gain"] += 1
-    assert min(told.values()) > 0  # the scenes at hand ask for all of it
+                counts["gain"] += 1
+    assert min(counts.values()) > 0  # the scenes at hand ask for all of it
 
 
 def test_objects_are_told_in_the_order_of_the_texts(clips):
     for drawn in clips:
         seen, (count, *_) = drawn.facts.objects, drawn.objects.shape
-        told = drawn.objects[-1]
-        assert (told[len(seen) :] == UNKNOWN).all()
-        names = [(list(COLOURS)[colour], SHAPES[shape]) for colour, shape, *_ in told[: len(seen)]]
+        labels = drawn.objects[-1]
+        assert (labels[len(seen) :] == UNKNOWN).all()
+        names = [(list(COLOURS)[colour], SHAPES[shape]) for colour, shape, *_ in labels[: len(seen)]]
         assert names == [(one.colour, one.shape) for one in seen]
         sizes, motions = [*SIZES, None], [*MOTIONS, None]
-        assert [sizes[size] for size in told[: len(seen), 2]] == [one.size for one in seen]
-        assert [motions[max(motion, -1)] for motion in told[: len(seen), 3]] == [one.motion for one in seen]
+        assert [sizes[size] for size in labels[: len(seen), 2]] == [one.size for one in seen]
+        assert [motions[max(motion, -1)] for motion in labels[: len(seen), 3]] == [one.motion for one in seen]
         for place, one in enumerate(seen):  # nothing before it is there, its motion from the third frame on
             assert (drawn.objects[: one.first, place] == UNKNOWN).all()
-            assert (drawn.objects[one.first :, place, :2] == told[place, :2]).all()
+            assert (drawn.objects[one.first :, place, :2] == labels[place, :2]).all()
             assert (drawn.objects[: min(one.first + 2, count - 1), place, 2:] == UNKNOWN).all()
 
 
@@ -143,42 +143,41 @@ def test_events_are_told_in_the_order_of_the_texts(clips):
     for drawn in clips:
         assert len(drawn.facts.events) == (drawn.events[-1, :, 0] != EVENTS.index("nothing")).sum()
         for place, event in enumerate(drawn.facts.events):
-            kind, number, colour, shape, new_colour = told = drawn.events[-1, place]
+            kind, number, colour, shape, new_colour = labels = drawn.events[-1, place]
             assert drawn.facts.numbers[number] == event.second
             assert (EVENTS[kind], list(COLOURS)[colour], SHAPES[shape]) == (event.kind, event.colour, event.shape)
             assert new_colour == (list(COLOURS).index(event.new_colour) if event.new_colour else UNKNOWN)
-            assert (drawn.events[number:, place] == told).all()  # and nothing of it before it happens
+            assert (drawn.events[number:, place] == labels).all()  # and nothing of it before it happens
             assert (drawn.events[:number, place] == (EVENTS.index("nothing"), *[UNKNOWN] * 4)).all()
             kinds.add(event.kind)
     assert kinds == set(EVENTS[1:])
 
 
 def test_clips_without_pictures_are_asked_the_same(clips, tokenizer):
-    whole, bare = make_examples(clips, tokenizer), make_examples([c.without_pictures() for c in clips], tokenizer)
+    full, bare = make_examples(clips, tokenizer), make_examples([c.without_pictures() for c in clips], tokenizer)
     for index, drawn in enumerate(clips):
-        assert whole[index][2:] == bare[index][2:]
+        assert full[index][2:] == bare[index][2:]
         assert bare.clips[index].clip.frames.nbytes == 3 * len(drawn.clip)
 
 
 def test_false_colours_teach_shapes_and_true_ones_colours(clips):
     """Or the vision tower would learn that pairs it has not seen do not exist."""
     frames = drawn_examples.Frames(clips, recoloured=0.5)
-    asked = set()
+    taught = set()
     for index in range(len(frames)):
         pixels, cells, _ = frames[index]
         true = frames.numbers[index][0].clip.frames[frames.numbers[index][1]]
         at = cells[:, 0] == 1
         if (cells[at, 1] == UNKNOWN).all():
-            asked.add("shape")
+            taught.add("shape")
         else:
             assert (pixels == true).all() and (cells[at, 2] == UNKNOWN).all()
-            asked.add("colour")
-    assert asked == {"shape", "colour"}
+            taught.add("colour")
+    assert taught == {"shape", "colour"}
 
 
 def test_misheard_colours_are_still_answered_right(clips, tokenizer):
-    """Some colours that the model is told it said are others, of nothing that is there; what it has to say stays. Pairs
-    kept for testing are never to be said."""
+    """Some colours in the input are replaced by colours that the clip lacks; labels stay, and have no UNSEEN_PAIRS."""
     clean, misheard = make_examples(clips, tokenizer), make_examples(clips, tokenizer, misheard=0.5)
     changed = 0
     for index in list(range(12)) * 3:
@@ -198,7 +197,7 @@ def test_misheard_colours_are_still_answered_right(clips, tokenizer):
 
 
 def test_a_grey_frame_takes_the_place_of_one_and_nothing_is_asked_of_it(clips, tokenizer):
-    examples = make_examples(clips, tokenizer, style="detailed", grey=torch.ones(18, 4))
+    examples = make_examples(clips, tokenizer, grey=torch.ones(18, 4))
     replaced = 0
     for index in list(range(12)) * 8:
         drawn, features, *_, is_chat = examples[index]
@@ -220,7 +219,7 @@ def test_a_batch_learns_the_same_whatever_it_is_padded_to(clips, tokenizer):
     """Padding on the right, without a mask, changes no loss."""
     torch.manual_seed(0)
     model = training.new_model(tokenizer)
-    heads = TrainingModel(model, drawn_examples.tokens_that_matter(tokenizer))
+    heads = TrainingModel(model, drawn_examples.content_tokens(tokenizer))
     examples = make_examples(clips, tokenizer)
     examples.features = [torch.randn(len(drawn.clip), 18, 128) for drawn in clips]
     rows = [examples[index] for index in range(4)]
