@@ -12,7 +12,8 @@ from capkit.benchmark.results import as_markdown
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m capkit.benchmark", description="How fast is capkit here?")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--out", type=Path, help="default: notebooks/results/<machine>_<size>.json")
+    parser.add_argument("--out", type=Path, help="default: <out folder>/<machine>_<size>.json")
+    parser.add_argument("--out-folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--parts", nargs="*", default=(), help="only these; see Benchmark.parts")
@@ -21,7 +22,7 @@ def main() -> None:
     machine = benchmark.machine
     name = machine["gpu"] or f"{machine['cpu']} {machine['torch_threads']} threads"
     slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    out = arguments.out or Path("notebooks/results") / f"{slug}_{arguments.size}.json"
+    out = arguments.out or arguments.out_folder / f"{slug}_{arguments.size}.json"
     print("\n" + as_markdown(benchmark.run(arguments.parts, out)) + f"\n\n{out}")
 
 

@@ -1,9 +1,9 @@
-"""How fast is capkit here? Each figure beside a plain baseline in the same run, on a random model of a chosen size.
+"""Measure capkit's speed and memory beside a plain baseline in the same run, on a random model of a chosen size.
 
     python -m capkit.benchmark --size small --out results.json
 
-needs no download, no notebook and no video library; parts that lack theirs are left out, and said to be. Notebook 06
-explains the figures.
+needs no download, no notebook and no video library; parts whose library is missing are skipped with a message.
+Notebook 06 explains the figures.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import json
 import shutil
 import statistics
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from capkit.benchmark import models
 from capkit.benchmark.measuring import (
     PeakMemory,
     StepTimes,
@@ -31,29 +33,30 @@ from capkit.benchmark.measuring import (
     seconds_of,
     take_turns,
 )
-from capkit.benchmark.models import DECODINGS, PROMPTS, SIZES, make_captioner, make_clip, plain_caption, plain_pixels
+from capkit.benchmark.models import DECODINGS, PROMPTS, decode, make_clip, plain_caption, plain_pixels, prefill
 from capkit.benchmark.results import describe
 from capkit.benchmark.video import measure_reading
-from capkit.captioning import EAGER_BATCHES, STATIC_DEVICES, Decoding, RoomyCache, SharedVideo, load_captioner, read_ids
+from capkit.captioning import Caption, Decoding, RoomyCache, SharedVideo, load_captioner, read_ids
 from capkit.cogvlm2 import Prompt, preprocess_frames
+from capkit.video import Clip
 
-SWEEPS = (4, 8)  # so many prompts x so many decodings
-NUM_CLIPS = 8  # different ones; larger batches repeat them
+PARTS = ("reading", "preprocessing", "stages", "captions", "batches", "sweeps", "loading", "profiling")
+SWEEPS = (4, 8)  # numbers of prompts, and of decodings for each
 PROFILED_ROWS = 8  # of the decoding step that is profiled
 
 
 class Benchmark:
-    """One run: `parts()` measure, a row each figure.
+    """One run, with a row for each figure.
 
     Args:
-        size: a name of `SIZES`.
+        size: a name of `capkit.benchmark.models.SIZES`.
         device, dtype: as in `load_captioner`.
 
     Attributes:
         rows: dictionaries of `part`, `name`, `baseline` (what it is), `unit`, `baseline_value`, `value`, `ratio`
             (baseline_value / value, so that more is better), `equal` (how much of the outcome is the baseline's), and
             further figures by their names.
-        skipped: what was left out, and why.
+        skipped: `part` that was skipped, and `why`.
         profile: where the time of each stage goes: `stage`, `way`, `operation`, `calls`, `seconds`, `share`.
 
     Raises:
@@ -62,29 +65,26 @@ class Benchmark:
     """
 
     def __init__(self, size: str, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"):
-        if size not in SIZES:
-            raise ValueError(f"size={size!r}: must be one of {', '.join(map(repr, SIZES))}")
-        self.name, self.size = size, SIZES[size]
-        self.plain, self.captioner = make_captioner(self.size, device, dtype)
+        if size not in models.SIZES:
+            raise ValueError(f"size={size!r}: must be one of {', '.join(map(repr, models.SIZES))}")
+        self.name, self.size = size, models.SIZES[size]
+        self.plain, self.captioner = models.make_captioner(self.size, device, dtype)
         self.device, self.processor = self.plain.device, self.captioner.processor
-        self.clips = [make_clip(self.size, seed) for seed in range(NUM_CLIPS)]
+        self.clips = [make_clip(self.size, seed) for seed in range(self.size.num_clips)]
         self.machine = describe_machine(self.device)
         self.limits = measure_limits(self.device, self.plain.dtype)
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
         self.profile: list[dict[str, Any]] = []
-        self._captioned = None  # by _both_ways
-
-    def parts(self) -> dict[str, Callable[[], None]]:
-        """What can be measured, by name, in a sensible order."""
-        names = ("reading", "preprocessing", "stages", "captions", "batches", "sweeps", "loading", "profiling")
-        return {name: getattr(self, f"_{name}") for name in names}
+        self.decoding = Decoding(max_new_tokens=self.size.num_tokens)
+        self._captioned: tuple[_Captioned, _Captioned] | None = None  # from _both
+        self._flops: float | None = None
 
     def run(self, parts: Sequence[str] = (), out: str | Path | None = None) -> dict[str, Any]:
-        """Measure, and write what is known after each part.
+        """Measure, and write the results after each part.
 
         Args:
-            parts: some of `parts()`; none for all.
+            parts: some of PARTS; none for all.
             out: a JSON file.
 
         Returns:
@@ -93,23 +93,30 @@ class Benchmark:
         Raises:
             ValueError: no such part.
         """
-        known = self.parts()
-        if unknown := [part for part in parts if part not in known]:
-            raise ValueError(f"parts={unknown!r}: known are {', '.join(known)}")
-        for part in parts or known:
+        if unknown := [part for part in parts if part not in PARTS]:
+            raise ValueError(f"parts={unknown!r}: must be among {', '.join(PARTS)}")
+        failed = None
+        for part in parts or PARTS:
             count = len(self.rows)
-            with torch.inference_mode():
-                known[part]()
+            try:
+                with torch.inference_mode():
+                    getattr(self, f"_{part}")()
+            except Exception as error:  # the other parts are measured first
+                traceback.print_exc()
+                self.skipped.append({"part": part, "why": repr(error)})
+                failed = failed or error
             for row in self.rows[count:]:
                 row["part"] = part
                 print(describe(row), flush=True)
             if out:
                 Path(out).parent.mkdir(parents=True, exist_ok=True)
                 Path(out).write_text(json.dumps(self.results(), indent=1) + "\n", encoding="utf-8")
+        if failed:
+            raise failed
         return self.results()
 
     def results(self) -> dict[str, Any]:
-        """All that is known: `size`, `command`, `machine`, `model`, `limits`, `rows`, `skipped`, `profile`."""
+        """All results so far: `size`, `command`, `machine`, `model`, `limits`, `rows`, `skipped`, `profile`."""
         parameters = sum(weight.numel() for weight in self.plain.parameters())
         return {
             "size": self.name,
@@ -128,236 +135,264 @@ class Benchmark:
             "profile": self.profile,
         }
 
-    def _add(self, name, baseline, unit, baseline_value, value, equal="", **more):
-        row = {"part": "", "name": name, "baseline": baseline, "unit": unit, "baseline_value": baseline_value}
-        self.rows.append(row | {"value": value, "ratio": baseline_value / value, "equal": equal} | more)
+    def _add(
+        self, name: str, baseline: str, unit: str, values: Sequence[float], equal: str = "", **more: float
+    ) -> None:
+        """Add a row; values: the baseline's and capkit's."""
+        row = {"part": "", "name": name, "baseline": baseline, "unit": unit, "baseline_value": values[0]}
+        self.rows.append({**row, "value": values[1], "ratio": values[0] / values[1], "equal": equal, **more})
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
-    def _reading(self):
+    def _reading(self) -> None:
         try:
             rows = measure_reading(self.size.num_minutes, self.size.num_frames, self.size.repeats)
         except ImportError as error:
             self.skipped.append({"part": "reading", "why": str(error)})
-            print(f"reading: left out, {error}")
+            print(f"reading: skipped, {error}")
             return
         for row in rows:
             self._add(**row)
 
-    def _preprocessing(self):
+    def _preprocessing(self) -> None:
         height, width = self.size.large_frame
         image_size, frames = self.processor.image_size, make_clip(self.size, 0, (height, width)).frames
-        ways = {"plain": partial(plain_pixels, frames, image_size)}
-        ways |= {"capkit": partial(preprocess_frames, frames, image_size)}
-        seconds = _medians(take_turns(ways, self.size.repeats, torch.device("cpu")))
-        memory = {name: _peak_mb(way, torch.device("cpu")) for name, way in ways.items()}
-        difference = (ways["plain"]() - ways["capkit"]()).abs().max()
-        told = f"{len(frames)} frames of {width} x {height}"
-        against, equal = "normalised at full size", f"to {difference:.0e}"
-        self._add(f"preprocess {told}", against, "s", seconds["plain"], seconds["capkit"], equal)
-        self._add_memory("extra memory to preprocess them", against, memory["plain"], memory["capkit"], equal)
+        pair = partial(plain_pixels, frames, image_size), partial(preprocess_frames, frames, image_size)
+        against, equal = "normalised at full size", f"to {(pair[0]() - pair[1]()).abs().max():.0e}"
+        seconds = take_turns(pair, self.size.repeats, torch.device("cpu"))
+        self._add(f"preprocess {len(frames)} frames of {width} x {height}", against, "s", seconds, equal)
+        self._add_memory("extra memory to preprocess them", against, pair, torch.device("cpu"), equal)
 
-    def _stages(self):
-        pixels = preprocess_frames(self.clips[0].frames, self.processor.image_size).to(self.device)
-        features = self.plain.model.get_video_features(pixels)
-        ids, model = self._ids(), self.captioner.model
-        stages = {
-            f"vision tower, {len(pixels)} frames": (
-                partial(self.plain.model.get_video_features, pixels),
-                partial(model.model.get_video_features, pixels),
-            ),
-            f"prefill, {len(ids)} positions": (
-                partial(_prefill, self.plain, DynamicCache, ids, features),
-                partial(_prefill, model, RoomyCache, ids, features),
-            ),
-        }
-        for name, (plain, quick) in stages.items():
-            seconds = _medians(take_turns({"plain": plain, "capkit": quick}, self.size.repeats, self.device))
-            with FlopCounterMode(display=False) as counter:
-                outcome = plain()
-            difference = (outcome - quick()).abs().max() / outcome.std()
-            gflops = counter.get_total_flops() / seconds["capkit"] / 1e9
-            more = {"gflops": gflops, "share_of_matmul": gflops / self.limits["matmul_gflops"]}
-            equal = f"to {difference:.0e} of the spread"
-            self._add(name, "the same model in transformers", "s", *seconds.values(), equal, **more)
+    def _stages(self) -> None:
+        pixels, features, ids = self._inputs()
+        plain, quick = self.plain, self.captioner.model
+        towers = [partial(model.model.get_video_features, pixels) for model in (plain, quick)]
+        prefills = [partial(prefill, plain, DynamicCache, ids, features)]
+        prefills += [partial(prefill, quick, RoomyCache, ids, features)]
+        stages = {f"vision tower, {len(pixels)} frames": towers, f"prefill, {len(ids)} positions": prefills}
+        for name, pair in stages.items():
+            seconds = take_turns(pair, self.size.repeats, self.device)
+            flops, expected = self._flops_of(pair[0])
+            difference = (expected - pair[1]()).abs().max() / expected.std()
+            gflops = flops / seconds[1] / 1e9
+            share, equal = gflops / self.limits["matmul_gflops"], f"to {difference:.0e} of the spread"
+            against = "the same model in transformers"
+            self._add(name, against, "s", seconds, equal, gflops=gflops, share_of_matmul=share)
 
-    def _captions(self):
-        (tokens, baseline, step), (found, seconds, steps) = self._both_ways()
-        num_tokens, clip, equal = self.size.num_tokens, self.clips[0], _num_equal(found, tokens)
-        more = {"num_tokens": sum(map(len, found)), "num_captions": len(found), "captions_an_hour": 3600 / seconds}
-        self._add(f"one caption of {num_tokens} tokens", PLAIN, "s", baseline, seconds, equal, **more)
+    def _captions(self) -> None:
+        plain, quick = self._both()
+        name = f"one caption of {self.size.num_tokens} tokens"
+        equal = self._add_captions(name, PLAIN, plain.seconds, quick.seconds, quick.ids, plain.ids, 1)
         first = statistics.median(seconds_of(self._first_words, self.device)[0] for _ in range(self.size.repeats))
-        self._add("its first words, as a stream", "the whole caption: nothing shows before", "s", baseline, first)
-        self._add_decoding(1, step, steps, equal)
-        memory = [_peak_mb(partial(way, clip), self.device) for way in (self._plain_caption, self._quick_caption)]
-        self._add_memory("extra memory for one caption", PLAIN, *memory, equal)
+        against = "the whole caption: nothing shows before"
+        self._add("its first words, as a stream", against, "s", (plain.seconds, first))
+        self._add_decoding(1, quick.step_seconds, equal)
+        pair = partial(self._plain_caption, self.clips[0]), partial(self._caption, self.clips[0])
+        self._add_memory("extra memory for one caption", PLAIN, pair, self.device, equal)
 
-    def _batches(self):
-        (tokens, baseline, step), _ = self._both_ways()
+    def _batches(self) -> None:
+        plain, _ = self._both()
         for count in self.size.batches:
-            clips = [self.clips[number % NUM_CLIPS] for number in range(count)]
-            self._warm_up(lambda clips=clips: self._timed_batch(clips))
+            clips = [self.clips[number % len(self.clips)] for number in range(count)]
+            self._warm_up(clips)
+            batch = partial(self.captioner.caption_batch, clips, decoding=self.decoding)
             with StepTimes(self.captioner.model) as steps, PeakMemory(self.device) as memory:
-                runs = [self._timed_batch(clips) for _ in range(self.size.repeats if count <= NUM_CLIPS else 1)]
+                runs = [seconds_of(batch, self.device) for _ in range(self.size.repeats if count <= 8 else 1)]
             seconds = statistics.median(seconds for seconds, _ in runs)
-            found = [caption.token_ids for caption in runs[0][1]]
-            equal = _num_equal(found, [tokens[number % NUM_CLIPS] for number in range(count)])
-            more = {"num_tokens": sum(map(len, found)), "num_captions": count}
-            more |= {"captions_an_hour": 3600 * count / seconds, "peak_mb": memory.num_bytes / 1e6}
-            name = f"{count} clips in a batch, {self.size.num_tokens} tokens each"
-            self._add(name, f"{count} x {PLAIN}", "s", count * baseline, seconds, equal, **more)
-            self._add_decoding(count, step, steps.seconds, equal)
+            flops = count * self._flops_per_caption()
+            equal = self._add_captions(
+                f"{count} clips in a batch, {self.size.num_tokens} tokens each",
+                f"{count} x {PLAIN}",
+                count * plain.seconds,
+                seconds,
+                [caption.token_ids for caption in runs[0][1]],
+                [plain.ids[number % len(plain.ids)] for number in range(count)],
+                count,
+                peak_mb=memory.num_bytes / 1e6,
+                share_of_matmul=flops / seconds / 1e9 / self.limits["matmul_gflops"],
+            )
+            self._add_decoding(count, steps.seconds, equal)
 
-    def _add_decoding(self, count, plain_step, step, equal):
-        rate = count / step
-        limit = count * self.limits["copied_gb_per_second"] * 1e9 / self._bytes_per_step(count)
-        more = {"tokens_per_second": rate, "limit_tokens_per_second": limit, "share_of_bandwidth": rate / limit}
-        name = f"a token while decoding, {count} together"
-        self._add(name, "plain, one clip", "s", plain_step, step / count, equal, **more)
-
-    def _sweeps(self):
+    def _sweeps(self) -> None:
         decodings = [Decoding(max_new_tokens=self.size.num_sweep_tokens, **settings) for settings in DECODINGS]
-        clip, plain = self.clips[0], {}
+        clip = self.clips[0]
+        plain: dict[tuple[str, Decoding], tuple[float, list[int]]] = {}
         plain_caption(self.plain, self.processor, clip, PROMPTS[0], Decoding(max_new_tokens=2))
         for side in SWEEPS:
             cells = [(prompt, decoding) for prompt in PROMPTS[:side] for decoding in decodings[:side]]
-            for cell in cells:
+            measured = cells[: self.size.num_plain_cells]
+            for cell in measured:
                 if cell not in plain:
-                    plain[cell] = seconds_of(
-                        partial(plain_caption, self.plain, self.processor, clip, *cell), self.device
-                    )
-            branches = [(Prompt(text), decoding) for text, decoding in cells]
-            runs = [
-                seconds_of(lambda todo=branches: list(SharedVideo(self.captioner, clip).caption(todo)), self.device)
-                for _ in range(self.size.repeats)
-            ]
-            baseline, seconds = (sum(plain[cell][0] for cell in cells), statistics.median(one for one, _ in runs))
-            found = [caption.token_ids for caption in runs[0][1]]
-            more = {"num_tokens": sum(map(len, found)), "num_captions": len(cells)}
-            more |= {"captions_an_hour": 3600 * len(cells) / seconds}
-            equal = _num_equal(found, [plain[cell][1] for cell in cells])
-            name = f"sweep of {len(cells)} cells, {self.size.num_sweep_tokens} tokens each"
-            self._add(name, f"{len(cells)} captions, nothing shared", "s", baseline, seconds, equal, **more)
+                    function = partial(plain_caption, self.plain, self.processor, clip, *cell)
+                    plain[cell] = seconds_of(function, self.device)
+            sweep = partial(self._sweep, clip, [(Prompt(text), decoding) for text, decoding in cells])
+            runs = [seconds_of(sweep, self.device) for _ in range(self.size.num_sweeps)]
+            against = f"{len(cells)} captions, nothing shared"
+            self._add_captions(
+                f"sweep of {len(cells)} cells, {self.size.num_sweep_tokens} tokens each",
+                against + (f" ({len(measured)} measured)" if len(measured) < len(cells) else ""),
+                len(cells) * statistics.mean(plain[cell][0] for cell in measured),
+                statistics.median(seconds for seconds, _ in runs),
+                [caption.token_ids for caption in runs[0][1]],
+                [plain[cell][1] for cell in measured],
+                len(cells),
+            )
 
-    def _loading(self):
+    def _loading(self) -> None:
         num_bytes = sum(weight.nbytes for weight in self.plain.parameters())
         with tempfile.TemporaryDirectory() as folder:
             if shutil.disk_usage(folder).free < 1.2 * num_bytes:
-                self.skipped.append({"part": "loading", "why": f"no {num_bytes / 1e9:.0f} GB of disk to write it to"})
+                why = f"needs {1.2 * num_bytes / 1e9:.0f} GB of free disk in {folder}"
+                self.skipped.append({"part": "loading", "why": why})
                 return
             self.captioner.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
             device = str(self.device)
-            ways = {
-                "plain": lambda: [load_file(path, device=device) for path in Path(folder).glob("*.safetensors")],
-                "capkit": lambda: load_captioner(folder, device=self.device, dtype=self.plain.dtype),
-            }
-            seconds = _medians(take_turns(ways, self.size.repeats, self.device))
-        told, against = f"load {num_bytes / 1e9:.2f} GB, checked, from a warm disk", "safetensors' load_file alone"
-        self._add(told, against, "s", *seconds.values())
+            pair = (
+                lambda: [load_file(path, device=device) for path in Path(folder).glob("*.safetensors")],
+                partial(load_captioner, folder, device=self.device, dtype=self.plain.dtype),
+            )
+            seconds = take_turns(pair, self.size.num_loads, self.device, warm_up=False)
+        name = f"load {num_bytes / 1e9:.2f} GB, checked, from a warm disk"
+        self._add(name, "safetensors' load_file alone", "s", seconds)
 
-    def _profiling(self):
-        pixels = preprocess_frames(self.clips[0].frames, self.processor.image_size).to(self.device)
-        features, ids = self.plain.model.get_video_features(pixels), self._ids()
-        for way, model, cache in (
-            ("plain", self.plain, DynamicCache),
-            ("capkit", self.captioner.model, RoomyCache),
-        ):
-            filled = cache(config=model.config)
-            read_ids(model, filled, ids, features)
-            filled.batch_repeat_interleave(PROFILED_ROWS)
+    def _profiling(self) -> None:
+        pixels, features, ids = self._inputs()
+        sides = ("plain", self.plain, DynamicCache), ("capkit", self.captioner.model, RoomyCache)
+        for name, model, cache_class in sides:
+            cache = cache_class(config=model.config)
+            read_ids(model, cache, ids, features)
+            cache.batch_repeat_interleave(PROFILED_ROWS)
             stages = {
                 "vision tower": partial(model.model.get_video_features, pixels),
-                "prefill": partial(_prefill, model, cache, ids, features),
-                f"decoding {PROFILED_ROWS} together": partial(_decode, model, filled),
+                "prefill": partial(prefill, model, cache_class, ids, features),
+                f"decoding {PROFILED_ROWS} together": partial(decode, model, cache, PROFILED_ROWS),
             }
             for stage, function in stages.items():
-                self.profile += [{"stage": stage, "way": way, **one} for one in profile_of(function, self.device)]
+                self.profile += [{"stage": stage, "way": name, **row} for row in profile_of(function, self.device)]
 
-    # ---- what they share ---------------------------------------------------------------------------------------------
+    # ---- shared by the parts -----------------------------------------------------------------------------------------
 
-    def _both_ways(self) -> list[tuple[list[list[int]], float, float]]:
-        """The clips captioned the plain way and capkit's, in turns; of each way the tokens, median seconds a caption,
-        and median seconds a token while decoding."""
+    def _both(self) -> tuple[_Captioned, _Captioned]:
+        """Each clip captioned by the baseline and by capkit, in turns; measured once."""
         if self._captioned is None:
-            ways = (self._plain_caption, self._quick_caption)
-            steps = (StepTimes(self.plain), StepTimes(self.captioner.model))
-            runs = [], []
-            self._warm_up(lambda: self._quick_caption(self.clips[0]))
+            functions = self._plain_caption, self._caption
+            steps = StepTimes(self.plain), StepTimes(self.captioner.model)
+            runs: tuple[list[tuple[float, list[int]]], ...] = [], []
+            self._warm_up(self.clips[:1])
             for clip in [self.clips[0], *self.clips]:
-                for way, times, some in zip(ways, steps, runs, strict=True):
+                for function, times, results in zip(functions, steps, runs, strict=True):
                     with times:
-                        some.append(seconds_of(partial(way, clip), self.device))
-            self._captioned = [
-                ([ids for _, ids in some[1:]], statistics.median(seconds for seconds, _ in some[1:]), times.seconds)
-                for some, times in zip(runs, steps, strict=True)
-            ]
+                        results.append(seconds_of(partial(function, clip), self.device))
+            plain, quick = (
+                _Captioned([ids for _, ids in results[1:]], statistics.median(s for s, _ in results[1:]), times.seconds)
+                for results, times in zip(runs, steps, strict=True)
+            )
+            self._captioned = plain, quick
         return self._captioned
 
-    def _warm_up(self, function):
-        """Where decoding is compiled once a size has come often enough, what is measured is what comes after."""
-        for _ in range(EAGER_BATCHES + 2 if self.device.type in STATIC_DEVICES else 0):
-            function()
+    def _warm_up(self, clips: list[Clip]) -> None:
+        """What comes with the first batch of a size only, such as recording its decoding, is not measured."""
+        self.captioner.caption_batch(clips, decoding=Decoding(max_new_tokens=min(self.size.num_tokens, 4)))
 
-    def _plain_caption(self, clip):
-        decoding = Decoding(max_new_tokens=self.size.num_tokens)
-        return plain_caption(self.plain, self.processor, clip, PROMPTS[0], decoding)
+    def _plain_caption(self, clip: Clip) -> list[int]:
+        return plain_caption(self.plain, self.processor, clip, PROMPTS[0], self.decoding)
 
-    def _quick_caption(self, clip):
-        return self.captioner.caption(clip, decoding=Decoding(max_new_tokens=self.size.num_tokens)).token_ids
+    def _caption(self, clip: Clip) -> list[int]:
+        return self.captioner.caption(clip, decoding=self.decoding).token_ids
 
-    def _timed_batch(self, clips):
-        decoding = Decoding(max_new_tokens=self.size.num_tokens)
-        return seconds_of(partial(self.captioner.caption_batch, clips, decoding=decoding), self.device)
+    def _sweep(self, clip: Clip, cells: list[tuple[Prompt, Decoding]]) -> list[Caption]:
+        return list(SharedVideo(self.captioner, clip).caption(cells))
 
-    def _first_words(self):
-        stream = self.captioner.stream(self.clips[0], decoding=Decoding(max_new_tokens=self.size.num_tokens))
+    def _first_words(self) -> None:
+        stream = self.captioner.stream(self.clips[0], decoding=self.decoding)
         next(stream)
         stream.stop()
 
-    def _add_memory(self, name, baseline, baseline_mb, mb, equal):
-        if min(baseline_mb, mb) > 1:  # less fits into what the process holds already, and is not seen
-            self._add(name, baseline, "MB", baseline_mb, mb, equal)
-            return
-        self.skipped.append({"part": name, "why": f"too little to be seen ({baseline_mb:.1f} and {mb:.1f} MB)"})
+    def _add_captions(
+        self,
+        name: str,
+        baseline: str,
+        baseline_seconds: float,
+        seconds: float,
+        ids: list[list[int]],
+        expected_ids: list[list[int]],
+        num_per_run: int,
+        **more: float,
+    ) -> str:
+        """Add a row for captions that take `seconds` together; returns how many have the baseline's tokens."""
+        num_equal = sum(map(list.__eq__, ids, expected_ids))
+        equal = f"{num_equal} of {len(expected_ids)} captions"
+        rate = {"captions_an_hour": 3600 * num_per_run / seconds}
+        more = {"num_tokens": sum(map(len, ids)), "num_captions": len(ids), **rate, **more}
+        self._add(name, baseline, "s", (baseline_seconds, seconds), equal, **more)
+        return equal
 
-    def _ids(self):
+    def _add_decoding(self, count: int, step_seconds: float, equal: str) -> None:
+        rate = count / step_seconds
+        limit = count * self.limits["copied_gb_per_second"] * 1e9 / self._bytes_per_step(count)
+        more = {"tokens_per_second": rate, "limit_tokens_per_second": limit, "share_of_bandwidth": rate / limit}
+        name, plain = f"a token while decoding, {count} together", self._both()[0]
+        self._add(name, "plain, one clip", "s", (plain.step_seconds, step_seconds / count), equal, **more)
+
+    def _add_memory(
+        self, name: str, baseline: str, pair: Sequence[Callable[[], Any]], device: torch.device, equal: str
+    ) -> None:
+        mb = []
+        for function in pair:
+            with PeakMemory(device) as memory:
+                function()
+            mb.append(memory.num_bytes / 1e6)
+        if min(mb) > 1:
+            self._add(name, baseline, "MB", mb, equal)
+        else:  # it fits into memory that the process holds already
+            self.skipped.append({"part": name, "why": f"too little to measure ({mb[0]:.1f} and {mb[1]:.1f} MB)"})
+
+    def _flops_per_caption(self) -> float:
+        if self._flops is None:
+            pixels, _, ids = self._inputs()
+            features = self.plain.model.get_video_features
+            flops, _ = self._flops_of(lambda: prefill(self.plain, DynamicCache, ids, features(pixels)))
+            per_token = 2 * sum(weight.numel() for weight in self._decoder_weights())
+            self._flops = flops + per_token * self.size.num_tokens
+        return self._flops
+
+    def _flops_of(self, function: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
+        """Floating point operations of a call that runs the plain model, and what it returns."""
+        config = self.plain.config
+        before, config._attn_implementation = config._attn_implementation, "eager"  # torch 2.11 cannot count sdpa's
+        try:
+            with FlopCounterMode(display=False) as counter:
+                outcome = function()
+        finally:
+            config._attn_implementation = before
+        return counter.get_total_flops(), outcome
+
+    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Pixels, features and prompt ids of the first clip."""
+        pixels = preprocess_frames(self.clips[0].frames, self.processor.image_size).to(self.device)
+        return pixels, self.plain.model.get_video_features(pixels), self._ids()
+
+    def _ids(self) -> list[int]:
         return self.processor.prompt_ids(self.clips[0], Prompt(PROMPTS[0]))
+
+    def _decoder_weights(self) -> list[torch.Tensor]:
+        modules: tuple[torch.nn.Module, ...] = self.plain.model.layers, self.plain.model.norm, self.plain.lm_head
+        return [weight for module in modules for weight in module.parameters()]
 
     def _bytes_per_step(self, num_rows: int) -> int:
         """What one decoding step must read: the decoder, the head, and each row's keys and values."""
-        decoder = (self.plain.model.layers, self.plain.model.norm, self.plain.lm_head)
-        weights = sum(weight.nbytes for module in decoder for weight in module.parameters())
-        config = self.plain.config
+        config: Any = self.plain.config
         values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * len(self._ids())
-        return weights + num_rows * values * self.plain.dtype.itemsize
+        return sum(weight.nbytes for weight in self._decoder_weights()) + num_rows * values * self.plain.dtype.itemsize
 
 
 PLAIN = "one clip, one plain generate()"
 
 
-def _prefill(model, cache_class, ids, features):
-    cache = cache_class(config=model.config)
-    read_ids(model, cache, ids, features)
-    return cache.layers[-1].values
+class _Captioned(NamedTuple):
+    """Tokens of each clip, median seconds of a caption, and of a decoding step."""
 
-
-def _decode(model, cache):
-    """Ten tokens more for each row; which places they are at does not matter to the time."""
-    ids = torch.zeros(PROFILED_ROWS, 1, dtype=torch.long, device=model.device)
-    for _ in range(10):
-        model(input_ids=ids, position_ids=ids + 100, past_key_values=cache, use_cache=True)
-
-
-def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(some) for name, some in seconds.items()}
-
-
-def _peak_mb(function, device) -> float:
-    with PeakMemory(device) as memory:
-        function()
-    return memory.num_bytes / 1e6
-
-
-def _num_equal(found: list[list[int]], expected: list[list[int]]) -> str:
-    return f"{sum(map(list.__eq__, found, expected))} of {len(expected)} captions"
+    ids: list[list[int]]
+    seconds: float
+    step_seconds: float

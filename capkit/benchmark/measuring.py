@@ -1,4 +1,4 @@
-"""Timing, peak memory, the machine and its limits: what `capkit.benchmark` measures with."""
+"""Timing, peak memory, the machine and its limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from typing import Any
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from capkit.cogvlm2 import use_onednn
 
 PACKAGES = ("capkit", "torch", "transformers", "tokenizers", "numpy", "decord", "av", "accelerate", "bitsandbytes")
-SAMPLE_SECONDS = 0.001  # between two looks at the memory of a CPU's process
+SAMPLE_SECONDS = 0.001  # between two readings of the process's memory
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -41,26 +43,24 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> tuple[float
     return time.perf_counter() - started, result
 
 
-def take_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call of some functions, one after the other again and again, so that a machine's moods hit all.
+def take_turns(
+    functions: Sequence[Callable[[], Any]], repeats: int, device: torch.device, warm_up: bool = True
+) -> list[float]:
+    """Median seconds of a call of each function. The calls are interleaved, so that load drift affects all alike.
 
-    One call of each goes before, unmeasured.
+    One call of each goes before, unmeasured, unless `warm_up` is False.
     """
-    for function in functions.values():
+    for function in functions if warm_up else ():
         function()
-    seconds = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            seconds[name].append(seconds_of(function, device)[0])
-    return seconds
+    runs = [[seconds_of(function, device)[0] for function in functions] for _ in range(repeats)]
+    return [statistics.median(seconds) for seconds in zip(*runs, strict=True)]
 
 
 class PeakMemory:
-    """Bytes taken inside a `with`, at their highest, beyond those before: a GPU's as torch counts them, on a CPU the
-    process's resident memory, looked at every millisecond.
+    """Peak memory inside a `with`, in bytes beyond that before: torch's count on a GPU, resident memory on a CPU.
 
     Attributes:
-        num_bytes: known at the end.
+        num_bytes: set at the end.
     """
 
     def __init__(self, device: torch.device):
@@ -73,20 +73,20 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return self
-        with contextlib.suppress(OSError, AttributeError):  # Linux; else freed memory is taken again unseen
+        with contextlib.suppress(OSError, AttributeError):  # on Linux give freed memory back, or its reuse is not seen
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         self._resident = psutil.Process().memory_info
         self._before = self._peak = self._resident().rss
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
 
-    def _watch(self):
+    def _sample(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
             self._peak = max(self._peak, self._resident().rss)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             self.num_bytes = torch.cuda.max_memory_allocated(self.device) - self._before
             return
@@ -96,46 +96,43 @@ class PeakMemory:
 
 
 class StepTimes:
-    """When each decoding step of a model begins, inside a `with`: where `generate()` prepares one position a row.
-
-    The model's own call is left as it is: it may be compiled.
+    """Times at which the decoding steps of a model begin, inside a `with`: where `generate()` prepares one position a
+    row. The model's own call is not wrapped: it may be compiled.
     """
 
-    def __init__(self, model: torch.nn.Module):
-        self.model, self.starts = model, []
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.starts: list[float] = []
 
     def __enter__(self) -> StepTimes:
-        prepare = self.model.prepare_inputs_for_generation
+        prepare: Any = self.model.prepare_inputs_for_generation
 
-        @functools.wraps(prepare)  # generate() looks at its parameters
-        def watched(*args, **kwargs):
+        @functools.wraps(prepare)  # generate() inspects its parameters
+        def timed(*args: Any, **kwargs: Any) -> dict[str, Any]:
             inputs = prepare(*args, **kwargs)
             if inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1:
                 wait_for(self.model.device)
                 self.starts.append(time.perf_counter())
             return inputs
 
-        self.model.prepare_inputs_for_generation = watched
+        self.model.__dict__["prepare_inputs_for_generation"] = timed  # hides the class's method
         return self
 
-    def __exit__(self, *error) -> None:
-        del self.model.prepare_inputs_for_generation
+    def __exit__(self, *error: object) -> None:
+        del self.model.__dict__["prepare_inputs_for_generation"]
 
     @property
     def seconds(self) -> float:
-        """Median from one step to the next, choosing the token included."""
-        steps = [later - sooner for sooner, later in zip(self.starts[:-1], self.starts[1:], strict=True)]
-        return statistics.median(steps)
+        """Median time between two steps, choosing the token included."""
+        return statistics.median(later - sooner for sooner, later in zip(self.starts, self.starts[1:], strict=False))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures are of: processor, cores, memory, GPU, versions; and how busy the machine was."""
-    found = {}
+    """Processor, cores, memory, GPU, versions of packages, and the load before measuring."""
+    versions = {}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "cpu": _cpu_name(),
@@ -146,7 +143,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "gpu_memory_gb": round(gpu.total_memory / 1e9, 1) if gpu else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": found,
+        "versions": versions,
         "load_before": round(psutil.getloadavg()[0], 2),
         "measured_on": time.strftime("%Y-%m-%d"),
     }
@@ -160,29 +157,29 @@ def _cpu_name() -> str:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What memory and matrix units do at best here: gigabytes copied (read and written), and operations, a second."""
+    """Peak rates of memory, in gigabytes read and written a second, and of matrix products, in GFLOPS."""
     side, num_bytes = (8192, 2**31) if device.type == "cuda" else (1024, 2**28)
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     layer = use_onednn(torch.nn.Sequential(torch.nn.Linear(side, side, bias=False, device=device, dtype=dtype)))
     hidden = torch.randn(side, side, device=device, dtype=dtype)
     with torch.inference_mode():
-        turns = take_turns({"copy": lambda: target.copy_(source), "product": lambda: layer(hidden)}, 5, device)
-    return {
-        "copied_gb_per_second": 2 * num_bytes / min(turns["copy"]) / 1e9,
-        "matmul_gflops": 2 * side**3 / min(turns["product"]) / 1e9,
-    }
+        copy, product = (
+            min(seconds_of(function, device)[0] for _ in range(6))  # the first of which is a warm-up
+            for function in (partial(target.copy_, source), partial(layer, hidden))
+        )
+    return {"copied_gb_per_second": 2 * num_bytes / copy / 1e9, "matmul_gflops": 2 * side**3 / product / 1e9}
 
 
 def profile_of(function: Callable[[], Any], device: torch.device, num_operations: int = 6) -> list[dict[str, Any]]:
-    """Where the time of a call goes: torch's operations by their own time, and their share of all."""
+    """Profile one call: torch's operations with the most time of their own, and their share of the total."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     function()
-    with profile(activities=activities) as seen:
+    with profile(activities=activities) as profiled:
         function()
         wait_for(device)
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    spent = sorted(((getattr(event, name), event) for event in seen.key_averages()), key=lambda one: -one[0])
+    spent = sorted(((getattr(event, name), event) for event in profiled.key_averages()), key=lambda item: -item[0])
     total = sum(microseconds for microseconds, _ in spent) or 1
     return [
         {"operation": event.key, "calls": event.count, "seconds": microseconds / 1e6, "share": microseconds / total}

@@ -1,12 +1,13 @@
-"""What `capkit.benchmark` found, as lines, tables and a README's table."""
+"""Results of `capkit.benchmark`: reading the file, lines, tables, and a table for a README."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 _MORE = {
     "captions_an_hour": "{:.0f} captions an hour",
@@ -34,50 +35,56 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 def describe(row: dict[str, Any]) -> str:
     """A row as a line of text."""
-    told = [text.format(row[name]) for name, text in _MORE.items() if name in row]
-    told += [f"equal: {row['equal']}"] if row["equal"] else []
+    more = [text.format(row[name]) for name, text in _MORE.items() if name in row]
+    more += [f"equal: {row['equal']}"] if row["equal"] else []
     baseline, value = (f"{row[name]:.3g} {row['unit']}" for name in ("baseline_value", "value"))
-    return f"{row['name']}: {value} against {baseline}, x {row['ratio']:.2f}" + (f"; {', '.join(told)}" if told else "")
+    return f"{row['name']}: {value} against {baseline}, x {row['ratio']:.2f}" + (f"; {', '.join(more)}" if more else "")
 
 
 def to_frame(results: dict[str, Any]) -> pd.DataFrame:
     """One row a figure: `part`, `name`, `baseline`, `unit`, `baseline_value`, `value`, `ratio`, `equal`, and more."""
+    import pandas as pd
+
     return pd.DataFrame(results["rows"])
 
 
 def profile_table(results: dict[str, Any]) -> pd.DataFrame:
     """The operations that took the most time of each stage, plain beside capkit: share in %, calls, operation."""
-    rows = []
-    for one in results["profile"]:
-        told = f"{one['share']:.0%} {one['operation'].split('::')[-1].removeprefix('_')} ({one['calls']} calls)"
-        rows.append({"stage": one["stage"], "way": one["way"], "told": told})
-    table = pd.DataFrame(rows, columns=["stage", "way", "told"])
+    import pandas as pd
+
+    table = pd.DataFrame(results["profile"], columns=["stage", "way", "operation", "calls", "share"])
+    table["text"] = [
+        f"{row.share:.0%} {row.operation.split('::')[-1].removeprefix('_')} ({row.calls} calls)"
+        for row in table.itertuples()
+    ]
     table["place"] = table.groupby(["stage", "way"]).cumcount() + 1
-    return table.pivot(index=["stage", "place"], columns="way", values="told")[["plain", "capkit"]]
+    return table.pivot(index=["stage", "place"], columns="way", values="text")[["plain", "capkit"]]
 
 
 def parts_of_a_caption(results: dict[str, Any]) -> pd.DataFrame:
-    """Seconds that one caption spends in each stage, by column; a row for each way, "plain" and "capkit".
+    """Seconds that one caption spends in each stage, by column; rows "plain" and "capkit".
 
     Raises:
         ValueError: the stages or the captions were not measured.
     """
+    import pandas as pd
+
     starts = {"vision tower": "vision tower", "prefill": "prefill", "decoding": "a token while decoding, 1 "}
     starts["the rest"] = "one caption"
-    found = {}
+    seconds = {}
     for stage, start in starts.items():
         rows = [row for row in results["rows"] if row["name"].startswith(start)]
         if not rows:
             raise ValueError(f"{stage} was not measured; parts must include stages and captions")
-        found[stage] = {"plain": rows[0]["baseline_value"], "capkit": rows[0]["value"]}
-    table = pd.DataFrame(found)
+        seconds[stage] = {"plain": rows[0]["baseline_value"], "capkit": rows[0]["value"]}
+    table = pd.DataFrame(seconds)
     table["decoding"] *= results["model"]["num_tokens"] - 1
     table["the rest"] = (table["the rest"] - table.drop(columns="the rest").sum(axis="columns")).clip(lower=0)
     return table
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    """The rows as a table for a README, with the command that makes them and what they were made on."""
+    """The rows as a Markdown table, with the command and the machine that made them."""
     machine = results["machine"]
     on = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))

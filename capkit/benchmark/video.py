@@ -1,10 +1,11 @@
-"""How fast frames are read, and in how much memory, beside decord alone. Part of `capkit.benchmark`.
+"""Time and memory of reading frames, beside decord alone. Part of `capkit.benchmark`.
 
-Each reading is a process of its own, so that nothing is warm but the file and peak memory is its own.
+Each reading runs in its own process, so that only the file is cached, and peak memory is of this reading alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -51,7 +52,7 @@ def encode_video(path: str | Path, num_minutes: int, height: int = 480, width: i
 def measure_reading(
     num_minutes: int, num_frames: int, repeats: int, height: int = 480, width: int = 854
 ) -> list[dict[str, Any]]:
-    """Rows of the benchmark: seconds and megabytes for `num_frames` frames spread over a video, beside decord's own
+    """Arguments of rows: seconds and megabytes to read `num_frames` frames spread over a video, beside decord's own
     `get_batch` of the same frames.
 
     Raises:
@@ -63,67 +64,49 @@ def measure_reading(
     with tempfile.TemporaryDirectory() as folder:
         path = encode_video(Path(folder) / "video.mp4", num_minutes, height, width)
         indices = _in_child("capkit", path, num_frames)["indices"]
-        ways = {"decord": ("decord", path, indices), "capkit": ("capkit", path, num_frames)}
-        ways |= {"watched": ("watched", path, num_frames)}
-        runs = {name: [] for name in ways}
-        for _ in range(repeats):
-            for name, arguments in ways.items():
-                runs[name].append(_in_child(*arguments))
-    middle = {
-        name: {key: statistics.median(run[key] for run in some) for key in ("seconds", "peak_mb")}
-        for name, some in runs.items()
-    }
-    equal = all(run["digest"] == runs["decord"][0]["digest"] for some in runs.values() for run in some)
-    equal = f"{num_frames if equal else 'not all'} of {num_frames} frames"
-    what = f"{num_frames} frames of {num_minutes} min at {width} x {height}"
-    told = [
-        (f"read {what}", "capkit", "seconds", "s"),
-        ("the same, in a process that can be killed (the default)", "watched", "seconds", "s"),
-        ("memory to read them", "capkit", "peak_mb", "MB"),
-    ]
+        readers = {"decord": indices, "capkit": num_frames, "watched": num_frames}
+        rounds = [{name: _in_child(name, path, frames) for name, frames in readers.items()} for _ in range(repeats)]
+    is_equal = len({run["digest"] for runs in rounds for run in runs.values()}) == 1
+    equal = f"{num_frames if is_equal else 'not all'} of {num_frames} frames"
+
+    def row(name: str, reader: str, key: str, unit: str) -> dict[str, Any]:
+        values = [statistics.median(runs[side][key] for runs in rounds) for side in ("decord", reader)]
+        return {"name": name, "baseline": "decord's get_batch", "unit": unit, "values": values, "equal": equal}
+
     return [
-        {
-            "name": name,
-            "baseline": "decord's get_batch",
-            "unit": unit,
-            "baseline_value": middle["decord"][key],
-            "value": middle[way][key],
-            "equal": equal,
-        }
-        for name, way, key, unit in told
+        row(f"read {num_frames} frames of {num_minutes} min at {width} x {height}", "capkit", "seconds", "s"),
+        row("the same, in a process that can be killed (the default)", "watched", "seconds", "s"),
+        row("memory to read them", "capkit", "peak_mb", "MB"),
     ]
 
 
-def _in_child(*arguments) -> dict[str, Any]:
-    command = [sys.executable, "-m", "capkit.benchmark.video", json.dumps([str(one) for one in arguments])]
+def _in_child(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, "-m", "capkit.benchmark.video", json.dumps([*map(str, arguments)])]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
-def _read(way: str, path: str, wanted: str) -> dict[str, Any]:
-    """What a child does."""
-    import hashlib
+def _read(reader: str, path: str, frames: str) -> dict[str, Any]:
+    """Read frames with "decord", "capkit", or in a child process of capkit's that is "watched".
 
+    Args:
+        frames: their indices for "decord", else their number.
+    """
     import av  # noqa: F401
     import decord
 
-    indices = None
-    if way == "decord":
-        started = time.perf_counter()
-        frames = decord.VideoReader(path).get_batch(json.loads(wanted)).asnumpy()
-    else:
-        from capkit.video import FrameSampling, load_clip
+    from capkit.video import FrameSampling, load_clip
 
-        started = time.perf_counter()
-        limit = 600.0 if way == "watched" else None
-        clip = load_clip(path, FrameSampling("uniform", int(wanted)), timeout_seconds=limit)
-        frames, indices = clip.frames, clip.frame_indices
+    indices = None
+    started = time.perf_counter()
+    if reader == "decord":
+        pixels = decord.VideoReader(path).get_batch(json.loads(frames)).asnumpy()
+    else:
+        limit = 600.0 if reader == "watched" else None
+        clip = load_clip(path, FrameSampling("uniform", int(frames)), timeout_seconds=limit)
+        pixels, indices = clip.frames, clip.frame_indices
     seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "peak_mb": _peak_mb(),
-        "digest": hashlib.sha256(frames.tobytes()).hexdigest(),
-        "indices": indices,
-    }
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+    return {"seconds": seconds, "peak_mb": _peak_mb(), "digest": digest, "indices": indices}
 
 
 def _peak_mb() -> float:

@@ -112,9 +112,7 @@ class TrainingModel(nn.Module):
         right, is_content = logits.argmax(-1) == next_ids, self.weights[next_ids] == 1
         return {"loss": loss, "num_right": (right & is_content).sum(), "num_counted": is_content.sum()}
 
-    def _vision_loss(
-        self, features: torch.Tensor, cells: torch.Tensor, places: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def _vision_loss(self, pixels: torch.Tensor, cells: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
         what = self.what(self.model.model.get_video_features(pixels)[:, 1:-1])
         is_object = cells[..., 0] == 1
         loss = F.binary_cross_entropy_with_logits(what["there"].squeeze(-1), cells[..., 0].float())
