@@ -29,7 +29,7 @@ soak: $(VENV)/dev
 
 lab: $(VENV)/base
 	@# By default the server drops messages above 10 MB, and with them clips added in notebook 04, without a word.
-	$(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 1073741824}'
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 1073741824}'
 
 test-oldest: .venv-oldest/dev
 	.venv-oldest/bin/python -m pytest -m golden tests/video tests/cogvlm2 tests/captioning

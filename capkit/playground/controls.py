@@ -1,6 +1,9 @@
-"""The playground's controls: which there are, how far they go, and what they are for."""
+"""The playground's input widgets: their ranges, labels and tooltips."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as widgets
 
@@ -8,67 +11,58 @@ from capkit.cogvlm2 import FRAME_NUMBERS, TEMPLATES
 from capkit.video import STRATEGIES
 
 WIDE = {"width": "auto"}
+_INTEGER, _FLOAT, _SLIDER = widgets.BoundedIntText, widgets.BoundedFloatText, widgets.FloatSlider
 
 
-def asking_controls() -> dict[str, widgets.Widget]:
-    """How the prompt is put, by the names of `Captioner.caption`'s arguments."""
+def prompt_controls() -> dict[str, widgets.Widget]:
+    """Controls of `Prompt`, by the names of its fields."""
+    templates = "chat: numbers the frames; vqa: asks for a short answer; base: the prompt as it is"
+    numbers = "the number of a frame in the prompt: its index or its time in seconds"
     return {
-        "template": _one_of(
-            TEMPLATES, "template", "chat numbers the frames; vqa asks for a short answer; base is bare"
-        ),
-        "frame_numbers": _one_of(
-            FRAME_NUMBERS, "frame numbers", "what a frame carries in the prompt: its place (index) or its true second"
-        ),
+        "template": _control(widgets.Dropdown, "template", templates, options=TEMPLATES),
+        "frame_numbers": _control(widgets.Dropdown, "frame numbers", numbers, options=FRAME_NUMBERS),
     }
 
 
 def frame_controls() -> dict[str, widgets.Widget]:
-    """Which frames, by the names of `FrameSampling`'s fields and `load_clip`'s arguments."""
-    strategies = "chat: one frame a second from the start; base: over the first minute; uniform: over the whole clip"
+    """Controls of the sampled frames, by the names of `FrameSampling`'s fields and `load_clip`'s arguments."""
+    strategies = "chat: one frame a second from the start; base: over the first minute; uniform: over the full clip"
     return {
-        "strategy": _one_of(STRATEGIES, "frame sampling", strategies),
-        "num_frames": _number(24, 1, 100, "frames, at most", "the published model takes 24"),
-        "frames_per_second": _fraction(1.0, 0.01, 60, "frames a second", "for frame sampling fps"),
-        "start_seconds": _fraction(0.0, 0, 1e6, "from second", "of the file; nothing before it is seen"),
-        "end_seconds": _fraction(0.0, 0, 1e6, "to second (0: end)", "of the file; nothing after it is seen"),
+        "strategy": _control(widgets.Dropdown, "frame sampling", strategies, options=STRATEGIES),
+        "num_frames": _number(_INTEGER, 24, 1, 100, "frames, at most", "the published model takes 24"),
+        "frames_per_second": _number(_FLOAT, 1.0, 0.01, 60, "frames a second", "for frame sampling fps"),
+        "start_seconds": _number(_FLOAT, 0.0, 0, 1e6, "from second", "of the file; nothing earlier is sampled"),
+        "end_seconds": _number(_FLOAT, 0.0, 0, 1e6, "to second (0: end)", "of the file; nothing later is sampled"),
     }
 
 
 def decoding_controls() -> dict[str, widgets.Widget]:
-    """Those of `Decoding`, by the names of its fields: so they can be looked up, and carried over."""
-    return {
-        "temperature": _slider(
-            0.0, 0, 2, "temperature", "0: always the likeliest word; above: drawn, ever more freely"
-        ),
-        "top_p": _slider(1.0, 0.05, 1, "top_p", "draw among the likeliest that together are so probable; 1: among all"),
-        "top_k": _number(0, 0, 1000, "top_k", "draw among so many of the likeliest; 0: among all"),
-        "min_p": _slider(0.0, 0, 0.95, "min_p", "draw among those so many times as likely as the likeliest; 0: all"),
-        "seed": _number(0, 0, 2**31 - 1, "seed", "of the draw: the same seed gives the same caption"),
-        "num_beams": _number(1, 1, 16, "num_beams", "captions kept on the way by beam search; 1: no beam search"),
-        "repetition_penalty": _slider(1.0, 1, 2, "repetition_penalty", "above 1, what was said becomes less likely"),
-        "no_repeat_ngram_size": _number(
-            0, 0, 20, "no_repeat_ngram_size", "never so many tokens in a row twice; 0: may"
-        ),
-        "max_new_tokens": _number(2048, 1, 2048, "max_new_tokens", "the caption is cut off after so many"),
-    }
+    """Controls of `Decoding`, by the names of its fields."""
+    controls = (
+        (_SLIDER, 0.0, 0, 2, "temperature", "0: always the most likely token; above: tokens are sampled, more freely"),
+        (_SLIDER, 1.0, 0.05, 1, "top_p", "sample from the most likely tokens that add up to this probability; 1: all"),
+        (_INTEGER, 0, 0, 1000, "top_k", "sample from this many of the most likely tokens; 0: all"),
+        (_SLIDER, 0.0, 0, 0.95, "min_p", "sample from tokens with this share of the highest probability; 0: all"),
+        (_INTEGER, 0, 0, 2**31 - 1, "seed", "of the sampling: the same seed gives the same caption"),
+        (_INTEGER, 1, 1, 16, "num_beams", "captions that beam search keeps while decoding; 1: no beam search"),
+        (_SLIDER, 1.0, 1, 2, "repetition_penalty", "above 1, tokens that the caption already has become less likely"),
+        (_INTEGER, 0, 0, 20, "no_repeat_ngram_size", "no sequence of this many tokens twice; 0: allowed"),
+        (_INTEGER, 2048, 1, 2048, "max_new_tokens", "the caption is cut off after this many tokens"),
+    )
+    return {name: _number(kind, value, low, high, name, tooltip) for kind, value, low, high, name, tooltip in controls}
 
 
-def _one_of(options, name, told):
-    return widgets.Dropdown(options=options, **_named(name, told))
+def button(name: str, action: Callable[[], None], **settings: Any) -> widgets.Button:
+    """A button that calls a function without arguments."""
+    made = widgets.Button(description=name, **settings)
+    made.on_click(lambda _: action())
+    return made
 
 
-def _number(value, lowest, highest, name, told):
-    return widgets.BoundedIntText(value, min=lowest, max=highest, continuous_update=False, **_named(name, told))
+def _number(kind: Callable[..., Any], value: float, low: float, high: float, name: str, tooltip: str) -> widgets.Widget:
+    step = {"step": 0.05} if kind is _SLIDER else {}
+    return _control(kind, name, tooltip, value=value, min=low, max=high, continuous_update=False, **step)
 
 
-def _fraction(value, lowest, highest, name, told):
-    return widgets.BoundedFloatText(value, min=lowest, max=highest, continuous_update=False, **_named(name, told))
-
-
-def _slider(value, lowest, highest, name, told):
-    settings = {"min": lowest, "max": highest, "step": 0.05, "continuous_update": False}
-    return widgets.FloatSlider(value, **settings, **_named(name, told))
-
-
-def _named(name, told):
-    return {"description": name, "tooltip": told, "layout": WIDE, "style": {"description_width": "150px"}}
+def _control(kind: Callable[..., Any], name: str, tooltip: str, **settings: Any) -> widgets.Widget:
+    return kind(**settings, description=name, tooltip=tooltip, layout=WIDE, style={"description_width": "150px"})

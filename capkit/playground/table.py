@@ -1,6 +1,8 @@
-"""Interactive views. ipywidgets lives here only; where nobody watches, each has a static twin."""
+"""A table to sort and filter, and its static form."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
@@ -10,11 +12,11 @@ from capkit.views import HTML
 
 
 def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | HTML:
-    """A table to sort and to filter; headless, the same table as it stands.
+    """A table to sort and filter; static HTML where nobody can use widgets, as under papermill.
 
     Args:
         table: any.
-        sort_by: the column that it is sorted by at first, largest first; None leaves it as it is.
+        sort_by: the column that it is sorted by at first, largest first; None keeps the order.
     """
     ordered = table if sort_by is None else table.sort_values(sort_by, ascending=False)
     if not someone_watches():
@@ -22,18 +24,18 @@ def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | 
     columns = [("as it is", None), *((str(name), name) for name in table.columns)]
     by = widgets.Dropdown(options=columns, value=sort_by, description="sort by")
     ascending = widgets.ToggleButton(value=False, description="smallest first")
-    having = widgets.Text(placeholder="only rows with this text", continuous_update=False, description="filter")
+    pattern = widgets.Text(placeholder="only rows with this text", continuous_update=False, description="filter")
     shown = widgets.HTML(_html(ordered))
 
-    def update(_):
+    def update(_: Any) -> None:
         rows = table if by.value is None else table.sort_values(by.value, ascending=ascending.value)
         text = rows.astype(str).agg(" ".join, axis=1).str.casefold()
-        shown.value = _html(rows[text.str.contains(having.value.casefold(), regex=False)])
+        shown.value = _html(rows[text.str.contains(pattern.value.casefold(), regex=False)])
 
-    for control in (by, ascending, having):
+    for control in (by, ascending, pattern):
         control.observe(update, "value")
-    return widgets.VBox([widgets.HBox([by, ascending, having], layout={"flex_flow": "row wrap"}), shown])
+    return widgets.VBox([widgets.HBox([by, ascending, pattern], layout={"flex_flow": "row wrap"}), shown])
 
 
-def _html(table):
+def _html(table: pd.DataFrame) -> str:
     return f'<div style="overflow:auto;max-height:420px">{table.to_html(float_format="{:.3g}".format)}</div>'

@@ -4,6 +4,7 @@ from capkit.runs.caption import caption_clips
 from capkit.runs.clips import COLUMNS, DEMO_CLIPS, VIDEO_SUFFIXES, Item, find_clips
 from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress, someone_watches
+from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
 from capkit.runs.shards import Shard, ShardBusy, caption_shard, merge
 from capkit.runs.store import STRIP_FRAME_PIXELS, CaptionStore, is_stopped, new_record, request_settings
@@ -20,6 +21,7 @@ __all__ = [
     "read_ahead",
     "Progress",
     "someone_watches",
+    "enter_project_root",
     "caption_on_ray",
     "Shard",
     "ShardBusy",

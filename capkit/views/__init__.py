@@ -3,18 +3,18 @@
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
 from capkit.views.frames import numbers_warning, show_clip
-from capkit.views.gallery import gallery
+from capkit.views.gallery import write_gallery
 from capkit.views.html import (
     CARD,
     HTML,
     MUTED,
-    RED,
+    caption_facts,
     frames_strip,
     mark_differences,
+    note,
     picture,
     record_text,
     show_captions,
-    show_differences,
     to_webp,
 )
 from capkit.views.sweeps import compare_captions, show_sweep
@@ -29,17 +29,17 @@ __all__ = [
     "token_histogram",
     "numbers_warning",
     "show_clip",
-    "gallery",
+    "write_gallery",
     "CARD",
     "HTML",
     "MUTED",
-    "RED",
+    "caption_facts",
     "frames_strip",
     "mark_differences",
+    "note",
     "picture",
     "record_text",
     "show_captions",
-    "show_differences",
     "to_webp",
     "compare_captions",
     "show_sweep",

@@ -1,10 +1,11 @@
-"""A caption beside its frames: how sure each word was, what it rests on, and what a trainer would cut off."""
+"""Show a caption beside its frames: token probabilities, what each word rests on, and what training would cut off."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -12,25 +13,43 @@ import numpy as np
 from PIL import Image
 
 from capkit.captioning import Caption, Grounding, token_texts
-from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
+from capkit.cogvlm2 import CogVLM2VideoProcessor, Prompt, pixels_to_frames, preprocess_frames
 from capkit.runs import STRIP_FRAME_PIXELS
 from capkit.sweep import COGVIDEOX_T5_LIMIT, t5_counter
 from capkit.video import Clip
 from capkit.views.frames import frame_label, numbers_warning
-from capkit.views.html import BLUE, CARD, HTML, MUTED, ORANGE, RED, SKY, file_name, picture, record_text, to_webp
+from capkit.views.html import (
+    BLUE,
+    CARD,
+    HTML,
+    MUTED,
+    ORANGE,
+    RED,
+    SKY,
+    caption_facts,
+    error_text,
+    file_name,
+    note,
+    picture,
+    record_text,
+    to_webp,
+)
 
-LEANS_FROM_NATS = 0.5  # a word leans on a frame without which it would be this much less likely: exp(0.5), 1.6 times
+CaptionLike = Caption | dict[str, Any] | str
+"""A `Caption`, a caption record or a text."""
+
+LEANS_FROM_NATS = 0.5  # a word leans on a frame without which it is less likely by this: exp(0.5), 1.6 times
 LISTED_FRAMES = 3
 
-# From this probability on a token looks so; each style has a line of its own, so that tints are not needed to tell.
-_SURE = (
+# Lowest value, CSS, description. Each style has a line of its own, so that it can be told apart without its tint.
+_Styles = tuple[tuple[float, str, str], ...]
+_BY_PROBABILITY: _Styles = (
     (0.9, "", "90 % and more"),
     (0.5, f"border-bottom:2px dotted {ORANGE};background:{ORANGE}22", "50 to 90 %"),
     (0.1, f"border-bottom:2px dashed {ORANGE};background:{ORANGE}44", "10 to 50 %"),
     (0.0, f"border-bottom:3px solid {ORANGE};background:{ORANGE}77", "under 10 %"),
 )
-# From this support on, in nats, a word looks so.
-_SUPPORTED = (
+_BY_SUPPORT: _Styles = (  # in nats
     (3.0, f"border-bottom:3px solid {BLUE};background:{SKY}77", "20 times likelier with the video, or more"),
     (1.0, f"border-bottom:2px dashed {BLUE};background:{SKY}44", "3 to 20 times"),
     (-1.0, "", "about as likely without it"),
@@ -39,71 +58,76 @@ _SUPPORTED = (
 
 
 def show_caption(
-    caption: Caption | dict[str, Any] | str,
+    caption: CaptionLike,
     clip: Clip | None = None,
     grounding: Grounding | None = None,
-    processor: Any = None,
+    processor: CogVLM2VideoProcessor | None = None,
     t5_tokenizer: Any = None,
     t5_limit: int = COGVIDEOX_T5_LIMIT,
 ) -> HTML:
-    """A caption beside the frames that the model saw, with how sure it was of each token and what each word rests on.
+    """Show a caption beside its frames, with token probabilities and the frames that each word rests on.
 
     What CogVideoX training would cut off is struck through.
 
     Args:
-        caption: a `Caption`, a caption record (a text edited by hand goes before the model's) or a text.
+        caption: a `Caption`, a caption record (a hand-edited text replaces the model's) or a text.
         clip: whose frames to show.
-        grounding: of this text, from `ground`: shades words by their support, and says, in their
-            tooltips and in a table, on which frames they lean. Shades tokens too.
-        processor: the model's (`captioner.processor`): turns a `Caption`'s tokens into text, so that they can be shaded
-            without a grounding.
-        t5_tokenizer: a transformers tokenizer of T5 or the folder of one; None estimates where the cut falls.
+        grounding: of this text, from `ground`: shades tokens by probability and words by support, and lists the frames
+            that each word leans on.
+        processor: the model's (`captioner.processor`), to shade the tokens of a `Caption` without a grounding.
+        t5_tokenizer: a transformers T5 tokenizer or its folder; None estimates where the cut falls.
         t5_limit: T5 tokens that a trainer keeps, `</s>` included.
 
     Raises:
         ValueError: the grounding is of another text, or of another number of frames than the clip has.
     """
-    text = caption_text(caption)
-    tokens = _tokens(caption, text, grounding, processor)
-    words = tokens.grounding if tokens is not None and tokens.grounding and tokens.grounding.words else None
-    if words and clip is not None and words.frame_logprobs is not None and len(words.frame_logprobs) != len(clip):
-        raise ValueError(f"a grounding of {len(words.frame_logprobs)} frames, but a clip of {len(clip)}")
-    shown = text if tokens is None else "".join(tokens.pieces)
-    kept = t5_kept(shown, t5_tokenizer, t5_limit)
-    spans = [(0, escape(shown[:kept])), (kept, escape(shown[kept:]))] if tokens is None else _token_spans(tokens)
-    parts = [not_captioned(caption) or paragraph(_struck(spans, kept))]
-    if tokens is not None:
-        parts.append(_legend("Chance of each token:", _SURE))
-    if kept < len(shown.rstrip()):
-        parts.append(_cut_note(shown[kept:], t5_tokenizer, t5_limit))
-    if words:
-        labels = _frame_names(caption, clip, words)
-        parts += ["<hr>", paragraph(_word_spans(words, labels)), _legend("Each word with the video:", _SUPPORTED)]
-        parts.append(_words_table(words, labels))
-    parts.append(caption_facts(caption))
-    frames = "" if clip is None else f'<div style="flex:1 1 240px">{caption_frames(caption, clip, words)}</div>'
-    warning = "" if clip is None else numbers_warning(clip, _numbers(caption, clip))
-    warning = warning and note(f"⚠ {warning}")
+    record = as_record(caption)
+    pieces, logprobs = [record_text(record)], None
+    if grounding is not None:
+        grounding = _without_end(grounding, caption)
+        pieces, logprobs = grounding.tokens, grounding.logprobs
+    elif processor is not None and isinstance(caption, Caption):
+        count = len(caption.token_ids) - (caption.finish_reason == "eos")
+        pieces, logprobs = token_texts(processor, caption.token_ids[:count]), np.array(caption.logprobs[:count])
+    text = "".join(pieces)
+    kept = t5_kept(text, t5_tokenizer, t5_limit)
+    spans = [(0, escape(text[:kept])), (kept, escape(text[kept:]))]
+    if logprobs is not None:
+        spans = _token_spans(pieces, logprobs)
+    parts = [caption_paragraph(record, _strike(spans, kept))]
+    if logprobs is not None:
+        parts.append(_legend("Chance of each token:", _BY_PROBABILITY))
+    if kept < len(text.rstrip()):
+        parts.append(_cut_note(text[kept:], t5_tokenizer is None, t5_limit))
+    if grounding is not None and grounding.words:
+        leans = _leaned_on(grounding, record, clip)
+        parts += ["<hr>", paragraph(_word_spans(grounding, leans)), _legend("Each word with the video:", _BY_SUPPORT)]
+        parts.append(_words_table(grounding, leans))
+    parts.append(facts_line(record))
+    frames = warning = ""
+    if clip is not None:
+        frames = f'<div style="flex:1 1 240px">{caption_frames(record, clip, grounding)}</div>'
+        warning = numbers_warning(clip, _frame_numbers(record, clip))
     return HTML(
-        f'<div style="{CARD}">{caption_heading(caption)}{warning}<div style="display:flex;flex-wrap:wrap;gap:14px">'
-        f'{frames}<div style="flex:2 1 320px;min-width:0">{"".join(parts)}</div></div></div>'
+        f'<div style="{CARD}">{heading(record)}{warning and note(f"⚠ {warning}")}'
+        f'<div style="display:flex;flex-wrap:wrap;gap:14px">{frames}'
+        f'<div style="flex:2 1 320px;min-width:0">{"".join(parts)}</div></div></div>'
     )
 
 
-def caption_text(caption: Caption | dict[str, Any] | str) -> str:
-    """What a `Caption`, a record or a text says, without spaces around it; "" of a record of an error."""
+def as_record(caption: CaptionLike) -> dict[str, Any]:
+    """What is known of a caption, by the names of a caption record's fields."""
+    if isinstance(caption, str):
+        return {"text": caption}
     if isinstance(caption, dict):
-        return record_text(caption)
-    return (caption.text if isinstance(caption, Caption) else caption).strip()
+        return Prompt.from_record(caption).to_record() | caption
+    names = ("text", "decoding", "mean_logprob", "finish_reason", "seconds")
+    facts = {name: getattr(caption, name) for name in names}
+    return caption.prompt.to_record() | facts | {"num_tokens": len(caption.token_ids)}
 
 
 def t5_kept(text: str, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LIMIT) -> int:
-    """How many characters of a text a trainer keeps: whole words of at most `t5_limit` T5 tokens, `</s>` included.
-
-    Args:
-        text: a caption.
-        t5_tokenizer, t5_limit: as in `show_caption`.
-    """
+    """How many characters of a text a trainer keeps: the words that fit into `t5_limit` T5 tokens, `</s>` included."""
     count = t5_counter(t5_tokenizer)
     ends = [word.end() for word in re.finditer(r"\S+", text)]
     fitting = bisect_right(ends, t5_limit, key=lambda end: count(text[:end]))
@@ -113,211 +137,169 @@ def t5_kept(text: str, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LI
 # ---- tokens and words ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """A caption's tokens as text with their log probabilities, without the end token."""
+def _without_end(grounding: Grounding, caption: CaptionLike) -> Grounding:
+    """A grounding without the end token of its `Caption`.
 
-    pieces: list[str]
-    logprobs: list[float]
-    grounding: Grounding | None
-
-
-def _tokens(caption, text, grounding, processor) -> _Tokens | None:
-    own_ids = caption.token_ids if isinstance(caption, Caption) else None
-    ended = own_ids is not None and caption.finish_reason == "eos"
-    if grounding is not None:
-        if ended and grounding.token_ids == own_ids:
-            by_frame = grounding.frame_logprobs
-            grounding = replace(
-                grounding,
-                token_ids=grounding.token_ids[:-1],
-                tokens=grounding.tokens[:-1],
-                logprobs=grounding.logprobs[:-1],
-                grey_logprobs=grounding.grey_logprobs[:-1],
-                frame_logprobs=None if by_frame is None else by_frame[:, :-1],
-            )
-        elif grounding.token_ids != own_ids and "".join(grounding.tokens).strip() != text:
-            raise ValueError("the grounding is of another text: ground the one that is shown")
-        return _Tokens(grounding.tokens, list(grounding.logprobs), grounding)
-    if processor is None or own_ids is None:
-        return None
-    count = len(own_ids) - ended
-    return _Tokens(token_texts(processor, own_ids[:count]), caption.logprobs[:count], None)
+    Raises:
+        ValueError: it is of another text.
+    """
+    if not isinstance(caption, Caption) or grounding.token_ids != caption.token_ids:
+        if "".join(grounding.tokens).strip() != record_text(as_record(caption)):
+            raise ValueError("the grounding is of another text: ground the text that is shown")
+        return grounding
+    if caption.finish_reason != "eos":
+        return grounding
+    names, by_frame = ("token_ids", "tokens", "logprobs", "grey_logprobs"), grounding.frame_logprobs
+    shorter = {name: getattr(grounding, name)[:-1] for name in names}
+    return replace(grounding, frame_logprobs=None if by_frame is None else by_frame[:, :-1], **shorter)
 
 
-def _token_spans(tokens):
-    """(start, HTML) of each token; one that is only part of a character counts towards the one that completes it."""
-    spans, start, logprob = [], 0, 0.0
-    for piece, own in zip(tokens.pieces, tokens.logprobs, strict=True):
-        logprob += own
+def _token_spans(pieces: Sequence[str], logprobs: np.ndarray) -> list[tuple[int, str]]:
+    """(start in the text, HTML) of each token; the parts of a split character count as one token."""
+    spans, start, total = [], 0, 0.0
+    for piece, logprob in zip(pieces, logprobs, strict=True):
+        total += logprob
         if piece:
-            spans.append((start, _shaded(piece, _SURE, np.exp(logprob), f"{np.exp(logprob):.1%}")))
-            start, logprob = start + len(piece), 0.0
+            spans.append((start, _shade(piece, _BY_PROBABILITY, np.exp(total), f"{np.exp(total):.1%}")))
+            start, total = start + len(piece), 0.0
     return spans
 
 
-def _word_spans(grounding, labels):
-    """The text with each word shaded by its support; in its tooltip the frames that it leans on."""
-    text, done, spans = "".join(grounding.tokens), 0, []
-    supports, leans = grounding.of_words(grounding.support), _leanings(grounding)
-    for place, ((word, _), support) in enumerate(zip(grounding.words, supports, strict=True)):
-        at = text.index(word, done)
-        told = f"support {support:+.1f} nats" + _leans_on(leans, labels, place, "; leans on ")
-        spans.append(escape(text[done:at]) + _shaded(word, _SUPPORTED, support, told))
-        done = at + len(word)
-    return "".join(spans) + escape(text[done:])
+def _word_spans(grounding: Grounding, leans: Sequence[str]) -> str:
+    """The text with each word shaded by its support; the tooltip names the frames that it leans on."""
+    text, end, spans = "".join(grounding.tokens), 0, []
+    supports = grounding.of_words(grounding.support)
+    for (word, _), support, frames in zip(grounding.words, supports, leans, strict=True):
+        start = text.index(word, end)
+        title = f"support {support:+.1f} nats" + (f"; leans on {frames}" if frames else "")
+        spans.append(escape(text[end:start]) + _shade(word, _BY_SUPPORT, support, title))
+        end = start + len(word)
+    return "".join(spans) + escape(text[end:])
 
 
-def _shaded(piece, styles, value, title):
+def _shade(piece: str, styles: _Styles, value: float, title: str) -> str:
     style = next(style for lowest, style, _ in styles if value >= lowest)
     word = piece.lstrip()
-    style = f' style="{style}"' if style else ""
+    attribute = f' style="{style}"' if style else ""
     space = escape(piece[: len(piece) - len(word)])
-    return f'{space}<span title="{escape(title)}"{style}>{escape(word)}</span>'
+    return f'{space}<span title="{escape(title)}"{attribute}>{escape(word)}</span>'
 
 
-def _struck(spans, kept):
+def _strike(spans: Sequence[tuple[int, str]], kept: int) -> str:
+    """The spans as HTML, those from the character `kept` on struck through."""
     lost = "".join(html for start, html in spans if start >= kept)
-    told = "".join(html for start, html in spans if start < kept)
-    return told + (f'<s style="opacity:.6">{lost}</s>' if lost else "")
+    return "".join(html for start, html in spans if start < kept) + (lost and f'<s style="opacity:.6">{lost}</s>')
 
 
-def _leanings(grounding):
-    """float64 (T, W), or None."""
-    return None if grounding.frame_logprobs is None else grounding.of_words(grounding.leaning)
+def _word_leanings(grounding: Grounding) -> np.ndarray:
+    """float64 (T, W): how much likelier each word is with a frame than without it, in nats; T is 0 if not measured."""
+    if grounding.frame_logprobs is None:
+        return np.zeros((0, len(grounding.words)))
+    return grounding.of_words(grounding.leaning)
 
 
-def _leans_on(leans, labels, word, before=""):
-    """The frames that a word leans on, most first."""
-    if leans is None:
-        return ""
-    order = [frame for frame in leans[:, word].argsort()[::-1] if leans[frame, word] >= LEANS_FROM_NATS]
-    told = ", ".join(f"{labels[frame]} ({leans[frame, word]:+.1f})" for frame in order[:LISTED_FRAMES])
-    return before + told if told else ""
+def _leaned_on(grounding: Grounding, record: dict[str, Any], clip: Clip | None) -> list[str]:
+    """For each word the frames that it leans on, most first, by number and time where there is a clip.
+
+    Raises:
+        ValueError: the clip has another number of frames.
+    """
+    leanings = _word_leanings(grounding)
+    names = [f"frame {place}" for place in range(len(leanings))]
+    if clip is not None:
+        if len(leanings) not in (0, len(clip)):
+            raise ValueError(f"a grounding of {len(leanings)} frames, but a clip of {len(clip)}")
+        times = [f"{time:.2f} s" for time in clip.timestamps_seconds]
+        numbers = _frame_numbers(record, clip)
+        names = [time if number is None else f"{number} at {time}" for number, time in zip(numbers, times, strict=True)]
+    words = []
+    for nats in leanings.T:
+        order = [frame for frame in nats.argsort()[::-1] if nats[frame] >= LEANS_FROM_NATS][:LISTED_FRAMES]
+        words.append(", ".join(f"{names[frame]} ({nats[frame]:+.1f})" for frame in order))
+    return words
 
 
-def _words_table(grounding, labels):
-    """Every word: how probable with the video and with a grey one, and the frames that it leans on."""
-    leans = _leanings(grounding)
+def _words_table(grounding: Grounding, leans: Sequence[str]) -> str:
+    """A table of the words: probability with the video and with a grey one, support, frames leaned on."""
     columns = zip(
         grounding.words,
         np.exp(grounding.of_words(grounding.logprobs)),
         np.exp(grounding.of_words(grounding.grey_logprobs)),
-        grounding.of_words(grounding.support),
+        grounding.of_words(grounding.support).round(1) + 0.0,  # no -0.0
+        leans,
         strict=True,
     )
     rows = [
-        f'<tr><td dir="auto" style="text-align:left">{escape(word)}</td><td>{seen:.2g}</td><td>{grey:.2g}</td>'
-        f"<td>{round(support, 1) + 0.0:+.1f}</td>"  # no -0.0
-        f'<td style="text-align:left">{escape(_leans_on(leans, labels, place))}</td></tr>'
-        for place, ((word, _), seen, grey, support) in enumerate(columns)
+        f'<tr><td dir="auto" style="text-align:left">{escape(word)}</td><td>{probability:.2g}</td><td>{grey:.2g}</td>'
+        f'<td>{support:+.1f}</td><td style="text-align:left">{escape(frames)}</td></tr>'
+        for (word, _), probability, grey, support, frames in columns
     ]
     head = "<tr><th>word</th><th>chance with the video</th><th>with a grey one</th><th>support, nats</th>"
     head += '<th style="text-align:left">leans on frame (nats less without it)</th></tr>'
-    total = (
-        f"{grounding.total_support:+.1f} nats in all, {grounding.total_support / len(grounding.token_ids):+.2f} a token"
-    )
+    total = grounding.total_support
     table = f'<div style="overflow:auto;max-height:420px;font-size:90%"><table>{head}{"".join(rows)}</table></div>'
-    return f"<details><summary>word by word: support {total}</summary>{table}</details>"
+    summary = f"word by word: support {total:+.1f} nats in all, {total / len(grounding.token_ids):+.2f} a token"
+    return f"<details><summary>{summary}</summary>{table}</details>"
 
 
 # ---- parts of a card -----------------------------------------------------------------------------------------------
 
 
 def paragraph(html: str) -> str:
-    """Text as HTML, its spaces and line breaks kept, in its own direction."""
+    """Text as HTML that keeps its spaces and line breaks and its own writing direction."""
     return f'<div dir="auto" style="white-space:pre-wrap;line-height:1.7;margin:4px 0">{html.strip()}</div>'
 
 
-def _legend(title, styles):
-    samples = " ".join(f'<span style="{style};padding:0 3px">{escape(told)}</span>' for _, style, told in styles)
+def caption_paragraph(record: dict[str, Any], html: str) -> str:
+    """The text of a record, already as HTML, or its error."""
+    return note(error_text(record)) if record.get("status") == "error" else paragraph(html)
+
+
+def heading(record: dict[str, Any], with_prompt: bool = True) -> str:
+    """The video's name and the prompt as HTML, as far as they are known."""
+    name = file_name(record) if "video" in record else ""
+    prompt = record.get("prompt", "") if with_prompt else ""
+    line = f'{name} <span dir="auto" style="{MUTED}">{escape(prompt)}</span>'
+    return f'<div style="margin-bottom:6px">{line}</div>' if name or prompt else ""
+
+
+def facts_line(record: dict[str, Any]) -> str:
+    """Length, finish reason, probability and duration as HTML; "" for an error or a text."""
+    facts = "" if record.get("status") == "error" else caption_facts(record, with_probability=True)
+    return facts and f'<div style="{MUTED}">{facts}</div>'
+
+
+def caption_frames(record: dict[str, Any], clip: Clip, grounding: Grounding | None = None) -> str:
+    """The frames as the model sees them, with their labels and the words that lean on each most, as HTML."""
+    labels = [frame_label(clip, place, number) for place, number in enumerate(_frame_numbers(record, clip))]
+    words: list[list[str]] = [[] for _ in labels]
+    if grounding is not None and grounding.words:
+        for (word, _), nats in zip(grounding.words, _word_leanings(grounding).T, strict=True):
+            if len(nats) and nats.max() >= LEANS_FROM_NATS:
+                words[nats.argmax()].append(escape(word.strip(".,;:!?\"'()")))
+    frames = pixels_to_frames(preprocess_frames(clip.frames, STRIP_FRAME_PIXELS))
+    cells = [
+        f"<div>{picture(to_webp(Image.fromarray(frame), 70), 'as the model sees it', 'width:100%;border-radius:3px')}"
+        f'<div style="font-size:85%">{label}<div dir="auto" style="opacity:.7">{", ".join(leaning)}</div></div></div>'
+        for frame, label, leaning in zip(frames, labels, words, strict=True)
+    ]
+    legend = f'<div style="{MUTED}">Under a frame: the words that lean on it most.</div>' if any(words) else ""
+    grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(84px,1fr));gap:6px"
+    return f'<div style="{grid}">{"".join(cells)}</div>{legend}'
+
+
+def _legend(title: str, styles: _Styles) -> str:
+    samples = " ".join(f'<span style="{style};padding:0 3px">{escape(text)}</span>' for _, style, text in styles)
     return f'<div style="{MUTED};line-height:1.8">{title} {samples}</div>'
 
 
-def _cut_note(lost, t5_tokenizer, t5_limit):
-    how = "an estimate: no T5 tokenizer was given" if t5_tokenizer is None else "counted with the tokenizer given"
-    words = len(lost.split())
-    told = f"CogVideoX training would cut off {'the last word' if words == 1 else f'the last {words} words'}"
-    return note(f"✂ {told}: it keeps {t5_limit} T5 tokens ({how}).")
+def _cut_note(lost: str, is_estimate: bool, t5_limit: int) -> str:
+    how = "an estimate: no T5 tokenizer was given" if is_estimate else "counted with the tokenizer given"
+    count = len(lost.split())
+    words = "the last word" if count == 1 else f"the last {count} words"
+    return note(f"✂ CogVideoX training would cut off {words}: it keeps {t5_limit} T5 tokens ({how}).")
 
 
-def note(html: str) -> str:
-    """Something to beware of."""
-    return f'<div style="border-left:4px solid {RED};padding:3px 8px;margin:4px 0">{html}</div>'
-
-
-def not_captioned(caption) -> str:
-    """Why a record holds no caption, as HTML; "" for whatever holds one."""
-    failed = isinstance(caption, dict) and caption["status"] == "error"
-    return note(f"not captioned: {escape(caption['error'])}") if failed else ""
-
-
-def caption_heading(caption, with_prompt: bool = True) -> str:
-    """The video's name and the prompt, where they are known, as HTML."""
-    prompt = prompt_of(caption) if with_prompt else None
-    name = file_name(caption) if isinstance(caption, dict) else ""
-    heading = f'{name} <span dir="auto" style="{MUTED}">{escape(prompt.text if prompt else "")}</span>'
-    return f'<div style="margin-bottom:6px">{heading}</div>' if name or prompt else ""
-
-
-def caption_facts(caption) -> str:
-    """How a caption came about, and how sure the model was of it on average."""
-    if isinstance(caption, Caption):
-        count, mean = len(caption.token_ids), caption.mean_logprob
-    elif isinstance(caption, dict) and caption["status"] == "ok":
-        count, mean = caption["num_tokens"], caption["mean_logprob"]
-    else:
-        return ""
-    ended, seconds = field_of(caption, "finish_reason"), field_of(caption, "seconds")
-    facts = [] if count is None else [f"{count} tokens"]
-    facts += [] if ended is None else [f"ended by {ended}"]
-    facts += [] if mean is None else [f"{np.exp(mean):.0%} a token (mean, {mean:.2f} nats)"]
-    facts += [] if seconds is None else [f"{seconds:.3g} s"]
-    is_edited = isinstance(caption, dict) and "edited_text" in caption
-    edited = "<b>✎ edited by hand</b>; the model's own: " if is_edited else ""
-    return f'<div style="{MUTED}">{edited}{escape(", ".join(facts))}</div>'
-
-
-def caption_frames(caption, clip: Clip, grounding: Grounding | None = None) -> str:
-    """The frames as the model saw them, with their labels and the words that lean on each most."""
-    labels = [frame_label(clip, place, number) for place, number in enumerate(_numbers(caption, clip))]
-    words = [[] for _ in labels]
-    leans = None if grounding is None else _leanings(grounding)
-    if leans is not None:
-        for place, (word, _) in enumerate(grounding.words):
-            if leans[:, place].max() >= LEANS_FROM_NATS:
-                words[leans[:, place].argmax()].append(escape(word.strip(".,;:!?\"'()")))
-    seen = pixels_to_frames(preprocess_frames(clip.frames, STRIP_FRAME_PIXELS))
-    cells = [
-        f"<div>{picture(to_webp(Image.fromarray(frame), 70), 'as the model sees it', 'width:100%;border-radius:3px')}"
-        f'<div style="font-size:85%">{label}<div dir="auto" style="opacity:.7">{", ".join(said)}</div></div></div>'
-        for frame, label, said in zip(seen, labels, words, strict=True)
-    ]
-    told = f'<div style="{MUTED}">Under a frame: the words that lean on it most.</div>' if any(words) else ""
-    grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(84px,1fr));gap:6px"
-    return f'<div style="{grid}">{"".join(cells)}</div>{told}'
-
-
-def _frame_names(caption, clip, grounding):
-    """What frames are called in words: by number and time where there is a clip, else by their place."""
-    by_frame = grounding.frame_logprobs
-    if clip is None:
-        return [f"frame {place}" for place in range(0 if by_frame is None else len(by_frame))]
-    times = [f"{time:.2f} s" for time in clip.timestamps_seconds]
-    numbers = _numbers(caption, clip)
-    return [time if number is None else f"{number} at {time}" for number, time in zip(numbers, times, strict=True)]
-
-
-def _numbers(caption, clip):
-    """What frames carried in the prompt; of a text, by default."""
-    return (prompt_of(caption) or Prompt()).numbers(clip)
-
-
-def prompt_of(caption: Caption | dict[str, Any] | str) -> Prompt | None:
-    """The prompt of a `Caption` or a record; None of a text."""
-    return Prompt.from_record(caption) if isinstance(caption, dict) else getattr(caption, "prompt", None)
-
-
-def field_of(caption, name: str) -> Any:
-    """A field of a `Caption` or a record; None of a text."""
-    return caption.get(name) if isinstance(caption, dict) else getattr(caption, name, None)
+def _frame_numbers(record: dict[str, Any], clip: Clip) -> list[int | None]:
+    """The number that each frame carries in the record's prompt; of a text, by default."""
+    return Prompt.from_record(record).numbers(clip)

@@ -1,4 +1,4 @@
-"""A clip as the model sees it: whole frames with the square that is left of them, their numbers, what lies between."""
+"""Show a clip as the model sees it: sampled frames with the model's crop, frame numbers and unsampled gaps."""
 
 from __future__ import annotations
 
@@ -10,60 +10,55 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from capkit.cogvlm2 import Prompt, resized_and_cut
+from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, resized_and_cut
 from capkit.video import Clip
-from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, picture, to_webp
+from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, note, picture, to_webp
 
 FRAME_PIXELS = 240  # longer side of a frame's picture
-NEAR_SECONDS = 0.5  # a moment this near to a sampled frame counts as seen: at one frame a second, all do
-LISTED_STRETCHES = 4
-_GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax({}px,1fr));gap:10px 8px;margin:8px 0"
-
-DEFAULT = Prompt()
+NEAR_SECONDS = 0.5  # a moment this near to a sampled frame counts as sampled: at one frame a second, all do
+LISTED_GAPS = 4
 
 
-def show_clip(clip: Clip, prompt: Prompt = DEFAULT, image_size: int = 224) -> HTML:
-    """The clip as the model sees it, in a picture for each frame, and on a time line what it never sees.
+def show_clip(clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, image_size: int = 224) -> HTML:
+    """Show the frames that the model sees, with its crop, frame numbers and a time line of what is never sampled.
 
-    Each frame is shown whole. The box is what the model is given of it; what is cut away is grey and dark. Below stand
-    the number that the frame carries in the prompt and its true time; they are marked where one is not the other.
+    Each frame is shown in full. A box marks the model's crop; the rest is grey and dark. Below a frame are its number
+    in the prompt and its true time, marked where the number is not the time in seconds.
 
     Args:
-        clip: from a file or from memory, whole or a window.
+        clip: from a file or from memory, in full or a window.
         prompt: its template and frame numbers decide which number each frame carries.
-        image_size: side in pixels of the square that the model takes (`captioner.processor.image_size`).
+        image_size: side in pixels of the model's square input (`captioner.processor.image_size`).
     """
+    prompt = Prompt.of(prompt)
     numbers = prompt.numbers(clip)
-    box = crop_box(*clip.frames.shape[1:3], image_size)
+    height, width = clip.frames.shape[1:3]
+    box = crop_box(height, width, image_size)
     cells = []
     for place, (frame, number) in enumerate(zip(clip.frames, numbers, strict=True)):
-        again = " · same frame again" if clip.frame_indices[place] in clip.frame_indices[:place] else ""
-        told = frame_label(clip, place, number)
+        repeated = " · same frame again" if clip.frame_indices[place] in clip.frame_indices[:place] else ""
         image = picture(to_webp(draw_crop(frame, box), 70), f"frame {place}", "width:100%;border-radius:3px")
-        cells.append(f'<div>{image}<div>{told}<span style="{MUTED}">{again}</span></div></div>')
-    narrow = 110 if box[2] < clip.frames.shape[1] else 150
+        label = frame_label(clip, place, number)
+        cells.append(f'<div>{image}<div>{label}<span style="{MUTED}">{repeated}</span></div></div>')
+    columns = f"repeat(auto-fill,minmax({110 if box[2] < height else 150}px,1fr))"
+    grid = f"display:grid;grid-template-columns:{columns};gap:10px 8px;margin:8px 0"
     warning = numbers_warning(clip, numbers)
     return HTML(
-        f'<div style="{CARD}">{_heading(clip, box)}'
-        + (
-            f'<div style="border-left:4px solid {RED};padding:4px 8px;margin:8px 0">⚠ {warning}</div>'
-            if warning
-            else ""
-        )
-        + f'<div style="{_GRID.format(narrow)}">{"".join(cells)}</div>{_time_line(clip)}'
-        f'<div style="{MUTED}">{_explained(clip, prompt.template, box)}</div></div>'
+        f'<div style="{CARD}">{_heading(clip, box)}{warning and note(f"⚠ {warning}")}'
+        f'<div style="{grid}">{"".join(cells)}</div>{_time_line(clip)}'
+        f'<div style="{MUTED}">{_legend(clip, prompt.template)}</div></div>'
     )
 
 
 def crop_box(height: int, width: int, image_size: int = 224) -> tuple[float, float, float, float]:
-    """What `preprocess_frames` cuts out of a frame: top, left, height and width of it in the frame's own pixels."""
+    """Top, left, height and width of what `preprocess_frames` cuts out of a frame, in the frame's own pixels."""
     resized, (top, left) = resized_and_cut(height, width, image_size)
     down, across = height / resized[0], width / resized[1]
     return top * down, left * across, image_size * down, image_size * across
 
 
 def draw_crop(frame: np.ndarray, box: Sequence[float]) -> Image.Image:
-    """A small picture of a frame with a box drawn into it; outside of the box it is grey and dark.
+    """A small picture of a frame with the crop's outline; outside of it the picture is grey and dark.
 
     Args:
         frame: uint8 RGB (H, W, 3).
@@ -71,14 +66,15 @@ def draw_crop(frame: np.ndarray, box: Sequence[float]) -> Image.Image:
     """
     image = Image.fromarray(frame)
     scale = FRAME_PIXELS / max(image.size)
-    image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    image = image.resize(size, Image.Resampling.LANCZOS)
     top, left, height, width = (side * scale for side in box)
-    corners = [round(left), round(top), round(left + width), round(top + height)]
-    shown = ImageOps.grayscale(image).point(lambda level: level * 0.35).convert("RGB")
-    shown.paste(image.crop(corners), corners[:2])
-    outline = [corners[0], corners[1], min(corners[2], image.width) - 1, min(corners[3], image.height) - 1]
-    ImageDraw.Draw(shown).rectangle(outline, outline=ORANGE, width=2)
-    return shown
+    x0, y0, x1, y1 = round(left), round(top), round(left + width), round(top + height)
+    drawn = ImageOps.grayscale(image).point(lambda level: level * 0.35).convert("RGB")
+    drawn.paste(image.crop((x0, y0, x1, y1)), (x0, y0))
+    outline = (x0, y0, min(x1, image.width) - 1, min(y1, image.height) - 1)
+    ImageDraw.Draw(drawn).rectangle(outline, outline=ORANGE, width=2)
+    return drawn
 
 
 def frame_label(clip: Clip, place: int, number: int | None) -> str:
@@ -92,9 +88,10 @@ def frame_label(clip: Clip, place: int, number: int | None) -> str:
 
 
 def numbers_warning(clip: Clip, numbers: Sequence[int | None]) -> str:
-    """What to beware of where the numbers that frames carry are not seconds of the clip or window; "" where they are.
+    """A warning, as HTML, if the frame numbers in the prompt are not seconds of the clip or window; else "".
 
     Args:
+        clip: the clip.
         numbers: from `Prompt.numbers`.
     """
     seconds = [round(float(time - clip.start_seconds)) for time in clip.timestamps_seconds]
@@ -104,46 +101,46 @@ def numbers_warning(clip: Clip, numbers: Sequence[int | None]) -> str:
     number, second = wrong[-1]
     return (
         f"<b>The numbers are not seconds.</b> The model reads {number} beside a frame from second {second} and takes "
-        "it for a time: what it says of when and how long is wrong. <code>frame_numbers=&quot;seconds&quot;</code> "
-        "tells it the true times; <code>frame_sampling=&quot;chat&quot;</code> takes one frame a second."
+        "it for a time, so the times and durations in its caption are wrong. With "
+        "<code>frame_numbers=&quot;seconds&quot;</code> it reads the true times; "
+        "<code>frame_sampling=&quot;chat&quot;</code> takes one frame a second."
     )
 
 
-def unsampled_stretches(clip: Clip) -> list[tuple[float, float]]:
-    """Where the model saw nothing: (from, to) in the file's seconds, with no sampled frame within half a second.
+def unsampled_gaps(clip: Clip) -> list[tuple[float, float]]:
+    """(start, end) in seconds of the file of each stretch that has no sampled frame within half a second.
 
-    Outside of a window nothing counts. Gaps shorter than a frame do not count either.
+    Outside of a window nothing counts, nor do gaps shorter than a frame.
     """
     begin, end = _window(clip)
-    lasts = _frame_seconds(clip)
-    gaps, seen_to = [], begin
+    duration = _frame_seconds(clip)
+    gaps, sampled_to = [], begin
     for time in sorted(map(float, clip.timestamps_seconds)):
-        gaps.append((seen_to, time - NEAR_SECONDS))
-        seen_to = max(seen_to, time + max(NEAR_SECONDS, lasts))
-    gaps.append((seen_to, end))
-    return [(first, last) for first, last in gaps if last - first > max(lasts, 0.01)]
+        gaps.append((sampled_to, time - NEAR_SECONDS))
+        sampled_to = max(sampled_to, time + max(NEAR_SECONDS, duration))
+    gaps.append((sampled_to, end))
+    return [(start, stop) for start, stop in gaps if stop - start > max(duration, 0.01)]
 
 
-def _extent(clip):
-    """First and last moment of the whole clip; a clip from memory begins with its first frame."""
-    begin = float(min(clip.timestamps_seconds)) if clip.info.path is None else 0.0
-    last = float(max(clip.timestamps_seconds))
-    end = last + _frame_seconds(clip)
-    return begin, end if clip.info.path is None else max(clip.info.duration_seconds, end)
+def _extent(clip: Clip) -> tuple[float, float]:
+    """Start and end of the full video in seconds; frames from memory begin with the first of them."""
+    times = clip.timestamps_seconds
+    end = float(max(times)) + _frame_seconds(clip)
+    return (float(min(times)), end) if clip.info.path is None else (0.0, max(clip.info.duration_seconds, end))
 
 
-def _frame_seconds(clip):
-    """How long a frame is shown; of frames from memory, which may lie far apart, no longer than a second."""
-    lasts = 1 / clip.info.average_fps
-    return min(lasts, 1.0) if clip.info.path is None else lasts
+def _frame_seconds(clip: Clip) -> float:
+    """How long a frame is shown; at most a second for frames from memory, which may lie far apart."""
+    duration = 1 / clip.info.average_fps
+    return min(duration, 1.0) if clip.info.path is None else duration
 
 
-def _window(clip):
+def _window(clip: Clip) -> tuple[float, float]:
     begin, end = _extent(clip)
     return max(begin, clip.start_seconds), end if clip.end_seconds is None else min(end, clip.end_seconds)
 
 
-def _heading(clip, box):
+def _heading(clip: Clip, box: Sequence[float]) -> str:
     info, (height, width) = clip.info, clip.frames.shape[1:3]
     name = "frames from memory" if info.path is None else f"<bdi>{escape(Path(info.path).name)}</bdi>"
     begin, end = _window(clip)
@@ -152,75 +149,63 @@ def _heading(clip, box):
     facts += [f"sampling {clip.frame_sampling.strategy!r}"] if clip.frame_sampling else []
     frames = "1 frame" if len(clip) == 1 else f"{len(clip)} frames"
     lost = 1 - box[2] * box[3] / (height * width)
-    cut = f"; {lost:.0%} of each picture is cut away" if lost >= 0.005 else "; nothing is cut away"
-    return f'<b>{name}</b> <span style="{MUTED}">{escape(", ".join(facts))}</span><br>The model sees {frames}{cut}.'
+    cut = f"{lost:.0%} of each picture is cut away" if lost >= 0.005 else "nothing is cut away"
+    return f'<b>{name}</b> <span style="{MUTED}">{escape(", ".join(facts))}</span><br>The model sees {frames}; {cut}.'
 
 
-def _explained(clip, template, box):
-    start, said = clip.start_seconds, []
-    said.append("The box is what the model is given of a frame; the grey rest never reaches it.")
+def _legend(clip: Clip, template: str) -> str:
+    below = "Bold: its number in the prompt; then its true time."
     if template != "chat":
-        said.append(f"Below each frame, its time. Under template {template!r} frames carry no numbers.")
-    elif start:
-        said.append(f"Bold, the number that it carries in the prompt, counted from {start:g} s; then its time.")
-    else:
-        said.append("Bold, the number that it carries in the prompt; then its true time.")
-    return escape(" ".join(said), quote=False)
-
-
-# ---- the time line -------------------------------------------------------------------------------------------------
-
-
-def _time_line(clip):
-    """The whole clip from left to right: tall what was seen, thin what was not, dotted what lies outside the window."""
-    begin, end = _extent(clip)
-    first, last = _window(clip)
-    gaps = unsampled_stretches(clip)
-
-    def at(time):
-        return f"left:{100 * (time - begin) / (end - begin):.3f}%"
-
-    def bar(start, stop, style):
-        width = f"width:{100 * (stop - start) / (end - begin):.3f}%"
-        return f'<div style="position:absolute;{at(start)};{width};{style}"></div>'
-
-    seen = zip([first, *(stop for _, stop in gaps)], [*(start for start, _ in gaps), last], strict=True)
-    parts = [bar(*stretch, f"top:4px;height:20px;background:{SKY}66") for stretch in seen if stretch[1] > stretch[0]]
-    parts += [bar(*stretch, f"top:12px;height:4px;background:{RED}") for stretch in gaps]
-    outside = [stretch for stretch in ((begin, first), (last, end)) if stretch[1] > stretch[0]]
-    parts += [bar(*stretch, "top:12px;height:0;border-top:3px dotted #888") for stretch in outside]
-    parts += [
-        f'<div title="frame at {time:.2f} s" style="position:absolute;{at(time)};top:0;width:2px;height:28px;'
-        'background:#888;margin-left:-1px"></div>'
-        for time in dict.fromkeys(map(float, clip.timestamps_seconds))
-    ]
-    parts += [
-        f'<div style="position:absolute;{at(time)};top:30px;width:60px;margin-left:-30px;text-align:center;{MUTED}">'
-        f"{time:g}</div>"
-        for time in _ticks(begin, end)
-    ]
-    return (
-        f'<div style="position:relative;height:50px;margin:14px 24px 2px">{"".join(parts)}</div>'
-        f"<div>{_told(gaps, first, last, outside)}</div>"
+        below = f"Below each frame: its time. Under template {template!r} frames carry no numbers."
+    elif clip.start_seconds:
+        below = f"Bold: its number in the prompt, counted from {clip.start_seconds:g} s; then its time."
+    return escape(
+        f"The box is the part of a frame that the model sees; the grey rest is cut away. {below}", quote=False
     )
 
 
-def _ticks(begin, end):
-    """A handful of round times."""
+def _time_line(clip: Clip) -> str:
+    """The full video from left to right: tall where sampled, thin where not, dotted outside the window."""
+    begin, end = _extent(clip)
+    first, last = _window(clip)
+    gaps = unsampled_gaps(clip)
+
+    def part(style: str, start: float, stop: float | None = None, title: str = "", text: str = "") -> str:
+        left, width = 100 * (start - begin) / (end - begin), ""
+        if stop is not None:
+            width = f"width:{100 * (stop - start) / (end - begin):.3f}%;"
+        title = title and f'title="{title}" '
+        return f'<div {title}style="position:absolute;left:{left:.3f}%;{width}{style}">{text}</div>'
+
+    sampled = zip([first, *(stop for _, stop in gaps)], [*(start for start, _ in gaps), last], strict=True)
+    outside = [(start, stop) for start, stop in ((begin, first), (last, end)) if stop > start]
+    parts = [part(f"top:4px;height:20px;background:{SKY}66", *span) for span in sampled if span[1] > span[0]]
+    parts += [part(f"top:12px;height:4px;background:{RED}", *span) for span in gaps]
+    parts += [part("top:12px;height:0;border-top:3px dotted #888", *span) for span in outside]
+    line = "top:0;width:2px;height:28px;background:#888;margin-left:-1px"
+    times = dict.fromkeys(map(float, clip.timestamps_seconds))
+    parts += [part(line, time, title=f"frame at {time:.2f} s") for time in times]
+    label = f"top:30px;width:60px;margin-left:-30px;text-align:center;{MUTED}"
+    parts += [part(label, time, text=f"{time:g}") for time in _round_times(begin, end)]
+    legend = "Ticks: the sampled frames. Tall: within half a second of one."
+    legend += " Dotted: outside the window." if outside else ""
+    summary = f"<b>All of {'the window' if outside else 'it'} is sampled.</b>"
+    if gaps:
+        lengths = [stop - start for start, stop in gaps]
+        listed = ", ".join(f"{start:.2f} to {stop:.2f} s" for start, stop in gaps)
+        if len(gaps) > LISTED_GAPS:
+            listed = f"{len(gaps)} stretches of up to {max(lengths):.2f} s"
+        summary = f"<b>Never sampled:</b> {listed}; {sum(lengths):.2f} s of {last - first:.2f} s."
+        legend += " Thin: never sampled."
+    return (
+        f'<div style="position:relative;height:50px;margin:14px 24px 2px">{"".join(parts)}</div>'
+        f'<div>{summary} <span style="{MUTED}">{legend}</span></div>'
+    )
+
+
+def _round_times(begin: float, end: float) -> list[float]:
+    """Up to nine round times for the labels of a time line."""
     steps = (factor * 10.0**power for power in range(-3, 6) for factor in (1, 2, 5))
     step = next(step for step in steps if (end - begin) / step <= 8)
     first = math.ceil(begin / step - 1e-6)
     return [round(number * step, 6) for number in range(first, math.floor(end / step + 1e-6) + 1)]
-
-
-def _told(gaps, first, last, outside):
-    legend = f'<span style="{MUTED}">Ticks: the sampled frames. Tall: seen, within half a second of one.'
-    legend += " Dotted: outside the window." if outside else ""
-    if not gaps:
-        return f"<b>All of {'the window' if outside else 'it'} is sampled.</b> {legend}</span>"
-    lengths = [stop - start for start, stop in gaps]
-    listed = ", ".join(f"{start:.2f} to {stop:.2f} s" for start, stop in gaps)
-    if len(gaps) > LISTED_STRETCHES:
-        listed = f"{len(gaps)} stretches of up to {max(lengths):.2f} s"
-    missed = f"{sum(lengths):.2f} s of {last - first:.2f} s"
-    return f"<b>Never sampled:</b> {listed}; {missed}. {legend} Thin: never sampled.</span>"

@@ -1,10 +1,11 @@
-"""What people look at: static HTML without scripts, so that it shows in untrusted notebooks and in exported pages."""
+"""Static HTML without scripts, so that untrusted notebooks and exported pages show it."""
 
 from __future__ import annotations
 
 import base64
 import difflib
 import io
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -15,10 +16,12 @@ from PIL import Image
 
 from capkit.runs import CaptionStore
 
-# Of an untrusted notebook JupyterLab keeps no <style>, no <svg>, and of inline CSS no currentColor or aspect-ratio.
+# In an untrusted notebook JupyterLab removes <style> and <svg>, and currentColor and aspect-ratio from inline CSS.
 CARD = "border:1px solid #8886;border-radius:6px;padding:10px;margin:10px 0;max-width:1000px"
 MUTED = "opacity:.7;font-size:85%"
-BLUE, SKY, ORANGE, RED = "#0072b2", "#56b4e9", "#e69f00", "#d55e00"  # Okabe and Ito's; never the only signal
+# Okabe and Ito's palette, which colour-blind people can tell apart; colour is never the only signal.
+BLUE, SKY, ORANGE, RED, GREEN, PURPLE = "#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#009e73", "#cc79a7"
+GREY = "#888888"
 
 
 class HTML:
@@ -32,65 +35,101 @@ class HTML:
 
 
 def show_captions(store: CaptionStore, records: Sequence[dict[str, Any]], limit: int = 20) -> HTML:
-    """Each caption below the very frames that the model saw, errors among them, in words.
+    """Show each caption below the frames that the model saw, and each error with its reason.
 
     Args:
         store: where the picture strips are.
         records: as `store.current()` returns them.
-        limit: show the first so many, and say how many there are.
+        limit: show only the first so many, and say how many are left.
     """
-    cards = [_card(store, record) for record in records[:limit]]
+    cards = [card(record, frames_strip(store, record)) for record in records[:limit]]
     if len(records) > limit:
         cards.append(f"<p>{len(records) - limit} more in <code>{escape(str(store.path))}</code></p>")
     return HTML("".join(cards))
 
 
-def _card(store: CaptionStore, record: dict[str, Any]) -> str:
-    return card(record, frames_strip(store, record))
-
-
-def card(record: dict[str, Any], strip: str, told: Sequence[str] = ()) -> str:
-    """A record as HTML: its frames, what was said of them or why nothing was, and how.
+def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> str:
+    """A record as HTML: its frames, the caption or the error, and how it was made.
 
     Args:
-        record: as `CaptionStore.current()` returns them. A text written by hand goes before the model's.
-        strip: the picture of its frames, as HTML.
-        told: further fields to name.
+        record: as `CaptionStore.current()` returns them. A hand-edited text replaces the model's.
+        strip: from `frames_strip`.
+        extra_field: a further field of the record to print.
     """
     name = file_name(record)
-    asked = "".join(f"; {field} {escape(str(record[field]))}" for field in told if record.get(field) is not None)
+    value = record.get(extra_field or "")
+    extra = "" if value is None else f"{extra_field} {escape(str(value))}"
     if record["status"] == "error":
-        words = f"{name}<br>{strip}not captioned: {escape(record['error'])}"
-        return f'<div style="{CARD};border-left:4px solid {RED}">{words}<div style="{MUTED}">{asked[2:]}</div></div>'
+        content = f"{name}<br>{strip}{error_text(record)}"
+        return f'<div style="{CARD};border-left:4px solid {RED}">{content}<div style="{MUTED}">{extra}</div></div>'
     seconds = ", ".join(f"{second:.3g}" for second in record["timestamps_seconds"] or [])
-    facts = f"{record['num_tokens']} tokens, ended by {escape(record['finish_reason'])}, {record['seconds']:.3g} s"
-    edited = ""
+    facts = [f"frames at {seconds} s", caption_facts(record), *([extra] if extra else [])]
+    original = ""
     if "edited_text" in record:
-        facts = f"<b>✎ edited by hand</b>; the model's own: {facts}"
-        own = f'<div dir="auto" style="white-space:pre-wrap">{escape(record["text"].strip())}</div>'
-        edited = f'<details style="{MUTED}"><summary>what the model said</summary>{own}</details>'
+        text = f'<div dir="auto" style="white-space:pre-wrap">{escape(record["text"].strip())}</div>'
+        original = f'<details style="{MUTED}"><summary>the model\'s caption</summary>{text}</details>'
     return (
         f'<div style="{CARD}">{name} <span dir="auto" style="{MUTED}">{escape(record["prompt"])}</span><br>'
         f'{strip}<div dir="auto" style="margin:6px 0;white-space:pre-wrap">{escape(record_text(record))}</div>'
-        f'{edited}<span style="{MUTED}">frames at {seconds} s; {facts}{asked}</span></div>'
+        f'{original}<span style="{MUTED}">{"; ".join(facts)}</span></div>'
     )
 
 
 def record_text(record: dict[str, Any]) -> str:
-    """What a record says: the text written by hand if there is one, else the model's; "" after an error."""
-    text = record["edited_text"] if "edited_text" in record else record["text"]
-    return (text or "").strip()
+    """The text of a record, stripped: the hand-edited one if there is one, else the model's; "" after an error."""
+    return (record.get("edited_text", record["text"]) or "").strip()
+
+
+def error_text(record: dict[str, Any]) -> str:
+    """Why a record holds no caption, as HTML; "" if it holds one."""
+    return f"not captioned: {escape(record['error'])}" if record.get("status") == "error" else ""
+
+
+def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str:
+    """A caption's length, finish reason and duration, as far as the record has them, as HTML.
+
+    Args:
+        record: a caption record.
+        with_probability: add the mean probability of a token.
+    """
+    count, mean, seconds = (record.get(name) for name in ("num_tokens", "mean_logprob", "seconds"))
+    facts = [] if count is None else [f"{count} tokens"]
+    facts += [f"ended by {record['finish_reason']}"] if record.get("finish_reason") is not None else []
+    if with_probability and mean is not None:
+        facts.append(f"{math.exp(mean):.0%} a token (mean, {mean:.2f} nats)")
+    facts += [] if seconds is None else [f"{seconds:.3g} s"]
+    edited = "<b>✎ edited by hand</b>; the model's own: " if "edited_text" in record else ""
+    return edited + escape(", ".join(facts))
 
 
 def file_name(record: dict[str, Any]) -> str:
-    """The name of a record's video as HTML, kept apart from the direction of the text around it."""
+    """The name of a record's video as HTML, isolated from the writing direction of the text around it."""
     return f"<b><bdi>{escape(Path(record['video']).name)}</bdi></b>"
 
 
-def frames_strip(store: CaptionStore, record: dict[str, Any]) -> str:
-    """The frames that the model saw, if their picture is there."""
-    path = store.strip_path(record)
-    return picture(path.read_bytes(), "frames that the model saw") + "<br>" if path.exists() else ""
+def note(html: str) -> str:
+    """A warning, with a red bar at its left."""
+    return f'<div style="border-left:4px solid {RED};padding:3px 8px;margin:4px 0">{html}</div>'
+
+
+def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float = math.inf) -> str:
+    """The picture strip of the frames that the model saw, as HTML; "" if its file is missing or damaged.
+
+    Args:
+        store: where the picture strips are.
+        record: a caption record.
+        max_bytes: a larger file is scaled down to this size, in bytes.
+    """
+    try:
+        data = store.strip_path(record).read_bytes()
+        image = Image.open(io.BytesIO(data))
+        (width, height), scale = image.size, 1.0
+        while len(data) > max_bytes and scale > 0.2:
+            scale *= 0.95 * (max_bytes / len(data)) ** 0.5
+            data = to_webp(image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS))
+    except OSError:
+        return ""
+    return picture(data, "frames that the model saw", f"width:{width}px;max-width:100%") + "<br>"
 
 
 def picture(webp: bytes, alt: str, style: str = "max-width:100%") -> str:
@@ -100,57 +139,35 @@ def picture(webp: bytes, alt: str, style: str = "max-width:100%") -> str:
 
 
 def to_webp(image: Image.Image, quality: int = 60) -> bytes:
-    """A picture as the bytes of a WebP file."""
+    """Encode a picture as WebP."""
     file = io.BytesIO()
     image.save(file, "webp", quality=quality)
     return file.getvalue()
 
 
-def show_differences(
-    store: CaptionStore, record: dict[str, Any], text: str, names: tuple[str, str] = ("one", "other")
-) -> HTML:
-    """Two captions of one clip below its frames, word by word: what only one of them says is marked.
+def mark_differences(*texts: str) -> tuple[str, ...]:
+    """Mark word by word where texts differ from the first; returns each as HTML.
 
-    Args:
-        store: where the picture strips are.
-        record: of the first caption.
-        text: the second caption.
-        names: what the two are called.
+    Underlined and tinted are words that the first text does not have in that place; in the first, words that no other
+    text has. Case and punctuation do not count.
     """
-    first, second = mark_differences(record_text(record), text.strip())
-    rows = "".join(
-        f'<div dir="auto" style="margin:6px 0"><span style="{MUTED}">{escape(name)}</span><br>{marked}</div>'
-        for name, marked in zip(names, (first, second), strict=True)
-    )
-    return HTML(f'<div style="{CARD}">{file_name(record)}<br>{frames_strip(store, record)}{rows}</div>')
-
-
-def mark_differences(first: str, second: str) -> tuple[str, str]:
-    """Both texts as HTML; words that the other one does not have in that place are underlined and tinted."""
-    marked = mark_all_differences([first, second])
-    return marked[0], marked[1]
-
-
-def mark_all_differences(texts: Sequence[str]) -> list[str]:
-    """Texts as HTML, each compared with the first: words that the first does not have in that place are underlined and
-    tinted; in the first, words that no other has."""
     words = [re.findall(r"\S+\s*", text) for text in texts]
-    plain = [[word.strip(" .,;:!?\n").lower() for word in some] for some in words]
+    normalized = [[word.strip(" .,;:!?\n").lower() for word in row] for row in words]
     shared: list[set[int]] = [set() for _ in texts]
     for other in range(1, len(texts)):
-        matcher = difflib.SequenceMatcher(None, plain[0], plain[other], autojunk=False)
+        matcher = difflib.SequenceMatcher(None, normalized[0], normalized[other], autojunk=False)
         for block in matcher.get_matching_blocks():
-            shared[0] |= set(range(block.a, block.a + block.size))
-            shared[other] |= set(range(block.b, block.b + block.size))
+            shared[0].update(range(block.a, block.a + block.size))
+            shared[other].update(range(block.b, block.b + block.size))
     if len(texts) == 1:
-        return [escape(texts[0])]
-    tints = [f"{ORANGE}55"] + [f"{SKY}55"] * (len(texts) - 1)
-    return [
+        return (escape(texts[0]),)
+    tints = [ORANGE] + [SKY] * (len(texts) - 1)
+    return tuple(
         "".join(
             escape(word)
             if place in same
-            else f'<u style="background:{tint};text-decoration-thickness:2px">{escape(word.rstrip())}</u> '
-            for place, word in enumerate(some)
+            else f'<u style="background:{tint}55;text-decoration-thickness:2px">{escape(word.rstrip())}</u> '
+            for place, word in enumerate(row)
         )
-        for some, same, tint in zip(words, shared, tints, strict=True)
-    ]
+        for row, same, tint in zip(words, shared, tints, strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Captions of one clip side by side, and a sweep in short."""
+"""Show captions of one clip side by side, and the summary of a sweep."""
 
 from __future__ import annotations
 
@@ -8,79 +8,68 @@ from typing import Any
 
 import pandas as pd
 
-from capkit.captioning import Caption
 from capkit.runs import CaptionStore
+from capkit.sweep import SweepResult
 from capkit.video import Clip
-from capkit.views.captions import (
-    caption_facts,
-    caption_frames,
-    caption_heading,
-    caption_text,
-    field_of,
-    not_captioned,
-    paragraph,
-    prompt_of,
-)
-from capkit.views.html import CARD, HTML, MUTED, mark_all_differences, picture
+from capkit.views.captions import CaptionLike, as_record, caption_frames, caption_paragraph, facts_line, heading
+from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text
 
 SETTINGS = ("model", "prompt", "template", "frame_numbers", "frame_sampling", "decoding", "history", "sample")
 
 
 def compare_captions(
-    captions: Sequence[Caption | dict[str, Any] | str],
+    captions: Sequence[CaptionLike],
     names: Sequence[str] | None = None,
     clip: Clip | None = None,
     store: CaptionStore | None = None,
 ) -> HTML:
-    """Captions of one clip side by side; words that the first does not have in that place are underlined and tinted.
+    """Show captions of one clip side by side, with the words marked in which they differ from the first.
 
     Args:
-        captions: `Caption`s, caption records or texts; the first is what the others are compared with. In it, words
+        captions: `Caption`s, caption records or texts; the others are compared with the first. In the first, words
             that no other has are marked.
-        names: what they are called; None names the settings in which they differ.
+        names: a name for each; None names the settings in which they differ.
         clip: whose frames to show above.
-        store: where the first record's picture strip is, to show instead.
+        store: where to find the picture strip of the first record, to show instead.
 
     Raises:
         ValueError: no captions, or names of another number.
     """
-    names = _differing_settings(captions) if names is None else names
-    if not captions or len(names) != len(captions):
-        raise ValueError(
-            f"{len(captions)} captions with {len(names)} names: there must be one or more, and as many names"
-        )
-    marked = mark_all_differences([caption_text(caption) for caption in captions])
+    records = [as_record(caption) for caption in captions]
+    names = _differing_settings(records) if names is None else names
+    if not records or len(names) != len(records):
+        raise ValueError(f"{len(records)} captions with {len(names)} names: give at least one, and a name for each")
+    marked = mark_differences(*map(record_text, records))
     columns = [
-        f'<div style="min-width:0"><b dir="auto">{escape(name)}</b>{" · the first" if not place else ""}'
-        f"{not_captioned(caption) or paragraph(told)}{caption_facts(caption)}</div>"
-        for place, (name, caption, told) in enumerate(zip(names, captions, marked, strict=True))
+        f'<div style="min-width:0"><b dir="auto">{escape(name)}</b>{"" if place else " · the first"}'
+        f"{caption_paragraph(record, text)}{facts_line(record)}</div>"
+        for place, (name, record, text) in enumerate(zip(names, records, marked, strict=True))
     ]
-    frames = "" if clip is None else caption_frames(captions[0], clip)
-    if store is not None and clip is None and (path := store.strip_path(captions[0])).exists():
-        frames = picture(path.read_bytes(), "frames that the model saw")
-    legend = "Underlined: words that the first caption does not have there; in the first, words that no other has."
+    frames = "" if clip is None else caption_frames(records[0], clip)
+    if store is not None and clip is None:
+        frames = frames_strip(store, records[0])
     grid = "display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:14px;margin:8px 0"
-    explained = f'<div style="{MUTED}">{legend}</div>' if len(captions) > 1 else ""
-    shared = len({prompt_of(caption) for caption in captions}) == 1
+    legend = "Underlined: words that the first caption does not have there; in the first, words that no other has."
+    legend = f'<div style="{MUTED}">{legend}</div>' if len(records) > 1 else ""
+    is_shared = len({record.get("prompt") for record in records}) == 1
     return HTML(
-        f'<div style="{CARD}">{caption_heading(captions[0], shared)}{frames}'
-        f'<div style="{grid}">{"".join(columns)}</div>{explained}</div>'
+        f'<div style="{CARD}">{heading(records[0], is_shared)}{frames}'
+        f'<div style="{grid}">{"".join(columns)}</div>{legend}</div>'
     )
 
 
-def show_sweep(result: Any, num_clips: int = 2, num_cells: int = 6) -> HTML:
-    """A sweep in short: a line for each cell, and the first clips' captions side by side.
+def show_sweep(result: SweepResult, num_clips: int = 2, num_cells: int = 6) -> HTML:
+    """Show a sweep's means for each cell, and the first clips' captions side by side.
 
     Args:
-        result: a `SweepResult`.
+        result: from `run_sweep`.
         num_clips, num_cells: show captions of the first so many.
     """
     table = result.to_frame()
     if not len(table):
         return HTML(f'<div style="{CARD}">a sweep without captions</div>')
-    ok = table["status"].eq("ok")
-    numbers = table.assign(errors=~ok, cut_off=table["finish_reason"].eq("length"))
-    means = numbers.groupby("cell", sort=False).agg(
+    counted = table.assign(errors=table["status"].ne("ok"), cut_off=table["finish_reason"].eq("length"))
+    means = counted.groupby("cell", sort=False).agg(
         captions=("status", "size"),
         errors=("errors", "sum"),
         mean_tokens=("num_tokens", "mean"),
@@ -93,21 +82,16 @@ def show_sweep(result: Any, num_clips: int = 2, num_cells: int = 6) -> HTML:
         rows = rows.drop_duplicates("cell").head(num_cells)
         cards.append(compare_captions([result.all_records[place] for place in rows.index], list(rows["cell"])).html)
     cells, clips = len(means), table["video"].nunique()
-    rest = (
-        f"{cells} cells, {clips} clips; below, the first {min(cells, num_cells)} cells of the first {len(cards)} clips."
+    summary = f"{cells} cells, {clips} clips; below, the first {min(cells, num_cells)} cells of the first {len(cards)}"
+    numbers = means.apply(pd.to_numeric).to_html(float_format="{:.3g}".format, na_rep="", border=0)
+    return HTML(
+        f'<div style="overflow:auto">{numbers}</div><div style="{MUTED}">{summary} clips.</div>{"".join(cards)}'
     )
-    shown = means.apply(pd.to_numeric).to_html(float_format="{:.3g}".format, na_rep="", border=0)
-    return HTML(f'<div style="overflow:auto">{shown}</div><div style="{MUTED}">{rest}</div>{"".join(cards)}')
 
 
-def _differing_settings(captions):
-    """What sets captions apart in words, such as their prompts; by number where nothing does."""
-    rows = []
-    for caption in captions:
-        prompt = prompt_of(caption)
-        settings = {"model": field_of(caption, "model"), **(prompt.to_record() if prompt else {})}
-        settings |= {name: field_of(caption, name) for name in ("frame_sampling", "decoding", "sample")}
-        rows.append([str(settings.get(name)) for name in SETTINGS])
+def _differing_settings(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Names for captions: the settings in which they differ, or their numbers where nothing differs."""
+    rows = [[str(record.get(name)) for name in SETTINGS] for record in records]
     differing = [column for column in range(len(SETTINGS)) if len({row[column] for row in rows}) > 1]
     names = [", ".join(row[column] for column in differing) for row in rows]
     if len(set(names)) < len(names) or not differing:

@@ -25,7 +25,7 @@ from playwright.sync_api import expect, sync_playwright
 
 import capkit
 from capkit.runs.clips import DEMO_CLIPS
-from capkit.views import compare_captions, gallery, show_caption, show_captions, show_clip, show_differences, to_webp
+from capkit.views import compare_captions, show_caption, show_captions, show_clip, to_webp, write_gallery
 
 # Once more, for Lab and Chromium on a busy machine; what the page showed the first time is kept and printed.
 pytestmark = [pytest.mark.needs_browser, pytest.mark.flaky(reruns=1)]
@@ -94,7 +94,7 @@ class Lab:
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root"]
         command += [f"--ServerApp.root_dir={self.folder}", f"--IdentityProvider.token={self.token}"]
         (started_by_make,) = re.findall("jupyter lab .*", (ROOT / "Makefile").read_text())
-        command += shlex.split(started_by_make)[3:]
+        command += shlex.split(started_by_make)[2:]
         self.log = open(folder / "lab.log", "w")
         self.process = subprocess.Popen(
             command, env=os.environ | where, stdout=self.log, stderr=self.log, start_new_session=True
@@ -390,8 +390,8 @@ def test_whatever_texts_and_file_names_say_is_shown_as_text_in_views(open_page, 
         "clip": show_clip(clip),
         "caption": show_caption(records[0], clip),
         "compared": compare_captions([NASTY, records[1]], [NASTY, NASTY_NAME], clip),
-        "differences": show_differences(store, records[0], NASTY, (NASTY, NASTY_NAME)),
-        "gallery": gallery(store, title=NASTY),
+        "differences": compare_captions([records[0], NASTY], [NASTY, NASTY_NAME], store=store),
+        "gallery": write_gallery(store, title=NASTY),
     }
     page = open_page(height=900)
     for name, view in views.items():
@@ -462,7 +462,7 @@ def test_a_gallery_of_a_thousand_captions_opens_alone(open_page, tmp_path):
     strip = to_webp(Image.fromarray(noise), 15)
     for number in range(1000):
         (store.strips / f"{number}.webp").write_bytes(strip + f"{number:4}".encode())  # each its own picture
-    path = gallery(store).save(tmp_path / "gallery.html")
+    path = write_gallery(store).save(tmp_path / "gallery.html")
     assert 10e6 < path.stat().st_size < 30e6
     page = open_page(height=900)
     page.goto(path.as_uri())

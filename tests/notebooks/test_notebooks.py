@@ -8,7 +8,10 @@ import nbformat
 import papermill
 import pytest
 import yaml
+from nbclient import NotebookClient
 from notebook_runner import FAST, NOTEBOOK_PATHS, run
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from video_factory import encode_clip
 
 import capkit
@@ -27,6 +30,8 @@ class TestForm:
         for cell in code:  # parameters are a table, not code to follow
             assert len(cell.source.splitlines()) <= 15
         assert not any(re.search(r"sys\.path|^!|^%pip", cell.source, re.M) for cell in code)
+        sources = "\n".join(cell.source for cell in code)
+        assert sources.count("\ncheck_parameters(In)") == sources.count("\nenter_project_root()") == 1
         titles = re.findall(r"^# .*", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
         assert len(titles) == 1 and titles[0].endswith("?")
 
@@ -36,6 +41,54 @@ class TestForm:
         lines = cell.source.splitlines()
         assert list(seen) == [line.split(":")[0] for line in lines]
         assert all(parameter["help"] and parameter["inferred_type_name"] != "None" for parameter in seen.values())
+
+
+class ByHand(NotebookClient):
+    """Executes a notebook as JupyterLab does: a person could be asked for input."""
+
+    async def async_start_new_kernel_client(self):
+        client = await super().async_start_new_kernel_client()
+        client.allow_stdin = True
+        return client
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder laid out as a clone of capkit, so that nothing is written into the real one."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "capkit").symlink_to(Path(capkit.__file__).parent)
+    return tmp_path
+
+
+class TestWorkingDirectory:
+    """JupyterLab and VS Code start a kernel in the notebook's folder, papermill where it is called."""
+
+    def test_by_hand_results_are_where_papermill_puts_them_at_the_root(self, clone):
+        notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOK_PATHS[0])), FAST | {"limit": 1})
+        ByHand(notebook, resources={"metadata": {"path": clone / "notebooks"}}).execute()
+        assert len(capkit.CaptionStore(clone / "runs" / "captions" / "captions.jsonl").current()) == 1
+        assert not (clone / "notebooks" / "runs").exists()
+        outputs = str([cell.get("outputs") for cell in notebook.cells])
+        assert f"relative paths begin at {clone}" in outputs
+        assert str(clone / "runs" / "captions" / "captions.jsonl") in outputs
+
+    @pytest.mark.parametrize(
+        "client, start, expected",
+        [
+            (ByHand, "notebooks/mine", "."),
+            (ByHand, ".", "."),
+            (ByHand, "..", ".."),
+            (NotebookClient, "notebooks", "notebooks"),
+        ],
+    )
+    def test_only_a_person_in_a_clone_is_moved_to_its_root(self, clone, client, start, expected):
+        folder = clone / start
+        folder.mkdir(exist_ok=True)
+        lines = ("from capkit.runs import enter_project_root", "enter_project_root()", "import os; print(os.getcwd())")
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+        client(notebook, resources={"metadata": {"path": folder}}).execute()
+        printed = "".join(output["text"] for output in notebook.cells[0].outputs).splitlines()
+        assert printed[-1] == str((clone / expected).resolve())
 
 
 class TestCaptionClips:
@@ -79,7 +132,7 @@ class TestCaptionClips:
         _, shown = run("01", tmp_path, **FAST, videos="long.mp4", parts={"window_seconds": 4.0}, output_dir="out")
         records = capkit.CaptionStore(tmp_path / "out" / "captions.jsonl").current()
         assert sorted((r["start_seconds"], r["end_seconds"]) for r in records) == [(0.0, 4.0), (4.0, 8.0), (8.0, None)]
-        assert "3 captions to have, 3 of them of a part of a clip" in shown
+        assert "3 captions to make, 3 of them of a part of a clip" in shown
         subtitles = (tmp_path / "out" / "webvtt" / "long.vtt").read_text()
         assert subtitles.count(" --> ") == 3 and "00:00:08.000 --> 00:00:10.000" in subtitles
 

@@ -44,7 +44,7 @@ def test_a_result_is_what_captioning_with_its_settings_gives(panel, demo):
     alone = demo.caption(clip, Prompt("What happens?", "vqa"), decoding)
     assert made.token_ids == alone.token_ids and record["text"] == alone.text
     assert panel.store.current() == [record] and panel.store.strip_path(record).exists()
-    assert "What happens?" in panel.asked_before.options
+    assert "What happens?" in panel.earlier_prompts.options
 
 
 def test_two_clips_chosen_at_once_are_read_in_turn(panel, monkeypatch):
@@ -74,7 +74,7 @@ def test_what_has_no_effect_is_grey_and_left_out(panel):
     assert all(control.disabled for control in sampling) and "greedy" in panel.explained.value
     assert panel.decoding() == Decoding(max_new_tokens=20)
     panel.temperature.value = 0.5
-    assert not any(control.disabled for control in sampling) and "drawn" in panel.explained.value
+    assert not any(control.disabled for control in sampling) and "sampled" in panel.explained.value
     assert panel.decoding() == Decoding(max_new_tokens=20, temperature=0.5, top_p=0.5, seed=0)
     panel.num_beams.value = 3
     assert panel.temperature.disabled and panel.seed.disabled and "beam" in panel.explained.value
@@ -143,7 +143,7 @@ def test_results_of_earlier_come_back_with_their_clip(panel, demo, tmp_path):
     again = Playground(demo, CLIPS[:2], CaptionStore(tmp_path / "captions.jsonl"), tmp_path)
     newest, oldest = (card.children[0].value for card in again.cards.children)
     assert "By hand." in oldest and "baseline" in oldest and "edited by hand" in oldest and again.results == []
-    assert "Which &lt;b&gt;colours&lt;/b&gt;?" in newest and "Which <b>colours</b>?" in again.asked_before.options
+    assert "Which &lt;b&gt;colours&lt;/b&gt;?" in newest and "Which <b>colours</b>?" in again.earlier_prompts.options
     again.video.value = CLIPS[1]
     assert again.cards.children == ()  # other clips' captions are not to be compared with
     again.max_new_tokens.value = 20
@@ -156,16 +156,16 @@ def test_results_of_earlier_come_back_with_their_clip(panel, demo, tmp_path):
 
 
 def test_the_lists_show_which_prompt_it_is(panel):
-    assert panel.preset.value == "default" and panel.asked_before.value == ""
+    assert panel.preset.value == "default" and panel.earlier_prompts.value == ""
     panel.preset.value = "sentence"
     assert panel.prompt.value == "Describe this video in one sentence."
     panel.prompt.value = "Which colours?"
     assert panel.preset.value == "" and panel.prompt.value == "Which colours?"
     caption(panel)
-    assert panel.asked_before.value == "Which colours?"
+    assert panel.earlier_prompts.value == "Which colours?"
     panel.preset.value = "sentence"  # the same again, after an edit
-    assert panel.prompt.value == "Describe this video in one sentence." and panel.asked_before.value == ""
-    panel.asked_before.value = "Which colours?"
+    assert panel.prompt.value == "Describe this video in one sentence." and panel.earlier_prompts.value == ""
+    panel.earlier_prompts.value = "Which colours?"
     assert panel.prompt.value == "Which colours?"
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import capkit
 from capkit.runs import STRIP_FRAME_PIXELS
-from capkit.views import gallery
+from capkit.views import write_gallery
 from capkit.views.gallery import STRIP_BYTES
 
 NASTY = '<script>alert(1)</script> "quoted" & שלום עולם \u202eback \U0001f31f'
@@ -44,30 +44,32 @@ def requests(found):
 class TestWhatIsChosen:
     def test_by_status_and_length(self, make_store):
         store = make_store(a_record(3), an_error(4), a_record(5), a_record(6))
-        assert requests(gallery(store)) == ["3", "4", "5", "6"]
-        assert requests(gallery(store, status="error")) == ["4"]
-        assert requests(gallery(store, status="ok", min_tokens=5)) == ["5", "6"]
-        assert requests(gallery(store, max_tokens=5)) == ["3", "5"]
-        assert requests(gallery(store, min_tokens=4, max_tokens=5)) == ["5"]
-        assert requests(gallery(store, limit=2)) == ["3", "4"]
-        assert requests(gallery(make_store())) == []
+        assert requests(write_gallery(store)) == ["3", "4", "5", "6"]
+        assert requests(write_gallery(store, status="error")) == ["4"]
+        assert requests(write_gallery(store, status="ok", min_tokens=5)) == ["5", "6"]
+        assert requests(write_gallery(store, max_tokens=5)) == ["3", "5"]
+        assert requests(write_gallery(store, min_tokens=4, max_tokens=5)) == ["5"]
+        assert requests(write_gallery(store, limit=2)) == ["3", "4"]
+        assert requests(write_gallery(make_store())) == []
 
     def test_order_by_any_field_what_lacks_it_last(self, make_store):
         sure = {3: -0.5, 5: -2.0, 6: -1.0}
         store = make_store(an_error(4), *(a_record(number, mean_logprob=value) for number, value in sure.items()))
-        assert requests(gallery(store, order_by="mean_logprob")) == ["5", "6", "3", "4"]
-        assert requests(gallery(store, order_by="mean_logprob", descending=True)) == ["3", "6", "5", "4"]
-        assert requests(gallery(store, order_by="mean_logprob", descending=True, limit=1)) == ["3"]
+        assert requests(write_gallery(store, order_by="mean_logprob")) == ["5", "6", "3", "4"]
+        assert requests(write_gallery(store, order_by="mean_logprob", descending=True)) == ["3", "6", "5", "4"]
+        assert requests(write_gallery(store, order_by="mean_logprob", descending=True, limit=1)) == ["3"]
         store.edit("5", "By hand")
-        assert requests(gallery(store, order_by="edited_text"))[0] == "5"
+        assert requests(write_gallery(store, order_by="edited_text"))[0] == "5"
         settings = make_store(a_record(1, decoding={"top_k": 9}), a_record(2, decoding={"top_k": 1}), a_record(3))
-        assert requests(gallery(settings, order_by="decoding")) == ["2", "1", "3"]
+        assert requests(write_gallery(settings, order_by="decoding")) == ["2", "1", "3"]
         words = make_store(a_record(1, text="b"), a_record(2, text="A"), a_record(3, text="C"))
-        assert requests(gallery(words, order_by="text")) == ["2", "1", "3"]
+        assert requests(write_gallery(words, order_by="text")) == ["2", "1", "3"]
 
     def test_what_was_chosen_is_said(self, make_store, tmp_path):
         store = make_store(a_record(3), a_record(5), an_error(6))
-        found = gallery(store, status="ok", min_tokens=4, order_by="mean_logprob", descending=True, title="Long ones")
+        found = write_gallery(
+            store, status="ok", min_tokens=4, order_by="mean_logprob", descending=True, title="Long ones"
+        )
         told = "1 of 3 captions in captions.jsonl; status ok; at least 4 tokens; by mean_logprob, largest first"
         page = found.save(tmp_path / "deep" / "gallery.html").read_text()
         assert told in page and told in found._repr_html_() and "mean_logprob -1.0" in page
@@ -76,22 +78,22 @@ class TestWhatIsChosen:
     def test_wrong_choices_are_named(self, make_store):
         store = make_store(a_record(3))
         with pytest.raises(ValueError, match="status='fine': must be 'ok', 'error'"):
-            gallery(store, status="fine")
+            write_gallery(store, status="fine")
         with pytest.raises(ValueError, match="order_by='lenght': no record has it; there are request, video"):
-            gallery(store, order_by="lenght")
+            write_gallery(store, order_by="lenght")
         with pytest.raises(ValueError, match="limit=0"):
-            gallery(store, limit=0)
+            write_gallery(store, limit=0)
 
 
 class TestThePage:
     def test_errors_in_words_and_hand_edits_before_the_models_text(self, make_store, tmp_path):
         store = make_store(a_record(3), an_error(4), a_record(5))
         store.edit("5", "Written by hand.")
-        page = gallery(store).save(tmp_path / "gallery.html").read_text()
+        page = write_gallery(store).save(tmp_path / "gallery.html").read_text()
         first, failed, edited = page.split("<article>")[1:]
         assert "not captioned: the file is empty" in failed and "None" not in failed
-        assert "edited by hand" in edited and edited.index("Written by hand.") < edited.index("what the model said")
-        assert edited.index("what the model said") < edited.index("Text 5.")
+        assert "edited by hand" in edited and edited.index("Written by hand.") < edited.index("the model's caption")
+        assert edited.index("the model's caption") < edited.index("Text 5.")
         assert "edited by hand" not in first + failed
 
     def test_whatever_is_said_is_text(self, make_store, tmp_path):
@@ -99,7 +101,7 @@ class TestThePage:
         store = make_store(a_record(1, text=NASTY, prompt=NASTY, video=f"/x/{name}", finish_reason=NASTY))
         store.append(an_error(2, error=NASTY) | {"video": f"/x/{name}"})
         store.edit("1", NASTY)
-        found = gallery(store, order_by="finish_reason", title=NASTY)
+        found = write_gallery(store, order_by="finish_reason", title=NASTY)
         page = found.save(tmp_path / "gallery.html").read_text(encoding="utf-8")
         for html in (page, found._repr_html_()):
             assert not re.search('<script|<i>|https?:|<link|@import| src="(?!data:)', html)
@@ -111,13 +113,13 @@ class TestThePage:
         store.strips.mkdir()
         Image.new("RGB", (224, 112), "navy").save(store.strip_path(a_record(1)))
         store.strip_path(a_record(2)).write_bytes(b"RIFF torn")
-        page = gallery(store).save(tmp_path / "gallery.html").read_text()
+        page = write_gallery(store).save(tmp_path / "gallery.html").read_text()
         assert page.count("data:image/webp;base64,") == 1 and page.count("<article>") == 3
 
     def test_a_notebook_shows_the_first_few(self, make_store):
-        html = gallery(make_store(*map(a_record, range(25))))._repr_html_()
-        assert "Text 19." in html and "Text 20." not in html and "5 more on the whole page" in html
-        assert "more on" not in gallery(make_store(*map(a_record, range(20))))._repr_html_()
+        html = write_gallery(make_store(*map(a_record, range(25))))._repr_html_()
+        assert "Text 19." in html and "Text 20." not in html and "5 more on the full page" in html
+        assert "more on" not in write_gallery(make_store(*map(a_record, range(20))))._repr_html_()
 
     def test_a_thousand_captions_stay_under_30_mb(self, make_store, tmp_path):
         """Long captions, and strips half again as large as may be."""
@@ -129,7 +131,7 @@ class TestThePage:
         assert len(data) > 1.3 * STRIP_BYTES
         for number in range(1000):
             (store.strips / f"{number}.webp").write_bytes(data)
-        page = gallery(store).save(tmp_path / "gallery.html")
+        page = write_gallery(store).save(tmp_path / "gallery.html")
         assert 10e6 < page.stat().st_size < 30e6
         html = page.read_text()
         assert html.count("data:image/webp;base64,") == html.count("<article>") == 1000

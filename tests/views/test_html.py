@@ -6,7 +6,7 @@ import capkit
 from capkit.playground import browse
 from capkit.runs.clips import DEMO_CLIPS
 from capkit.sweep import run_sweep
-from capkit.views import mark_differences, show_differences
+from capkit.views import compare_captions, mark_differences
 
 NASTY = "<script>alert(1)</script> & \u202eright to left \U0001f31f"
 
@@ -30,7 +30,7 @@ def test_two_captions_below_the_frames(tmp_path):
     store = capkit.CaptionStore(tmp_path / "captions.jsonl")
     clip = sorted(DEMO_CLIPS.glob("*.mp4"))[0]
     record = run_sweep(captioner, [clip], store, decodings=[{"max_new_tokens": 5}]).records[0]
-    html = show_differences(store, record, NASTY, ("<one>", "other"))._repr_html_()
+    html = compare_captions([record, NASTY], ["<one>", "other"], store=store)._repr_html_()
     assert html.count("data:image/webp;base64,") == 1 and clip.name in html
     assert "&lt;one&gt;" in html and "<script>" not in html and "&lt;script&gt;" in html
 

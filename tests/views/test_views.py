@@ -13,10 +13,10 @@ from video_factory import encode_clip
 import capkit
 from capkit.captioning import Grounding, ground
 from capkit.cogvlm2 import pixels_to_frames, preprocess_frames
-from capkit.views import RED, compare_captions, show_caption, show_clip, show_sweep
+from capkit.views import compare_captions, show_caption, show_clip, show_sweep
 from capkit.views.captions import t5_kept
-from capkit.views.frames import FRAME_PIXELS, crop_box, draw_crop, unsampled_stretches
-from capkit.views.html import BLUE
+from capkit.views.frames import FRAME_PIXELS, crop_box, draw_crop, unsampled_gaps
+from capkit.views.html import BLUE, RED
 
 NASTY = '<script>alert(1)</script> "quoted" & שלום עולם \u202eback \U0001f31f http'
 SAMPLINGS = [
@@ -120,7 +120,7 @@ class TestClip:
     def test_what_was_never_sampled(self, video):
         def stretches(*arguments):
             clip = capkit.load_clip(video, *arguments, timeout_seconds=None)
-            return [tuple(round(time, 2) for time in stretch) for stretch in unsampled_stretches(clip)]
+            return [tuple(round(time, 2) for time in stretch) for stretch in unsampled_gaps(clip)]
 
         assert stretches("chat") == stretches("uniform") == []
         assert stretches("chat", 2.0, 5.0) == []  # what is outside of a window does not count
@@ -143,9 +143,9 @@ class TestClip:
         html = show_clip(random_clip()).html
         assert "frames from memory" in html and "All of it is sampled" in html and "not seconds" not in html
         apart = capkit.Clip.from_frames(random_clip().frames, [100, 101, 109])
-        assert unsampled_stretches(apart) == [(102.0, 108.5)]
+        assert unsampled_gaps(apart) == [(102.0, 108.5)]
         assert "not seconds" in show_clip(apart).html
-        assert unsampled_stretches(capkit.Clip.from_frames(random_clip(1).frames)) == []
+        assert unsampled_gaps(capkit.Clip.from_frames(random_clip(1).frames)) == []
 
     def test_file_names_are_text(self, tmp_path):
         for name in ("a \"b\" 'c' <img src=x onerror=y>.mp4", "שלום \u202e\U0001f31f.mp4"):
