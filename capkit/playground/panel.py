@@ -181,9 +181,7 @@ class Playground(widgets.VBox):
         if self.num_beams.value > 1:
             reason = "beam search does not sample: temperature, top_p, top_k, min_p and seed have no effect"
         elif self.temperature.value == 0:
-            reason = (
-                "temperature 0 is greedy, always the most likely token: top_p, top_k, min_p and seed have no effect"
-            )
+            reason = "temperature 0 is greedy: top_p, top_k, min_p and seed have no effect"
         else:
             reason = "tokens are sampled: another seed gives another caption"
         if self.template.value != "chat":

@@ -99,14 +99,14 @@ class Lab:
         self.process = subprocess.Popen(
             command, env=os.environ | where, stdout=self.log, stderr=self.log, start_new_session=True
         )
-        self.told = Path(where["JUPYTER_RUNTIME_DIR"]) / f"jpserver-{self.process.pid}.json"
+        self.server_file = Path(where["JUPYTER_RUNTIME_DIR"]) / f"jpserver-{self.process.pid}.json"
 
     def wait(self):
         until = time.monotonic() + PATIENCE_SECONDS
-        while not self.told.exists() or not self.told.read_text().rstrip().endswith("}"):
+        while not self.server_file.exists() or not self.server_file.read_text().rstrip().endswith("}"):
             assert self.process.poll() is None and time.monotonic() < until, Path(self.log.name).read_text()
             time.sleep(0.1)
-        self.url = f"http://127.0.0.1:{json.loads(self.told.read_text())['port']}"
+        self.url = f"http://127.0.0.1:{json.loads(self.server_file.read_text())['port']}"
 
     def set(self, plugin, settings):
         path = self.own / "jupyterlab_settings_dir" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
@@ -283,11 +283,11 @@ def stop_half_way(panel):
     cells.last.press("Control+Enter")
     expect(page.locator(".jp-OutputArea-output", has_text="slow from here on")).to_be_visible()
     panel.button("Caption").click()
-    said = words.inner_text()
+    text = words.inner_text()
     page.wait_for_function("length => document.body.innerText.split('▏')[0].length > length", arg=0)
-    expect(words).not_to_have_text(said)
+    expect(words).not_to_have_text(text)
     longer = words.inner_text()
-    assert len(longer) > len(said) and longer.startswith(said.removesuffix("▏").rstrip()[:-3])
+    assert len(longer) > len(text) and longer.startswith(text.removesuffix("▏").rstrip()[:-3])
     started = time.monotonic()
     panel.slider("frame").press("ArrowRight")
     expect(page.get_by_text("frame 3 of ")).to_be_visible()

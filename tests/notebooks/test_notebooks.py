@@ -137,7 +137,7 @@ class TestCaptionClips:
         assert subtitles.count(" --> ") == 3 and "00:00:08.000 --> 00:00:10.000" in subtitles
 
     @pytest.mark.parametrize(
-        "parameters, told",
+        "parameters, message",
         [
             ({"engine": "dask"}, "engine='dask': must be 'local' or 'ray'"),
             ({"parts": {"trainer": "sora"}}, "unknown trainer 'sora'"),
@@ -147,12 +147,12 @@ class TestCaptionClips:
             ({"model": "no/such/model"}, "no such folder"),
         ],
     )
-    def test_wrong_parameters_are_named_in_the_notebook(self, tmp_path, parameters, told):
+    def test_wrong_parameters_are_named_in_the_notebook(self, tmp_path, parameters, message):
         with pytest.raises(papermill.PapermillExecutionError) as error:
             run("01", tmp_path, **parameters)
-        assert told in error.value.evalue
+        assert message in error.value.evalue
         kept = json.loads((tmp_path / "out.ipynb").read_text())
-        assert told in json.dumps(kept, ensure_ascii=False)
+        assert message in json.dumps(kept, ensure_ascii=False)
 
 
 class TestSweep:
@@ -180,7 +180,7 @@ class TestSweep:
         assert "2 cells x 2 clips: 4 captions" in shown and "SweepResult(4 captions in 2 cells, 2 errors)" in shown
 
     @pytest.mark.parametrize(
-        "parameters, told",
+        "parameters, message",
         [
             ({"prompt": ["Why?"]}, "unknown parameter 'prompt'; did you mean 'prompts'?"),
             ({"prompts": []}, "prompts: is empty"),
@@ -188,10 +188,10 @@ class TestSweep:
             ({"axes_file": "nowhere.yaml"}, "nowhere.yaml"),
         ],
     )
-    def test_wrong_axes_are_named_before_any_work(self, tmp_path, parameters, told):
+    def test_wrong_axes_are_named_before_any_work(self, tmp_path, parameters, message):
         with pytest.raises(papermill.PapermillExecutionError) as error:
             run("03", tmp_path, **parameters)
-        assert told in error.value.evalue
+        assert message in error.value.evalue
         assert not (tmp_path / "runs").exists()
 
 
@@ -247,17 +247,17 @@ class TestBenchmark:
         assert "8 of 8 captions" in again
 
     @pytest.mark.parametrize(
-        "parameters, told",
+        "parameters, message",
         [
             ({"sizes": "tiny"}, "unknown parameter 'sizes'; did you mean 'size'?"),
             ({"size": "huge"}, "size='huge': must be one of 'tiny', 'small', 'full'"),
             ({"results_file": "nowhere.json"}, "nowhere.json: not results"),
         ],
     )
-    def test_wrong_parameters_are_named(self, tmp_path, parameters, told):
+    def test_wrong_parameters_are_named(self, tmp_path, parameters, message):
         with pytest.raises(papermill.PapermillExecutionError) as error:
             run("06", tmp_path, **parameters)
-        assert told in error.value.evalue
+        assert message in error.value.evalue
 
 
 def test_train_demo_model_smoke_run(tmp_path):

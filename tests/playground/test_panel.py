@@ -49,12 +49,12 @@ def test_a_result_is_what_captioning_with_its_settings_gives(panel, demo):
 
 def test_two_clips_chosen_at_once_are_read_in_turn(panel, monkeypatch):
     """As in Lab, where messages are handled in several threads: what is captioned is the clip that is shown."""
-    load, slow_one_begins = capkit.load_clip, threading.Event()
+    load, slow_one_begins, other_is_chosen = capkit.load_clip, threading.Event(), threading.Event()
 
     def load_slowly(path, *args):
         if path == CLIPS[1]:
             slow_one_begins.set()
-            time.sleep(0.5)
+            other_is_chosen.wait(0.5)  # it cannot be, while this one is read
         return load(path, *args)
 
     monkeypatch.setattr("capkit.playground.panel.load_clip", load_slowly)
@@ -62,6 +62,7 @@ def test_two_clips_chosen_at_once_are_read_in_turn(panel, monkeypatch):
     other.start()
     assert slow_one_begins.wait(10)
     panel.video.value = CLIPS[0]
+    other_is_chosen.set()
     record, _ = caption(panel)
     other.join()
     assert record["video"] == panel.video.value == panel.clip.info.path == CLIPS[0]
@@ -110,7 +111,9 @@ def test_stopped_half_way_what_was_said_stays(panel, demo, monkeypatch):
     panel.max_new_tokens.value = 500
     panel.start()
     assert panel.caption_button.disabled and not panel.stop_button.disabled
+    until = time.monotonic() + 60
     while "▏" not in panel.words.value:
+        assert time.monotonic() < until, panel.message.value
         time.sleep(0.01)
     panel.stop()
     panel.wait()

@@ -59,11 +59,6 @@ def test_a_forest_plot_fills_only_what_is_significant():
     assert any("p < 0.001" in text for text in written(figure)) and any("p 0.3" in text for text in written(figure))
 
 
-def test_a_chart_shows_itself_in_a_notebook():
-    for figure in (heat_map(TABLE, "words"), scatter(TABLE, "words", "seconds"), forest_plot(COMPARISON, "words", "a")):
-        assert figure._repr_png_().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("column", ["nothing", "text"])
 def test_columns_that_are_no_numbers_are_named(column):
     for draw in (lambda: heat_map(TABLE, column), lambda: scatter(TABLE, column, "seconds")):

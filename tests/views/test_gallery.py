@@ -37,8 +37,8 @@ def make_store(tmp_path):
     return make
 
 
-def requests(found):
-    return [record["request"] for record in found.records]
+def requests(gallery):
+    return [record["request"] for record in gallery.records]
 
 
 class TestWhatIsChosen:
@@ -67,12 +67,12 @@ class TestWhatIsChosen:
 
     def test_what_was_chosen_is_said(self, make_store, tmp_path):
         store = make_store(a_record(3), a_record(5), an_error(6))
-        found = write_gallery(
+        gallery = write_gallery(
             store, status="ok", min_tokens=4, order_by="mean_logprob", descending=True, title="Long ones"
         )
-        told = "1 of 3 captions in captions.jsonl; status ok; at least 4 tokens; by mean_logprob, largest first"
-        page = found.save(tmp_path / "deep" / "gallery.html").read_text()
-        assert told in page and told in found._repr_html_() and "mean_logprob -1.0" in page
+        summary = "1 of 3 captions in captions.jsonl; status ok; at least 4 tokens; by mean_logprob, largest first"
+        page = gallery.save(tmp_path / "deep" / "gallery.html").read_text()
+        assert summary in page and summary in gallery._repr_html_() and "mean_logprob -1.0" in page
         assert "<h1>Long ones</h1>" in page and "Text 5." in page and "Text 3." not in page
 
     def test_wrong_choices_are_named(self, make_store):
@@ -101,9 +101,9 @@ class TestThePage:
         store = make_store(a_record(1, text=NASTY, prompt=NASTY, video=f"/x/{name}", finish_reason=NASTY))
         store.append(an_error(2, error=NASTY) | {"video": f"/x/{name}"})
         store.edit("1", NASTY)
-        found = write_gallery(store, order_by="finish_reason", title=NASTY)
-        page = found.save(tmp_path / "gallery.html").read_text(encoding="utf-8")
-        for html in (page, found._repr_html_()):
+        gallery = write_gallery(store, order_by="finish_reason", title=NASTY)
+        page = gallery.save(tmp_path / "gallery.html").read_text(encoding="utf-8")
+        for html in (page, gallery._repr_html_()):
             assert not re.search('<script|<i>|https?:|<link|@import| src="(?!data:)', html)
             assert f"<bdi>{unescape(name)}</bdi>" in unescape(html).replace("\\", "") and NASTY in unescape(html)
         assert "default-src 'none'" in page and page.count('charset="utf-8"') == 1

@@ -88,8 +88,8 @@ class TestClip:
         processor = captioner.processor
         ids = processor.video_ids(clip, capkit.Prompt(frame_numbers=frame_numbers))[1:]
         pad = processor.tokenizer.pad_token_id
-        told = processor.decode([token if token != pad else processor.tokenizer.bos_token_id for token in ids])
-        assert [int(number) for number, _, _ in shown] == list(map(int, re.findall(r"\d+", told)))
+        numbered = processor.decode([token if token != pad else processor.tokenizer.bos_token_id for token in ids])
+        assert [int(number) for number, _, _ in shown] == list(map(int, re.findall(r"\d+", numbered)))
         assert [float(time) for _, _, time in shown] == np.round(clip.timestamps_seconds, 2).tolist()
         seconds = [round(time - clip.start_seconds) for time in clip.timestamps_seconds]
         marked = [sign == "≠" for _, sign, _ in shown]
@@ -212,8 +212,8 @@ class TestCaption:
         end = captioner.model.config.eos_token_id
         end = end[0] if isinstance(end, list) else end
         ids = [*captioner.processor.continuation_ids("A star."), end]
-        asked = dict(prompt=capkit.Prompt("Why?"), decoding=capkit.Decoding())
-        caption = capkit.Caption(" A star.", ids, [-0.5] * len(ids), "eos", seconds=1.0, **asked)
+        nouns = dict(prompt=capkit.Prompt("Why?"), decoding=capkit.Decoding())
+        caption = capkit.Caption(" A star.", ids, [-0.5] * len(ids), "eos", seconds=1.0, **nouns)
         for html in (
             show_caption(caption, processor=captioner.processor).html,
             show_caption(caption, clip, ground(captioner, clip, caption)).html,
@@ -265,11 +265,11 @@ class TestSideBySide:
             compare_captions([])
 
     def test_settings_that_differ_are_the_names(self):
-        asked = {"video": "a.mp4", "status": "ok", "template": "chat", "finish_reason": "eos", "seconds": 1.0}
-        asked |= {"num_tokens": 1, "mean_logprob": -1.0, "text": "A star."}
-        html = compare_captions([asked | {"prompt": "Why?"}, asked | {"prompt": "Who?"}]).html
+        record = {"video": "a.mp4", "status": "ok", "template": "chat", "finish_reason": "eos", "seconds": 1.0}
+        record |= {"num_tokens": 1, "mean_logprob": -1.0, "text": "A star."}
+        html = compare_captions([record | {"prompt": "Why?"}, record | {"prompt": "Who?"}]).html
         assert ">Why?</b>" in html and ">Who?</b>" in html and ">chat" not in html
-        assert ">1</b>" in compare_captions([asked, asked]).html
+        assert ">1</b>" in compare_captions([record, record]).html
 
     def test_a_sweep_in_short(self, captioner, video, tmp_path):
         (tmp_path / "empty.mp4").touch()
@@ -303,17 +303,17 @@ class TestNotebook:
         assert len(store.lines()) == 2 and not (tmp_path / "out" / "captions.jsonl").exists()
 
     @pytest.mark.parametrize(
-        "parameters, told",
+        "parameters, message",
         [
             ({"store": "nowhere.jsonl"}, "store='nowhere.jsonl': no such file"),
             ({"look_at": 99, "limit": 1, **FAST}, "look_at=99: there are 2 captions"),
             ({"orderby": "text"}, "unknown parameter 'orderby'; did you mean 'order_by'?"),
         ],
     )
-    def test_wrong_parameters_are_named(self, tmp_path, parameters, told):
+    def test_wrong_parameters_are_named(self, tmp_path, parameters, message):
         with pytest.raises(papermill.PapermillExecutionError) as error:
             run("02", tmp_path, **parameters)
-        assert told in error.value.evalue
+        assert message in error.value.evalue
 
 
 def test_pictures_are_small():
