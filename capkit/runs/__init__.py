@@ -1,7 +1,7 @@
 """Caption many clips into a store, on one or many machines; runs resume after crashes, bad clips and full disks."""
 
 from capkit.runs.caption import caption_clips
-from capkit.runs.clips import DEMO_CLIPS, Item, find_clips
+from capkit.runs.clips import DEMO_CLIPS, Item, find_clips, read_rows
 from capkit.runs.prefetch import read_ahead
 from capkit.runs.progress import Progress, is_interactive
 from capkit.runs.project_root import enter_project_root
@@ -15,6 +15,7 @@ __all__ = [
     "DEMO_CLIPS",
     "Item",
     "find_clips",
+    "read_rows",
     "read_ahead",
     "Progress",
     "is_interactive",

@@ -73,13 +73,22 @@ def _items(entry: str | Path | dict[str, Any]) -> list[Item]:
     return [Item(str(path))]  # a missing file gets a record with an error
 
 
-def _read_manifest(path: Path) -> list[Item]:
+def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Read a CSV file, or a file of JSON lines, as dictionaries. A ValueError calls it `kind`, such as "a manifest"."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file) if path.suffix.lower() == ".csv" else map(json.loads, file))
-        columns = dict.fromkeys(name for row in rows for name in row.keys())
-    except (ValueError, AttributeError, csv.Error, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
+            is_csv = path.suffix.lower() == ".csv"
+            rows = list(csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file)))
+        if any(not isinstance(row, dict) for row in rows):
+            raise ValueError("a line is not a JSON object")
+    except (ValueError, csv.Error, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as {kind}: {error}") from error
+    return rows
+
+
+def _read_manifest(path: Path) -> list[Item]:
+    rows = read_rows(path, "a manifest")
+    columns = dict.fromkeys(name for row in rows for name in row)
     if rows and "video" not in columns:
         raise ValueError(f"{path}: has no column 'video', but {list(columns)}; columns are {', '.join(COLUMNS)}")
     if ignored := [name for name in columns if name not in COLUMNS]:

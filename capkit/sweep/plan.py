@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +18,7 @@ import yaml
 
 from capkit.captioning import Captioner, Decoding, DecodingLike, SharedVideo
 from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt, PromptLike
-from capkit.runs import Item
+from capkit.runs import Item, read_rows
 from capkit.video import Clip, FrameSampling, load_clip
 
 if TYPE_CHECKING:
@@ -299,16 +298,15 @@ def read_axes(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                rows = list(csv.DictReader(file))
-                axes = {
-                    name: [yaml.safe_load(row[name]) if name in AXES[1:3] else row[name] for row in rows if row[name]]
-                    for name in (rows[0] if rows else ())
-                }
-            else:
-                axes = yaml.safe_load(file)
-    except (OSError, ValueError, TypeError, csv.Error, yaml.YAMLError) as error:
+        if path.suffix.lower() == ".csv":
+            rows = read_rows(path, "axes")
+            axes: Any = {
+                name: [yaml.safe_load(row[name]) if name in AXES[1:3] else row[name] for row in rows if row[name]]
+                for name in (rows[0] if rows else ())
+            }
+        else:
+            axes = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read as axes: {error}") from error
     names = (*AXES, "num_samples", "mode", "history", "max_captions")
     if not isinstance(axes, dict) or not axes:

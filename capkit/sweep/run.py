@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from capkit.captioning import Caption, Captioner, Decoding, SharedVideo
 from capkit.cogvlm2 import Prompt, is_out_of_memory
-from capkit.runs import CaptionStore, Progress, new_record, read_ahead, request_settings
+from capkit.runs import CaptionStore, Progress, new_record, read_ahead, read_rows, request_settings
 from capkit.sweep.plan import Source, SweepPlan, plan_sweep
 from capkit.video import Clip, FrameSampling
 
@@ -115,17 +113,13 @@ def read_captions(path: str | Path) -> list[dict[str, str]]:
     Raises:
         ValueError: a file that cannot be read so.
     """
-    path = Path(path).expanduser()
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            is_csv = path.suffix.lower() == ".csv"
-            rows = list(csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file)))
-        captions = [(row["video"], row.get("text", row.get("caption"))) for row in rows]
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path}: no JSONL or CSV with columns video and text (or caption): {error!r}") from error
-    if any(text is None for _, text in captions):
-        raise ValueError(f"{path}: rows need a column text or caption")
-    return [{"video": str(video), "text": str(text)} for video, text in captions]
+    captions = []
+    for row in read_rows(Path(path).expanduser(), "captions"):
+        text = row.get("text", row.get("caption"))
+        if text is None or row.get("video") is None:
+            raise ValueError(f"{path}: every row needs video, and text or caption; got {row}")
+        captions.append({"video": str(row["video"]), "text": str(text)})
+    return captions
 
 
 def run_sweep(

@@ -13,12 +13,12 @@ from capkit.runs.shards import shard_stores
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
-pytestmark = pytest.mark.soak  # starting Ray takes longer than a quick test may
 FEW = Decoding(max_new_tokens=6)
 
 
 @pytest.fixture
-def cluster():
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "200000")  # a busy machine starts Ray slowly
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
@@ -61,8 +61,8 @@ def test_clips_are_captioned_and_bad_ones_recorded_while_a_node_is_killed(cluste
     merged = merge(output)
     assert (merged.num_ok, merged.num_errors, merged.problems) == (60, 2, [])
     lines = [line for path in shard_stores(output) for line in CaptionStore(path).lines()]
-    again = len(lines) - len(merged.store.lines()) - 62
+    num_twice = len(lines) - len(merged.store.lines()) - 62
     with capsys.disabled():
-        print(f"\n62 clips over the death of a node: {merged}; {again} captioned twice")
+        print(f"\n62 clips over the death of a node: {merged}; {num_twice} captioned twice")
     caption(clips, output)
     assert "0 clips to caption, 62 done before" in capsys.readouterr().out
