@@ -1,5 +1,6 @@
 """The engine for Ray, on a cluster of two nodes that are simulated on this machine."""
 
+import os
 import threading
 import time
 
@@ -11,14 +12,15 @@ from capkit import CaptionStore, Decoding
 from capkit.runs import caption_on_ray, find_clips, merge
 from capkit.runs.shards import shard_stores
 
+# A busy machine starts Ray slowly; some of this is read when Ray is imported.
+os.environ |= {"RAY_agent_register_timeout_ms": "200000", "RAY_raylet_start_wait_time_s": "200"}
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 FEW = Decoding(max_new_tokens=6)
 
 
 @pytest.fixture
-def cluster(monkeypatch):
-    monkeypatch.setenv("RAY_agent_register_timeout_ms", "200000")  # a busy machine starts Ray slowly
+def cluster():
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
