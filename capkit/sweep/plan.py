@@ -10,7 +10,7 @@ import math
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,7 +283,7 @@ def _source(clip: Any) -> Source:
         name = clip.info.path or f"frames in memory {hashlib.sha256(clip.frames.tobytes()).hexdigest()[:12]}"
         return Source(str(name), start=clip.start_seconds, end=clip.end_seconds, clip=clip)
     if isinstance(clip, Item):
-        return Source(**asdict(clip) | {"prompt": None})
+        return Source(**vars(clip) | {"prompt": None})
     raise ValueError(f"clips: {clip!r} is neither a file name, nor an item of find_clips, nor a Clip")
 
 
