@@ -7,7 +7,7 @@ from typing import Any
 import ipywidgets as widgets
 import pandas as pd
 
-from capkit.runs import someone_watches
+from capkit.runs import is_interactive
 from capkit.views import HTML
 
 
@@ -19,7 +19,7 @@ def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | 
         sort_by: the column that it is sorted by at first, largest first; None keeps the order.
     """
     ordered = table if sort_by is None else table.sort_values(sort_by, ascending=False)
-    if not someone_watches():
+    if not is_interactive():
         return HTML(_html(ordered))
     columns = [("as it is", None), *((str(name), name) for name in table.columns)]
     by = widgets.Dropdown(options=columns, value=sort_by, description="sort by")

@@ -1,9 +1,9 @@
-"""Many clips into a store of captions that survives kills, bad clips and full disks."""
+"""Caption many clips into a store, on one or many machines; runs resume after crashes, bad clips and full disks."""
 
 from capkit.runs.caption import caption_clips
-from capkit.runs.clips import COLUMNS, DEMO_CLIPS, VIDEO_SUFFIXES, Item, find_clips
-from capkit.runs.prefetch import Quarantine, read_ahead
-from capkit.runs.progress import Progress, someone_watches
+from capkit.runs.clips import DEMO_CLIPS, Item, find_clips, read_rows
+from capkit.runs.prefetch import read_ahead
+from capkit.runs.progress import Progress, is_interactive
 from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
 from capkit.runs.shards import Shard, ShardBusy, caption_shard, merge
@@ -12,15 +12,13 @@ from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
 
 __all__ = [
     "caption_clips",
-    "COLUMNS",
     "DEMO_CLIPS",
-    "VIDEO_SUFFIXES",
     "Item",
     "find_clips",
-    "Quarantine",
+    "read_rows",
     "read_ahead",
     "Progress",
-    "someone_watches",
+    "is_interactive",
     "enter_project_root",
     "caption_on_ray",
     "Shard",

@@ -1,4 +1,4 @@
-"""Which clips: from globs, folders, manifests and lists to items."""
+"""Find the clips to caption: globs, folders, manifests and lists become items."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ DEMO_CLIPS = Path(__file__).parents[1] / "demo" / "clips"
 
 @dataclass(frozen=True)
 class Item:
-    """A clip to caption: the file, and what a manifest says of it.
+    """A clip to caption: a video file, and its entries in a manifest.
 
     Attributes:
         video: file name.
-        prompt: of its own, or None for everybody's.
-        reference: a caption to compare with; kept, not shown to the model.
-        start, end: window in seconds.
+        prompt: this clip's own question; None for the one that all clips share.
+        reference: a caption to compare with; kept in the record, not shown to the model.
+        start, end: window in seconds; end None for the end of the video.
     """
 
     video: str
@@ -35,21 +35,21 @@ class Item:
     end: float | None = None
 
 
-def find_clips(videos: str | Path | Sequence, limit: int | None = None) -> list[Item]:
-    """The clips that a glob, a folder, a file, a manifest or a list of these names.
+def find_clips(videos: str | Path | Sequence[Any], limit: int | None = None) -> list[Item]:
+    """Find the clips that a glob, a folder, a file, a manifest or a list of these names.
 
     Args:
         videos: "demo" for the clips that come with capkit; a pattern such as "clips/**/*.mp4"; a folder, searched with
-            its subfolders for video files; a video; a manifest (.csv or .jsonl) with a column `video` and, if wanted,
-            `prompt`, `reference`, `start`, `end`, its relative paths relative to itself; or a list of such, or of
-            dictionaries with those keys.
+            its subfolders; a video; a manifest (.csv or .jsonl) with a column `video` and optionally `prompt`,
+            `reference`, `start`, `end`, its paths relative to itself; or a list of these, or of dictionaries with
+            those keys.
         limit: only the first so many.
 
     Returns:
-        Items in order: sorted for globs and folders, as they stand for lists and manifests.
+        Items, sorted for globs and folders, in the given order for lists and manifests.
 
     Raises:
-        ValueError: nothing found, a manifest that cannot be read or has no column `video`, or a limit below 1.
+        ValueError: no clips, a manifest that cannot be read or has no column `video`, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit!r}: must be at least 1, or None for all")
@@ -70,30 +70,39 @@ def _items(entry: str | Path | dict[str, Any]) -> list[Item]:
         return _read_manifest(path)
     if not path.exists() and glob.has_magic(str(path)):
         return [Item(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
-    return [Item(str(path))]  # a file that is not there gets a record that says so
+    return [Item(str(path))]  # a missing file gets a record with an error
+
+
+def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Read a CSV file, or a file of JSON lines, as dictionaries. A ValueError calls it `kind`, such as "a manifest"."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            is_csv = path.suffix.lower() == ".csv"
+            rows = list(csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file)))
+        if any(not isinstance(row, dict) for row in rows):
+            raise ValueError("a line is not a JSON object")
+    except (ValueError, csv.Error, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as {kind}: {error}") from error
+    return rows
 
 
 def _read_manifest(path: Path) -> list[Item]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file) if path.suffix.lower() == ".csv" else map(json.loads, file))
-        columns = dict.fromkeys(name for row in rows for name in row.keys())
-    except (ValueError, AttributeError, csv.Error, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as a manifest: {error}") from error
+    rows = read_rows(path, "a manifest")
+    columns = dict.fromkeys(name for row in rows for name in row)
     if rows and "video" not in columns:
-        raise ValueError(f"{path}: has no column 'video', but {list(columns)}; known columns: {', '.join(COLUMNS)}")
+        raise ValueError(f"{path}: has no column 'video', but {list(columns)}; columns are {', '.join(COLUMNS)}")
     if ignored := [name for name in columns if name not in COLUMNS]:
-        warnings.warn(f"{path}: ignored columns {ignored}; known: {', '.join(COLUMNS)}", stacklevel=4)
-    known = [{name: value for name, value in row.items() if name in COLUMNS} for row in rows]
-    return [_item(row, path.parent, f"{path}, row {number}") for number, row in enumerate(known, 1)]
+        warnings.warn(f"{path}: ignored columns {ignored}; columns are {', '.join(COLUMNS)}", stacklevel=4)
+        rows = [{name: value for name, value in row.items() if name in COLUMNS} for row in rows]
+    return [_item(row, path.parent, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _item(row: dict[str, Any], folder: Path, where: str) -> Item:
-    given = {name: value for name, value in row.items() if value not in (None, "")}
-    if "video" not in given or set(given) - set(COLUMNS):
+    fields = {name: value for name, value in row.items() if value not in (None, "")}
+    if "video" not in fields or set(fields) - set(COLUMNS):
         raise ValueError(f"{where}: must have 'video', and may have {', '.join(COLUMNS[1:])}, nothing else")
     try:
-        window = {name: float(given.pop(name)) for name in ("start", "end") if name in given}
+        fields |= {name: float(fields[name]) for name in ("start", "end") if name in fields}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: start and end must be seconds") from error
-    return Item(str(folder / Path(given.pop("video")).expanduser()), **given, **window)
+    return Item(**fields | {"video": str(folder / Path(fields["video"]).expanduser())})

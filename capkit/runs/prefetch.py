@@ -1,4 +1,4 @@
-"""What long runs share: clips read ahead of the model, progress that suits who watches."""
+"""Read clips ahead of the model, in child processes and within a memory budget; skip clips in quarantine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,24 @@ def read_ahead(
     quarantine: Quarantine | None = None,
     prepare: Callable[[dict[str, Any], Clip], None] | None = None,
 ) -> Generator[tuple[dict[str, Any], Clip | Exception]]:
-    """Each request with its clip, or with the error in reading it; others are read while one is captioned.
+    """Yield each request with its clip, or with the error in reading it; the next ones are read meanwhile.
 
     Args:
         todo: from `request_settings`.
-        timeout_seconds: longest time to read one clip; None for no limit, and for reading in this process.
-        num_ahead: requests that are read, or being read, beyond the one at hand.
-        num_readers: how many are read at the same time, each in a child process that is kept.
-        memory_bytes: while clips that wait take this much, no further one is begun; nor may one take more, or a process
-            that reads it (POSIX). None: `memory_budget()`.
-        quarantine: clips not to be read, and where those go that the process reading them did not survive.
-        prepare: called with each request and its clip, in a thread, once it is read.
+        timeout_seconds: longest time to read one clip; None for no limit, and to read in this process.
+        num_ahead: requests read, or being read, beyond the current one.
+        num_readers: clips read at the same time, each in a child process.
+        memory_bytes: no new clip is begun while those that wait take this much; a clip, or the process that reads it
+            (POSIX), may not take more either. None: `memory_budget()`.
+        quarantine: clips not to read; those that crash or hang their reader are added.
+        prepare: called in a thread with each request and its clip, once read.
     """
     memory_bytes = memory_bytes or memory_budget()
     readers = [ClipReader(memory_bytes) for _ in range(num_readers)]
-    idle, room = deque(readers), _Room(memory_bytes)
+    idle, budget = deque(readers), _MemoryBudget(memory_bytes)
 
-    def read(number, settings):
-        room.wait(number)
+    def read(number: int, settings: dict[str, Any]) -> Clip | Exception:
+        budget.wait(number)
         reader = idle.popleft()
         try:
             clip = read_clip(settings, timeout_seconds, reader, quarantine)
@@ -52,114 +52,113 @@ def read_ahead(
             idle.append(reader)
         if prepare is not None and isinstance(clip, Clip):
             prepare(settings, clip)
-        room.take(clip)
+        budget.change(_num_bytes(clip))
         return clip
 
-    waiting: deque = deque()
+    waiting: deque[tuple[dict[str, Any], Future[Clip | Exception]]] = deque()
+
+    def take_first() -> tuple[dict[str, Any], Clip | Exception]:
+        settings, future = waiting.popleft()
+        clip = future.result()
+        budget.change(-_num_bytes(clip), num_taken=1)
+        return settings, clip
+
     pool = ThreadPoolExecutor(num_readers)
     try:
         for number, settings in enumerate(todo):
             waiting.append((settings, pool.submit(read, number, settings)))
             if len(waiting) > num_ahead:
-                yield room.leave(waiting.popleft())
+                yield take_first()
         while waiting:
-            yield room.leave(waiting.popleft())
+            yield take_first()
     finally:
-        room.limit = math.inf
+        budget.limit = math.inf
+        budget.change(0)
         pool.shutdown(cancel_futures=True)
         for reader in readers:
             reader.close()
 
 
-class _Room:
-    """Bytes that clips take between being read and being handed over; the next to be handed over always finds room."""
+class _MemoryBudget:
+    """Memory budget for prefetched clips; the next one in order is always admitted, so it cannot deadlock."""
 
     def __init__(self, limit: float):
-        self.limit, self.taken, self.next_number, self._changed = limit, 0, 0, threading.Condition()
+        self.limit, self._num_bytes, self._next_number, self._changed = limit, 0, 0, threading.Condition()
 
-    def wait(self, number):
+    def wait(self, number: int) -> None:
         with self._changed:
-            while not (self.taken < self.limit or number == self.next_number):
-                self._changed.wait(1)  # looks again, because the limit is lifted without a word
+            self._changed.wait_for(lambda: self._num_bytes < self.limit or number == self._next_number)
 
-    def take(self, clip):
+    def change(self, num_bytes: int, num_taken: int = 0) -> None:
         with self._changed:
-            self.taken += _num_bytes(clip)
-
-    def leave(self, waited):
-        settings, future = waited
-        clip = future.result()
-        with self._changed:
-            self.taken -= _num_bytes(clip)
-            self.next_number += 1
+            self._num_bytes += num_bytes
+            self._next_number += num_taken
             self._changed.notify_all()
-        return settings, clip
 
 
-def _num_bytes(clip):
+def _num_bytes(clip: Clip | Exception) -> int:
     return clip.frames.nbytes if isinstance(clip, Clip) else 0
 
 
 def read_clip(
-    settings: dict[str, Any], timeout_seconds: float | None, reader: ClipReader, quarantine: Quarantine | None
+    settings: dict[str, Any],
+    timeout_seconds: float | None,
+    reader: ClipReader,
+    quarantine: Quarantine | None,
+    retry: bool = True,
 ) -> Clip | Exception:
-    """The clip of a request, or the error in reading it. Arguments as in `read_ahead`, with the `reader` to use."""
+    """Read the clip of a request with `reader`; returns the clip, or the error. Other arguments as in `read_ahead`."""
     video, window = settings["video"], (settings["start_seconds"], settings["end_seconds"])
-    again = True  # what a process died of once may have come from outside: somebody who kills, memory that others take
-    while True:
-        try:
-            Prompt.from_record(settings)  # a clip may have an unusable prompt of its own
-            if quarantine is not None:
-                quarantine.check(video)
-            return load_clip(video, settings["frame_sampling"], *window, timeout_seconds, reader)
-        except ReaderLost as error:
-            if not again or isinstance(error, ReaderHung):
-                if quarantine is not None:
-                    quarantine.add(video, error.reason)
-                return error
-            again = False
-        except (VideoError, ValueError) as error:
-            return error
+    try:
+        Prompt.from_record(settings)  # a clip may have an invalid prompt of its own
+        if quarantine is not None:
+            quarantine.check(video)
+        return load_clip(video, settings["frame_sampling"], *window, timeout_seconds, reader)
+    except ReaderLost as error:
+        if retry and not isinstance(error, ReaderHung):  # the crash may be external, such as the OOM killer's
+            return read_clip(settings, timeout_seconds, reader, quarantine, retry=False)
+        if quarantine is not None:
+            quarantine.add(video, error.reason)
+        return error
+    except (VideoError, ValueError) as error:
+        return error
 
 
 def memory_budget() -> int:
-    """Bytes that clips may take by default: half of what is free, at most 8 GiB."""
+    """Default memory for clips in bytes: half of what is free, at most 8 GiB."""
     return min(psutil.virtual_memory().available // 2, 2**33)
 
 
 class Quarantine:
-    """Clips that the process reading them did not survive: a line each in a file (JSON Lines). No later run reads them.
+    """Clips that crashed or hung the process that read them, kept in a JSON Lines file; later runs skip them.
 
-    A clip is known by its path, size and time of modification: once replaced, it is read again.
+    A clip is identified by path, size and modification time: once replaced, it is read again.
 
     Args:
         path: the file; made with the first line.
-        also: files of others, only to be read.
+        also: quarantine files of other processes, only read.
     """
 
-    def __init__(self, path: str | os.PathLike, also: Iterable[Path] = ()):
-        self.path, self._lock, self._reasons = Path(path), threading.Lock(), {}
-        for line in (line for each in {self.path, *also} for line in read_lines(each)):
-            self._reasons[line["video"], line["size"], line["mtime_ns"]] = line["reason"]
+    def __init__(self, path: str | os.PathLike[str], also: Iterable[Path] = ()):
+        self.path, self._lock = Path(path), threading.Lock()
+        lines = (line for each in {self.path, *also} for line in read_lines(each))
+        self._reasons = {(line["video"], line["size"], line["mtime_ns"]): line["reason"] for line in lines}
 
     def check(self, video: str) -> None:
-        """Raises:
-        VideoError: this clip is in quarantine.
-        """
+        """Raise `VideoError` if this clip is in quarantine."""
         if self._reasons and (reason := self._reasons.get(self._key(video))):
-            told = f"{reason}; not read again, because it stands in {self.path}"
-            raise VideoError(video, told)
+            raise VideoError(video, f"{reason}; not read again, because it is in {self.path}")
 
     def add(self, video: str, reason: str) -> None:
-        """Note a clip, durably."""
+        """Add a clip, durably."""
         key = self._key(video)
+        line = dict(zip(("video", "size", "mtime_ns"), key, strict=True)) | {"reason": reason, "added": now()}
         with self._lock:
             self._reasons[key] = reason
-            told = dict(zip(("video", "size", "mtime_ns"), key, strict=True)) | {"reason": reason, "added": now()}
-            append_line(self.path, told)
+            append_line(self.path, line)
 
     @staticmethod
-    def _key(video):
+    def _key(video: str) -> tuple[str, int | None, int | None]:
         try:
             status = os.stat(video)
         except OSError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from capkit.runs.progress import someone_watches
+from capkit.runs.progress import is_interactive
 
 
 def enter_project_root() -> None:
@@ -15,7 +15,7 @@ def enter_project_root() -> None:
     the root. With this, relative paths mean the same in both. Under papermill, nbconvert and the batch command nothing
     changes, nor outside a clone of capkit.
     """
-    if not someone_watches():
+    if not is_interactive():
         return
     current = Path.cwd()
     for folder in (current, *current.parents):

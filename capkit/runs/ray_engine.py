@@ -1,8 +1,8 @@
-"""Captioning on a Ray cluster: clips are read on CPUs and stream into captioners on GPUs (`pip install 'capkit[ray]'`).
+"""Caption on a Ray cluster: clips are read on CPUs and stream into captioners on GPUs (`pip install -e '.[ray]'`).
 
-Ray moves the clips; it keeps nothing. Each captioner writes its records to a store of its own in the output folder,
-which all nodes share, with the functions that a local shard uses; `merge` puts them together. So a lost
-node costs the batch in hand, Ray does that again elsewhere, and a run started again does what is missing.
+Ray moves the clips and keeps nothing: each captioner writes its records to a store of its own in the output folder,
+which all nodes share, and `merge` combines them. So a lost node costs the batch in hand, which Ray does again
+elsewhere, and a restarted run does what is missing.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ import os
 import pickle
 import socket
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, loading
-from capkit.runs.caption import caption_batch_into, missing, plan_clips, prepare_clip
+from capkit.runs.caption import caption_batch_into, current_records, missing, plan_clips, prepare_clip
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine, memory_budget, read_clip
 from capkit.runs.progress import Progress
 from capkit.runs.shards import Shard, hold_shard, shard_stores, write_plan
-from capkit.runs.store import CaptionStore
+from capkit.runs.store import CaptionStore, ModelIdentity
 from capkit.video import Clip, ClipReader, FrameSampling
 
-SHARD = Shard()  # for Ray a folder is one shard, in several stores
+SHARD = Shard()  # on Ray a folder is one shard, in several stores
 
 
 def caption_on_ray(
     items: Iterable[Item],
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike[str],
     model: str = "demo",
     device: str = "auto",
     dtype: str = "auto",
@@ -52,36 +51,38 @@ def caption_on_ray(
     decoding: DecodingLike = GREEDY,
     frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
 ) -> list[dict[str, Any]]:
-    """Caption items on the Ray cluster at hand, or on this machine where `ray.init` was told of none.
+    """Caption items on the connected Ray cluster, or on this machine if `ray.init` was not called.
 
-    Clips reach the captioners in the order in which they are read. One that cannot be read, or does not fit into
-    memory, gets a record that says why, and the others go on.
+    A clip that cannot be read, or does not fit into memory, gets a record with the error, and the others go on.
 
     Args:
         items: from `find_clips`; every node must reach the files under the same names.
-        output_dir: a folder that every node reaches under this name; the layout is that of `capkit.runs.shards`.
-        model, device, dtype, quantization, revision: as in `load_captioner`, for each captioner.
+        output_dir: a folder that every node reaches under this name; its layout is that of `capkit.runs.shards`.
+        model, device, dtype, quantization, revision: arguments of `load_captioner`, for each captioner.
         batch_size: clips that go through a model together.
-        retry_errors: try again what failed before, but for clips in quarantine.
-        retry_quarantined: also these.
+        retry_errors: try clips again that failed before, except those in quarantine.
+        retry_quarantined: those, too.
         timeout_seconds: longest time to read one clip.
-        num_captioners: how many models are loaded; a GPU each.
-        cpus_per_captioner, gpus_per_captioner: what Ray sets aside for one; None: a GPU where the cluster has any.
-        cpus_per_reader: what Ray sets aside for a process that reads clips.
-        prompt, decoding, frame_sampling: as in `caption_clips`.
+        num_captioners: models to load, each on its own GPU.
+        cpus_per_captioner, gpus_per_captioner: resources that Ray reserves for each; gpus None: 1 if the cluster has
+            GPUs, else 0.
+        cpus_per_reader: CPUs that Ray reserves for each process that reads clips.
+        prompt, decoding, frame_sampling: settings of every caption, see `caption_clips`.
 
     Returns:
         The current record of every item, in order.
 
     Raises:
         ImportError: Ray is not installed.
-        ShardBusy: another process is at work in the folder, on Ray or as its only shard.
-        ValueError, OSError: as in `caption_shard`.
+        ShardBusy: another process is working in the folder, on Ray or as its only shard.
+        ValueError: settings that are invalid for every clip.
+        OSError: the folder cannot be written; earlier captions are kept.
     """
     try:
         import ray
+        import ray.data
     except ImportError as error:
-        raise ImportError("captioning on Ray needs it: pip install 'capkit[ray]'") from error
+        raise ImportError("captioning on Ray needs Ray: pip install -e '.[ray]'") from error
     folder = Path(output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     items = list(dict.fromkeys(items))
@@ -93,79 +94,79 @@ def caption_on_ray(
         for path in folder.glob("*.quarantine.jsonl"):
             os.replace(path, f"{path}.old")
     resources = {"num_cpus": cpus_per_captioner, "num_gpus": gpus_per_captioner}
-    settings = (model, device, dtype, quantization, revision)
+    model_arguments = (model, device, dtype, quantization, revision)
     with hold_shard(folder, SHARD) as heartbeat:
-        who = ray.get(ray.remote(**resources)(_describe).remote(*settings))
-        planned = plan_clips(SimpleNamespace(**who), items, prompt, decoding, frame_sampling)
+        identity = ray.get(ray.remote(_identify).options(**resources).remote(*model_arguments))
+        planned = plan_clips(identity, items, prompt, decoding, frame_sampling)
         write_plan(folder, SHARD, items, planned, Prompt.of(prompt))
-        todo = missing(
-            planned, [CaptionStore(path) for path in shard_stores(folder)], retry_errors or retry_quarantined
-        )
+        stores = map(CaptionStore, shard_stores(folder))
+        todo = missing(planned, stores, retry_errors or retry_quarantined)
         with Progress("clips", len(todo), len(planned) - len(todo), heartbeat) as progress:
-            if todo:
-                reading = (timeout_seconds, cpus_per_reader)
-                captioning = {"batch_size": batch_size, **resources}
-                for record in _stream(ray, todo, folder, settings, *reading, num_captioners, captioning):
-                    progress.update(record)
-    current = {}
-    for path in shard_stores(folder):
-        current |= {record["request"]: record for record in CaptionStore(path).current()}
-    return [current[settings["request"]] for settings in planned]
+            pool = ray.data.ActorPoolStrategy(size=num_captioners)
+            captioning = {"batch_size": batch_size, "compute": pool, **resources}
+            for record in _stream(todo, folder, model_arguments, timeout_seconds, cpus_per_reader, captioning):
+                progress.update(record)
+    return current_records(planned, map(CaptionStore, shard_stores(folder)))
 
 
-def _describe(model, device, dtype, quantization, revision) -> dict[str, Any]:
-    """What `request_settings` wants to know of a captioner, found out where one will run, without loading it."""
+def _identify(model: str, device: str, dtype: str, quantization: str | None, revision: str | None) -> ModelIdentity:
+    """The identity of a model, without loading it. To be run where the model will, because the dtype depends on it."""
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
-    chosen = loading.choose_dtype(dtype, loading.choose_device(device))
-    name = str(chosen).removeprefix("torch.")
-    return {"fingerprint": loading.fingerprint(folder), "dtype": name, "name": model, "quantization": quantization}
+    name = str(loading.choose_dtype(dtype, loading.choose_device(device))).removeprefix("torch.")
+    return ModelIdentity(model, loading.fingerprint(folder), name, quantization)
 
 
-def _stream(ray, todo, folder, settings, timeout_seconds, cpus_per_reader, num_captioners, captioning):
-    """Records as they come, shortened to what `Progress` wants to know; whole they stand in the stores."""
+def _stream(
+    todo: Sequence[dict[str, Any]],
+    folder: Path,
+    model_arguments: tuple[Any, ...],
+    timeout_seconds: float,
+    cpus_per_reader: float,
+    captioning: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Yield the status, error and video of each record as it comes; full records are in the stores."""
     import ray.data
 
+    if not todo:
+        return
     context = ray.data.DataContext.get_current()
     before = context.target_max_block_size, context.enable_progress_bars
-    # Blocks of a row: Ray hands results on when a block is full, and does again what was in the blocks that it lost.
+    # Blocks of one row: Ray passes results on once a block is full, and repeats all of a lost block.
     context.target_max_block_size, context.enable_progress_bars = 200, False
     try:
-        data = ray.data.from_items([{"asked": pickle.dumps(asked)} for asked in todo], override_num_blocks=len(todo))
-        reading = {"fn_args": (str(folder), timeout_seconds), "batch_size": 1, "num_cpus": cpus_per_reader}
-        data = data.map_batches(_read, **reading)
-        pool = ray.data.ActorPoolStrategy(size=num_captioners)
-        made = {"fn_constructor_args": (str(folder), settings), "compute": pool}
-        for row in data.map_batches(_CaptionerActor, **made, **captioning).iter_rows():
-            yield {"status": row["status"], "error": row["error"], "video": row["video"]}
+        rows = [{"settings": pickle.dumps(settings)} for settings in todo]
+        read = functools.partial(_read, folder=folder, timeout_seconds=timeout_seconds)
+        data: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(todo))
+        data = data.map_batches(read, batch_size=1, num_cpus=cpus_per_reader)
+        data = data.map_batches(_CaptionerActor, fn_constructor_args=(folder, model_arguments), **captioning)
+        yield from data.iter_rows()
     finally:
         context.target_max_block_size, context.enable_progress_bars = before
 
 
 @functools.cache
-def _reader():
-    """Of this process, which Ray uses again and again."""
+def _reader() -> ClipReader:
+    """The clip reader of this worker process, which Ray reuses."""
     return ClipReader(memory_budget())
 
 
-def _read(batch, folder, timeout_seconds):
-    """On a CPU: clips, or the errors in reading them, pickled; Ray would drop a whole block for an exception."""
-    own = Path(folder) / f"ray-{socket.gethostname()}.quarantine.jsonl"
-    quarantine = Quarantine(own, Path(folder).glob("*.quarantine.jsonl"))
-    pairs = []
-    for content in batch["asked"]:
-        asked = pickle.loads(content)
-        pairs.append(pickle.dumps((asked, read_clip(asked, timeout_seconds, _reader(), quarantine)), protocol=5))
-    return {"pair": np.array(pairs, dtype=object)}
+def _read(batch: dict[str, np.ndarray], folder: Path, timeout_seconds: float) -> dict[str, np.ndarray]:
+    """On a CPU: read clips, or get the errors, which Ray would drop the block for; pickled with their settings."""
+    own = folder / f"ray-{socket.gethostname()}.quarantine.jsonl"
+    quarantine = Quarantine(own, folder.glob("*.quarantine.jsonl"))
+    requests = map(pickle.loads, batch["settings"])
+    pairs = [(settings, read_clip(settings, timeout_seconds, _reader(), quarantine)) for settings in requests]
+    return {"pair": np.array([pickle.dumps(pair, protocol=5) for pair in pairs], dtype=object)}
 
 
 class _CaptionerActor:
-    """On a GPU: a model, and a store that nobody else writes."""
+    """On a GPU: a model, and a store that only this actor writes."""
 
-    def __init__(self, folder, settings):
-        self.captioner = load_captioner(*settings)
-        self.store = CaptionStore(Path(folder) / f"ray-{uuid.uuid4().hex}.jsonl", Path(folder) / "captions_strips")
+    def __init__(self, folder: Path, model_arguments: tuple[Any, ...]):
+        self.captioner = load_captioner(*model_arguments)
+        self.store = CaptionStore(folder / f"ray-{uuid.uuid4().hex}.jsonl", folder / "captions_strips")
 
-    def __call__(self, batch):
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         pairs = [pickle.loads(pair) for pair in batch["pair"]]
         for settings, clip in pairs:
             if isinstance(clip, Clip):

@@ -1,4 +1,4 @@
-"""The caption store: a JSON line for each attempt, flushed to disk; what is current, what is done, what is torn."""
+"""Append-only JSONL store of captions: latest record per request, resume, recovery from partial lines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,16 @@ STRIP_GAP_PIXELS = 2
 class CaptionStore:
     """A file of caption records (JSON Lines) with picture strips beside it. One process writes, any number read.
 
-    Every line is an attempt at a request: a video with all settings that bear on its caption. The latest one counts.
-    A process killed within a line leaves a torn one: before the next record is written it is moved to `<name>.torn`,
-    with a warning; until then readers skip it.
+    Every line is an attempt at a request: a video with all settings that affect its caption. The latest one counts.
+    A process killed while writing leaves a partial line. Readers skip it; the next `append` moves it to `<name>.torn`,
+    with a warning.
 
     Args:
         path: the file, such as `runs/captions.jsonl`; its folder is made with the first record.
         strips: folder of the picture strips; None: `<name>_strips/` beside the file. Several stores may share one.
     """
 
-    def __init__(self, path: str | os.PathLike, strips: str | os.PathLike | None = None):
+    def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
         self.path = Path(path).expanduser()
         self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
         self._checked = False
@@ -45,7 +46,7 @@ class CaptionStore:
         return f"CaptionStore({str(self.path)!r})"
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line and wait until it is on disk.
+        """Add a line, flushed to disk.
 
         Raises:
             ValueError: the record has no `request`, or holds what JSON cannot.
@@ -54,54 +55,52 @@ class CaptionStore:
             raise ValueError("a record needs its `request`: make it with new_record()")
         if not self._checked:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._set_torn_line_aside()
+            self._move_partial_line()
             self._checked = True
         append_line(self.path, record)
 
-    def _set_torn_line_aside(self) -> None:
+    def _move_partial_line(self) -> None:
         if not self.path.exists():
             return
         with open(self.path, "rb+") as file:
             content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole == len(content):
+            end = content.rfind(b"\n") + 1
+            if end == len(content):
                 return
             torn = self.path.with_name(self.path.name + ".torn")
             with open(torn, "ab") as aside:
-                aside.write(content[whole:] + b"\n")
-            file.truncate(whole)
+                aside.write(content[end:] + b"\n")
+            file.truncate(end)
         warnings.warn(f"{self.path}: the last line was torn (a process was killed); it is now in {torn}", stacklevel=3)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every readable line in order: attempts and edits. A line that is not is skipped with a warning."""
+        """All attempts and edits, in file order. An unreadable line is skipped with a warning."""
         return list(read_lines(self.path))
 
     def current(self) -> list[dict[str, Any]]:
         """The latest attempt at each request, in the order in which requests were first tried.
 
-        A caption stopped by hand (`finish_reason` "stopped") counts only where there is no whole one. Where a hand edit
-        refers to the request, `edited_text` holds it; `text` stays what the model said.
+        A caption stopped by hand (`finish_reason` "stopped") counts only if there is no complete one. A hand edit of a
+        request is in `edited_text`; `text` stays the model's.
         """
-        latest: dict[str, dict] = {}
+        latest: dict[str, dict[str, Any]] = {}
         edits = {}
         for line in self.lines():
             if "edits" in line:
-                edits[line["edits"]] = line["text"]
+                edits[line["edits"]] = {"edited_text": line["text"]}
             elif "request" in line:
                 before = latest.get(line["request"], line)
                 if not is_stopped(line) or is_stopped(before) or before["status"] != "ok":
                     latest[line["request"]] = line
-        return [
-            record | ({"edited_text": edits[request]} if request in edits else {}) for request, record in latest.items()
-        ]
+        return [record | edits.get(request, {}) for request, record in latest.items()]
 
     def done(self, retry_errors: bool = False) -> set[str]:
-        """Requests that need no further attempt: with a whole caption or, unless they are retried, with an error."""
-        whole = (record for record in self.current() if not is_stopped(record))
-        return {record["request"] for record in whole if record["status"] == "ok" or not retry_errors}
+        """Requests with a complete caption or, unless `retry_errors`, with an error."""
+        complete = (record for record in self.current() if not is_stopped(record))
+        return {record["request"] for record in complete if record["status"] == "ok" or not retry_errors}
 
     def edit(self, request: str, text: str) -> None:
-        """Keep a text written by hand for a request. No rerun overwrites it.
+        """Store a text written by hand for a request. No rerun overwrites it.
 
         Raises:
             ValueError: the store has no such request.
@@ -111,11 +110,11 @@ class CaptionStore:
         self.append({"edits": request, "text": text, "created": now()})
 
     def strip_path(self, record: dict[str, Any]) -> Path:
-        """Where the picture of a record's frames is; captions of the same frames share one."""
+        """Path of a record's picture strip; captions of the same frames share one."""
         return self.strips / record["strip"]
 
     def save_strip(self, record: dict[str, Any], clip: Clip, image_size: int) -> Path:
-        """Keep a small picture of the frames as the model saw them: cropped, in reading order, 12 to a row."""
+        """Write a small picture of the frames as the model saw them: cropped, in reading order, 12 to a row."""
         path = self.strip_path(record)
         if path.exists():
             return path
@@ -126,16 +125,24 @@ class CaptionStore:
         for index, frame in enumerate(seen):
             small = Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS)
             strip.paste(small, (index % columns * pitch, index // columns * pitch))
-        self.strips.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
         strip.save(picture, "webp", quality=60)
-        atomic_write(path, picture.getvalue())
-        return path
+        return atomic_write(path, picture.getvalue())
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a request needs to know of a model that is not loaded in this process; attributes as of `Captioner`."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    quantization: str | None
 
 
 def request_settings(
-    captioner: Captioner,
-    video: str | os.PathLike,
+    captioner: Captioner | ModelIdentity,
+    video: str | os.PathLike[str],
     prompt: PromptLike,
     decoding: Decoding = GREEDY,
     frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
@@ -144,18 +151,15 @@ def request_settings(
     sample: int = 0,
     own_text: str | None = None,
 ) -> dict[str, Any]:
-    """What is asked of a video, with `request`, the digest of it all that tells whether it has been answered.
+    """The first part of a record: all settings of a request and, as `request`, their digest, by which runs resume.
 
-    The video counts by its path, size and time of modification, so that it need not be opened.
+    The digest identifies the video by path, size and modification time, so that it need not be opened, and the model
+    by its weights' fingerprint, dtype and quantization, not by its name.
 
     Args:
-        captioner: by its weights' fingerprint, dtype and quantization, not by its name.
         video: file name; need not exist.
         sample: number among repeats of the same request.
-        own_text: replaces the text of the prompt; checked only when the clip is read, so that it fails alone.
-
-    Returns:
-        The first part of a record.
+        own_text: replaces the text of the prompt; checked only when the clip is read, so that only this clip fails.
     """
     path = Path(video).expanduser().absolute()
     frames = {
@@ -164,9 +168,8 @@ def request_settings(
         "start_seconds": float(start_seconds),
         "end_seconds": None if end_seconds is None else float(end_seconds),
     }
-    settings = {
-        **Prompt.of(prompt).to_record(),
-        **({} if own_text is None else {"prompt": own_text}),
+    settings = Prompt.of(prompt).to_record() | ({} if own_text is None else {"prompt": own_text})
+    settings |= {
         "decoding": decoding.to_dict(),
         "sample": sample,
         "model_fingerprint": captioner.fingerprint,
@@ -174,33 +177,28 @@ def request_settings(
         "quantization": captioner.quantization,
     }
     file = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
-    return (
-        {"request": _digest([frames, file, settings])}
-        | frames
-        | settings
-        | {"model": captioner.name, "strip": f"{_digest([frames, file])}.webp"}
-    )
+    names = {"model": captioner.name, "strip": f"{_digest([frames, file])}.webp"}
+    return {"request": _digest([frames, file, settings])} | frames | settings | names
 
 
 def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Clip | None = None) -> dict[str, Any]:
-    """A whole record: what was asked (`request_settings`) and what came of it.
+    """A record: the request with its caption or error.
 
     Args:
-        settings: from `request_settings`; with `video_sha256` where that is known.
-        outcome: the caption, or the error that stood in its way.
-        clip: the frames that were seen, where it came so far.
+        settings: from `request_settings`; with `video_sha256` if already computed.
+        outcome: the caption, or the error instead of it.
+        clip: the frames that were seen, if it was read.
     """
     names = ("video_sha256", "duration_seconds", "frame_indices", "timestamps_seconds")
     record = settings | dict.fromkeys(names)
-    digest = settings.get("video_sha256")
     if clip is not None:
         end = clip.info.duration_seconds if clip.end_seconds is None else clip.end_seconds
         record["duration_seconds"] = round(min(end, clip.info.duration_seconds) - clip.start_seconds, 3)
         record["frame_indices"] = list(clip.frame_indices)
         record["timestamps_seconds"] = np.asarray(clip.timestamps_seconds).round(6).tolist()
     if isinstance(outcome, Caption):
-        record["video_sha256"] = digest or sha256_if_there(settings["video"])
         record |= {
+            "video_sha256": settings.get("video_sha256") or sha256_if_there(settings["video"]),
             "text": outcome.text,
             "num_tokens": len(outcome.token_ids),
             "mean_logprob": round(outcome.mean_logprob, 6),
@@ -216,7 +214,7 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
 
 
 def is_stopped(record: dict[str, Any]) -> bool:
-    """Did somebody end the caption before it was whole?"""
+    """Whether a person stopped the caption before its end."""
     return record.get("finish_reason") == "stopped"
 
 
@@ -225,7 +223,7 @@ def _digest(content: Any) -> str:
 
 
 def sha256_if_there(path: str) -> str | None:
-    """None for a file taken away since it was read: its caption is worth keeping all the same."""
+    """The file's SHA-256, or None if it is gone since it was read: its caption is still worth keeping."""
     try:
         return file_sha256(path)
     except OSError:

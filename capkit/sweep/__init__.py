@@ -1,4 +1,4 @@
-"""Prompts and decoding settings against each other: plan, run, describe, compare."""
+"""Compare prompts, decoding settings and frame samplings: plan a sweep, run it, describe and compare its captions."""
 
 from capkit.sweep.comparison import OUTCOMES, bradley_terry, compare
 from capkit.sweep.diagnostics import OPENING, SENTENCE_END, agreement, describe, describe_set, near_duplicates

@@ -1,8 +1,8 @@
-"""What can be said of captions without a judge: length, repetition, stock phrases, impossible times, agreement.
+"""Describe captions by counts: length, repetition, stock phrases, impossible times, n-gram scores, agreement.
 
-Tables in, tables out: a row is a caption, its `text` a string, or missing where captioning failed. Every number is
-a count or a share that a reader can check by hand. None says whether a caption is true: n-gram scores in particular
-reward the reference's wording and suit long captions badly. The lists of phrases are English and are there to be read.
+Tables in, tables out: a row is a caption, its `text` a string, or missing where captioning failed. No number says
+whether a caption is true; n-gram scores reward the reference's wording and suit long captions badly. The lists of
+phrases are English.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 
 from capkit.sweep.t5 import COGVIDEOX_T5_LIMIT, t5_counter
 
-# An opening is one of OPENINGS, or "the" or "this", a subject and a verb: "The video begins with", "This clip shows".
+# An opening is one of OPENINGS, or "the" or "this" with a subject and a verb: "The video begins with".
 OPENINGS = """in this video, in the video, in this clip, in the clip, in this scene, in the scene, in this image,
     in the image, throughout the video, the video is, this is a video, a video of, a clip of, caption:, description:,
     here is, here's, sure, certainly, we see, we can see, the viewer"""
@@ -39,7 +39,7 @@ MOOD_WORDS = """atmospher(?:e|ic), mood, ambian?ce, ambience, vibe, aura, allure
 # About the recording. What the camera does is content for a video generator, so "camera" and "shot" are not here.
 META_WORDS = "videos?, clips?, footage, frames?, images?, pictures?, photo(?:graph)?s?, screenshots?, viewers?"
 
-# Words that say nothing of their own, for `agreement`.
+# Function words, which `agreement` ignores.
 STOP_WORDS = frozenset(
     """a an the this that these those and or but nor so as if while when where which who whose what there here then than
     of in on at to from by with without into onto over under up down out off for about through across between along
@@ -83,28 +83,26 @@ _TIMES = (
 
 
 def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LIMIT) -> pd.DataFrame:
-    """Add columns that say of each caption what can be counted. A missing text gets NA or NaN in all of them.
+    """Add columns of counts and shares to a table of captions. A missing text gets NA or NaN in all of them.
 
     New columns:
         num_words, num_sentences: a Chinese or Japanese character is a word.
-        num_t5_tokens: `</s>` included. A trigger word that a trainer puts before the caption comes on top.
+        num_t5_tokens: `</s>` included; a trigger word that a trainer adds is not counted.
         t5_is_estimate: no tokenizer was given, see `capkit.sweep.t5.estimate_t5_tokens`.
         over_t5_limit: T5 tokens beyond `t5_limit` are cut off in training.
         stopped_by_length: `finish_reason` is "length"; NA where it is unknown.
-        repeated_4grams: share of the runs of four words that were there before: 1 - distinct / all; 0 under four words.
+        repeated_4grams: share of repeated runs of four words: 1 - distinct / all; 0 under four words.
         longest_repeat_words: words in the longest run that occurs twice without overlapping itself.
-        boilerplate_opening: the opening of OPENINGS or the like in lower case, "" where there is none.
+        boilerplate_opening: the opening, in lower case, if it matches OPENING, else "".
         num_hedges, num_mood_words, num_meta_words: occurrences of HEDGES, MOOD_WORDS, META_WORDS.
         seconds_beyond_clip: how far the largest time mentioned ("at second 12", "12 seconds", "0:12") lies beyond
-            `duration_seconds`; whole seconds that the clip has begun are within. NaN where no duration is known.
-            A clock in the picture counts too.
-        chrf, bleu: against `reference`, where there is that column; sentence level, 0 to 100.
+            `duration_seconds`, rounded up; NaN where the duration is unknown. A clock in the picture counts too.
+        chrf, bleu: against `reference`, if there is that column; sentence level, 0 to 100.
 
     Args:
-        captions: `text`, and whatever else there is; columns used where they exist are `finish_reason` ("eos", "length"
-            or "stopped"), `duration_seconds` (of the clip or window) and `reference`.
-        t5_tokenizer: folder of a T5 tokenizer, such as `tokenizer/` of a CogVideoX checkpoint, or a transformers
-            tokenizer. Nothing is downloaded.
+        captions: `text` and, used where they exist, `finish_reason` ("eos", "length" or "stopped"), `duration_seconds`
+            (of the clip or window) and `reference`; other columns are kept.
+        t5_tokenizer: a transformers tokenizer, or the folder of one, such as `tokenizer/` of a CogVideoX checkpoint.
         t5_limit: `capkit.sweep.t5.COGVIDEOX_T5_LIMIT` or, safe for every CogVideoX trainer, `COGVIDEOX_1_5_T5_LIMIT`.
 
     Returns:
@@ -114,57 +112,58 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
         ValueError: no `text` column, or no tokenizer in the folder.
         ImportError: there are references, but sacrebleu is not installed.
     """
-    _require_columns(captions, ["text"])
+    require_columns(captions, ["text"])
     texts = [text if isinstance(text, str) else None for text in captions["text"]]
     lowered = [text if text is None else _normalise(text) for text in texts]
     words = [text if text is None else _WORD.findall(text) for text in lowered]
-    known = captions.reindex(columns=["finish_reason", "duration_seconds", "reference"])
-    durations = pd.to_numeric(known["duration_seconds"]).to_numpy(float, na_value=math.nan)
+    optional = captions.reindex(columns=["finish_reason", "duration_seconds", "reference"])
+    durations = pd.to_numeric(optional["duration_seconds"]).to_numpy(float, na_value=math.nan)
     described = captions.copy()
     described["num_words"] = _each(len, words, "Int64")
     described["num_sentences"] = _each(_num_sentences, texts, "Int64")
     described["num_t5_tokens"] = _each(t5_counter(t5_tokenizer), texts, "Int64")
     described["t5_is_estimate"] = _each(lambda _: t5_tokenizer is None, texts, "boolean")
     described["over_t5_limit"] = described["num_t5_tokens"] > t5_limit
-    stopped = known["finish_reason"].eq("length").astype("boolean")
-    described["stopped_by_length"] = stopped.mask(known["finish_reason"].isna() | described["num_words"].isna())
+    stopped = optional["finish_reason"].eq("length").astype("boolean")
+    described["stopped_by_length"] = stopped.mask(optional["finish_reason"].isna() | described["num_words"].isna())
     described["repeated_4grams"] = _each(lambda w: 1 - _distinct_share([w], 4) if len(w) > 3 else 0, words, "float64")
     described["longest_repeat_words"] = _each(_longest_repeat, words, "Int64")
     described["boilerplate_opening"] = _each(lambda text: (OPENING.match(text) or ["", ""])[1], lowered, "string")
     for name, phrases in (("hedges", HEDGES), ("mood_words", MOOD_WORDS), ("meta_words", META_WORDS)):
         listed = re.compile(rf"\b(?:{_either(phrases)})(?!\w)")
-        described[f"num_{name}"] = _each(lambda text, listed=listed: len(listed.findall(text)), lowered, "Int64")
+        matches = [None if text is None else listed.findall(text) for text in lowered]
+        described[f"num_{name}"] = _each(len, matches, "Int64")
     described["seconds_beyond_clip"] = [
         math.nan if text is None else _seconds_beyond(text, duration)
         for text, duration in zip(lowered, durations, strict=True)
     ]
     if "reference" in captions:
-        described["chrf"], described["bleu"] = _reference_scores(texts, known["reference"])
+        described["chrf"], described["bleu"] = _reference_scores(texts, optional["reference"])
     return described
 
 
 def describe_set(captions: pd.DataFrame, by: str | Sequence[str], clip: str = "video") -> pd.DataFrame:
-    """Sum up each set of captions: a row per cell, in the order in which cells first appear.
+    """Summarise each set of captions: a row per cell, in the order in which cells first appear.
 
     Columns, after those of `by`:
         num_captions, num_failed: with and without a text.
-        distinct_1, distinct_2: distinct words, and pairs of words, among all. Larger sets have lower shares, so compare
-            only sets of about the same number of words.
-        share_near_duplicates: captions that nearly repeat one of a different clip: the same words, or distinct runs
-            of five words with a Jaccard index of at least 0.8. Without a column `clip` each caption is of its own clip.
-        share_boilerplate, and share_... of every column of true and false, such as `share_stopped_by_length`.
+        distinct_1, distinct_2: share of distinct words, and pairs of words. It falls with the number of words, so
+            compare only sets of about the same size.
+        share_near_duplicates: captions that nearly repeat one of another clip, see `near_duplicates`. Without a column
+            `clip` each caption counts as its own clip.
+        share_boilerplate, and share_... of every boolean column, such as `share_stopped_by_length`.
         The mean of every numeric column, under that column's name. Missing values are left out of shares and means.
 
     Args:
         captions: from `describe`, or a table that it takes.
-        by: column or columns that tell the sets apart.
-        clip: column that tells clips apart.
+        by: column or columns that identify the set.
+        clip: column that identifies the clip.
 
     Raises:
         ValueError: a column is missing.
     """
     by = [by] if isinstance(by, str) else list(by)
-    _require_columns(captions, ["text", *by])
+    require_columns(captions, ["text", *by])
     described = (captions if "boilerplate_opening" in captions else describe(captions)).reset_index(drop=True)
     others = described.drop(columns=[*by, clip], errors="ignore")
     flags = others.select_dtypes(["bool", "boolean"])
@@ -185,61 +184,61 @@ def describe_set(captions: pd.DataFrame, by: str | Sequence[str], clip: str = "v
 def agreement(
     captions: pd.DataFrame, by: str | Sequence[str] = "video", over: str | Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """Ask how far captions of one clip agree with each other: across seeds, frame samplings, prompts.
+    """Measure how far captions of one clip agree with each other: across seeds, frame samplings, prompts.
 
-    A word that no other variant says is a suspect of invention, never a verdict: it may be the one variant that looked
-    closely, and what all variants say may be wrong all the same. Words count by their stems, stop words not at all.
+    A word in no other variant may be invented, or seen by this variant alone; a word in all of them may still be wrong.
+    Words are compared by their stems, stop words are ignored.
 
     Args:
         captions: `text` and the columns named below.
-        by: what the captions that are compared have in common: the clip, and the prompt where it should be the same.
-        over: columns that make a variant; captions with the same values there count as one variant and are not
-            compared with each other. None: every caption is its own.
+        by: columns that compared captions have in common: the clip, and the prompt where it should be the same.
+        over: columns that make a variant: captions with the same values count as one variant and are not compared with
+            each other. None: every caption is a variant.
 
     Returns:
         The same index, with
         num_others: other variants with a text,
-        agreement: share of the caption's content words that at least half of the others say; NaN without others
+        agreement: share of the caption's content words that at least half of the others contain; NaN without others
             or content words,
-        words_only_here: the words that none of the others says, in order, with spaces between; "" without others.
+        words_only_here: the words that none of the others contains, in order, separated by spaces; "" without others.
 
     Raises:
         ValueError: a column is missing.
     """
     by = [by] if isinstance(by, str) else list(by)
     over = [] if over is None else [over] if isinstance(over, str) else list(over)
-    _require_columns(captions, ["text", *by, *over])
+    require_columns(captions, ["text", *by, *over])
     content = [_content_words(text) if isinstance(text, str) else None for text in captions["text"]]
     names = list(zip(*(captions[name].astype(str) for name in over), strict=True)) or range(len(captions))
-    results: list[dict] = [{} for _ in content]
+    results: list[dict[str, Any]] = [{} for _ in content]
     for places in captions.groupby(by, dropna=False).indices.values():
-        variants = defaultdict(set)
+        variants: defaultdict[Any, set[str]] = defaultdict(set)
         for place in places:
-            if content[place] is not None:
-                variants[names[place]] |= content[place].keys()
+            if (words := content[place]) is not None:
+                variants[names[place]] |= words.keys()
         counts = Counter(chain.from_iterable(variants.values()))
+        num_others = len(variants) - 1
         for place in places:
-            if (said := content[place]) is None:
+            if (words := content[place]) is None:
                 continue
-            num_others = len(variants) - 1
-            by_others = {stem: counts[stem] - 1 for stem in said}  # its own variant says it
-            backed = sum(2 * count >= num_others for count in by_others.values())
+            in_others = {stem: counts[stem] - 1 for stem in words}  # without its own variant
+            num_shared = sum(2 * count >= num_others for count in in_others.values())
             results[place] = {
                 "num_others": num_others,
-                "agreement": backed / len(said) if said and num_others else math.nan,
-                "words_only_here": " ".join(said[s] for s, count in by_others.items() if num_others and not count),
+                "agreement": num_shared / len(words) if words and num_others else math.nan,
+                "words_only_here": " ".join(words[s] for s, count in in_others.items() if num_others and not count),
             }
     columns = {"num_others": "Int64", "agreement": "float64", "words_only_here": "string"}
     return pd.DataFrame(results, index=captions.index, columns=list(columns)).astype(columns)
 
 
-def near_duplicates(texts: Sequence[str], clips: Sequence) -> np.ndarray:
-    """Which texts nearly repeat one of another clip: the same words, or distinct runs of five words with a Jaccard
-    index of at least 0.8. Thousands of texts take seconds, whatever they say.
+def near_duplicates(texts: Sequence[str], clips: Sequence[Any]) -> np.ndarray:
+    """Find texts that nearly repeat one of another clip: the same words, or distinct runs of five words with a Jaccard
+    index of at least 0.8. Takes seconds for thousands of texts.
 
     Args:
         texts: captions.
-        clips: of what; captions of one clip are not compared with each other.
+        clips: the clip of each; captions of one clip are not compared with each other.
 
     Returns:
         bool (N,).
@@ -251,28 +250,25 @@ def near_duplicates(texts: Sequence[str], clips: Sequence) -> np.ndarray:
     has = csr_array(
         (np.ones(len(columns), np.float32), columns, np.append(0, sizes.cumsum(dtype=int))), (len(texts), len(numbers))
     ).tocsc()
-    # Runs that few texts have make small sparse products; the others are few, and quick as a dense product.
+    # Sparse for runs in few texts; dense for the few runs in many texts, whose sparse product would be slow.
     num_texts = np.diff(has.indptr)
     rare, common = has[:, (num_texts > 1) & (num_texts <= 200)].tocsr(), has[:, num_texts > 200].toarray()
     clip_numbers = pd.factorize(pd.Series(clips))[0]
-    found = np.zeros(len(texts), bool)
+    is_duplicate = np.zeros(len(texts), bool)
     for start in range(0, len(texts), 500):
         rows = slice(start, start + 500)
         num_shared = common[rows] @ common.T + (rare[rows] @ rare.T).toarray()
         is_near = num_shared / (sizes[rows, None] + sizes - num_shared) >= NEAR_DUPLICATE_JACCARD
-        found[rows] = (is_near & (clip_numbers[rows, None] != clip_numbers)).any(axis=1)
-    return found
+        is_duplicate[rows] = (is_near & (clip_numbers[rows, None] != clip_numbers)).any(axis=1)
+    return is_duplicate
 
 
-# ---- a caption -----------------------------------------------------------------------------------------------------
-
-
-def _require_columns(table: pd.DataFrame, names: Iterable[str]) -> None:
+def require_columns(table: pd.DataFrame, names: Iterable[str]) -> None:
     if missing := [name for name in names if name not in table]:
         raise ValueError(f"no column {missing[0]!r}; there are {', '.join(map(str, table.columns))}")
 
 
-def _each(measure: Callable, items: list, dtype: str) -> pd.api.extensions.ExtensionArray:
+def _each(measure: Callable[[Any], Any], items: list[Any], dtype: str) -> pd.api.extensions.ExtensionArray:
     missing = math.nan if dtype == "float64" else pd.NA
     return pd.array([missing if item is None else measure(item) for item in items], dtype=dtype)
 
@@ -305,14 +301,14 @@ def _longest_repeat(words: list[str]) -> int:
     runs = {1: np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int64)}
 
     def occurs_twice(length: int) -> bool:
-        """Also keeps in `runs[length]` which run of that length starts at each word, equal numbers for equal runs."""
-        half = max(known for known in runs if known <= length)
+        """Also sets `runs[length]`: for each word the number of the run that starts there, equal for equal runs."""
+        half = max(number for number in runs if number <= length)
         num_starts = len(words) - length + 1
         first_and_last = runs[half][:num_starts] * (len(words) + 1) + runs[half][length - half :][:num_starts]
         _, first, runs[length] = np.unique(first_and_last, return_index=True, return_inverse=True)
         return bool((np.arange(num_starts) - first[runs[length]] >= length).any())
 
-    low, high = 0, 1  # a run that occurs twice has parts that do: double, then halve the interval
+    low, high = 0, 1  # parts of a repeated run are repeated: double the length, then bisect
     while 2 * high <= len(words) and occurs_twice(high):
         low, high = high, 2 * high
     high = min(high, len(words) // 2 + 1)
@@ -326,9 +322,9 @@ def _seconds_beyond(lowered: str, duration: float) -> float:
     if math.isnan(duration):
         return math.nan
     latest = 0.0
-    for found in chain.from_iterable(re.finditer(pattern, lowered) for pattern in _TIMES):
-        said = {unit: number for unit, number in found.groupdict().items() if number}
-        parts = {unit: _NUMBER_WORDS.index(n) if n in _NUMBER_WORDS else float(n) for unit, n in said.items()}
+    for match in chain.from_iterable(re.finditer(pattern, lowered) for pattern in _TIMES):
+        words = {unit: number for unit, number in match.groupdict().items() if number}
+        parts = {unit: _NUMBER_WORDS.index(n) if n in _NUMBER_WORDS else float(n) for unit, n in words.items()}
         time = 3600 * parts.get("hours", 0) + 60 * parts.get("minutes", 0) + parts.get("seconds", 0)
         latest = max(latest, time)
     return latest - duration if latest > math.ceil(duration) else 0.0
@@ -341,17 +337,14 @@ def _reference_scores(texts: list[str | None], references: Iterable) -> tuple[li
             try:
                 import sacrebleu
             except ImportError as error:
-                raise ImportError("to score against references: pip install 'capkit[metrics]'") from error
+                raise ImportError("scores against references need sacrebleu: pip install -e '.[metrics]'") from error
             chrf[place] = sacrebleu.sentence_chrf(text, [reference]).score
             bleu[place] = sacrebleu.sentence_bleu(text, [reference]).score
     return chrf, bleu
 
 
-# ---- captions together ---------------------------------------------------------------------------------------------
-
-
 def _content_words(text: str) -> dict[str, str]:
-    """Each content word's stem, with the word as it first came: "moving" under "mov"."""
+    """Content words by stem, each as it first occurs: "moving" under "mov"."""
     stems: dict[str, str] = {}
     for word in _words(text):
         if word not in STOP_WORDS:

@@ -1,34 +1,33 @@
-"""Prompts x decodings x frame samplings x templates over clips: run what a plan says, once, sharing what is the same.
-
-`capkit.sweep.plan` makes the plan; here it is carried out and its results are gathered.
-"""
+"""Run a sweep: caption clips with every combination of settings, each clip read and encoded once."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from capkit.captioning import Caption, Captioner, Decoding, SharedVideo
-from capkit.cogvlm2 import is_out_of_memory
-from capkit.runs import CaptionStore, Progress, new_record, read_ahead, request_settings
-from capkit.sweep.plan import Cell, SweepPlan, plan_sweep
-from capkit.video import Clip
+from capkit.cogvlm2 import Prompt, is_out_of_memory
+from capkit.runs import CaptionStore, Progress, new_record, read_ahead, read_rows, request_settings
+from capkit.sweep.plan import Source, SweepPlan, plan_sweep
+from capkit.video import Clip, FrameSampling
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Request = tuple[dict[str, Any], Prompt, Decoding]  # settings of a record, and the nouns that they were made from
 
 
 @dataclass
 class SweepResult:
-    """What came of a sweep.
+    """Results of a sweep.
 
     Attributes:
-        plan: what was asked.
+        plan: the plan that was run.
         records: the current record of every request, in the plan's order.
-        elsewhere: by the name of a cell, records of captions that other tools made.
+        elsewhere: records of captions that other tools made, by the name of their cell.
     """
 
     plan: SweepPlan
@@ -47,19 +46,25 @@ class SweepResult:
         `finish_reason`, `seconds`, `duration_seconds`, `status`, `error`, `request`, and `reference` where clips have
         one. Captions made elsewhere have their cell's name, and no axes.
         """
-        kept = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds", "duration_seconds", "status", "error")
-        rows = []
+        import pandas as pd
+
+        names = "text num_tokens mean_logprob finish_reason seconds duration_seconds status error".split()
+        numbers = {cell: number for number, cell in enumerate(self.plan.cells)}
+        axes = {cell: cell.to_strings() for cell in self.plan.cells}
+        references: dict[str, str] = {}
+        rows: list[dict[str, Any]] = []
         for (source, cell, sample), record in zip(self.plan.requests(), self.records, strict=True):
-            row = {"cell": self.plan.label(cell), "cell_number": self.plan.cells.index(cell)}
-            row |= {"clip": Path(record["video"]).name, "video": record["video"], **cell.to_strings(), "sample": sample}
-            row |= {} if source.reference is None else {"reference": source.reference}
-            rows.append(row | {name: record.get(name) for name in (*kept, "request")})
-        references = {row["video"]: row["reference"] for row in rows if "reference" in row}
-        for name, records in self.elsewhere.items():
+            row = {"cell": self.plan.labels[cell], "cell_number": numbers[cell], "clip": Path(record["video"]).name}
+            row |= {"video": record["video"], **axes[cell], "sample": sample}
+            if source.reference is not None:
+                row["reference"] = references[record["video"]] = source.reference
+            rows.append(row | {name: record.get(name) for name in [*names, "request"]})
+        for label, records in self.elsewhere.items():
             for record in records:
-                row = {"cell": name, "clip": Path(record["video"]).name, "video": record["video"]}
-                row |= {"reference": references[row["video"]]} if row["video"] in references else {}
-                rows.append(row | {name: record.get(name) for name in kept})
+                row = {"cell": label, "clip": Path(record["video"]).name, "video": record["video"]}
+                if record["video"] in references:
+                    row["reference"] = references[record["video"]]
+                rows.append(row | {name: record.get(name) for name in names})
         return pd.DataFrame(rows)
 
     @property
@@ -68,140 +73,141 @@ class SweepResult:
         return [*self.records, *(record for records in self.elsewhere.values() for record in records)]
 
     def with_captions(self, name: str, path: str | Path) -> SweepResult:
-        """The same with captions made elsewhere as one more cell, to compare and score without running a model.
+        """Add captions made elsewhere as one more cell, to compare and score them without running a model.
 
-        Their records are those of the baseline with another text, so that support is asked for with its prompt.
+        Their records are those of the baseline with another text, so that support is computed with its prompt.
 
         Args:
             name: of the cell.
             path: JSONL or CSV with the columns `video` (path or file name) and `text` or `caption`.
 
+        Returns:
+            A new result; this one stays as it is.
+
         Raises:
-            ValueError: not such a file, a name that a cell has, no video of this sweep in it, or a file name that
-                several of them have.
+            ValueError: not such a file, a name that a cell already has, no video of this sweep in it, or a file name
+                that several of them share.
         """
-        if name in self.elsewhere or name in map(self.plan.label, self.plan.cells):
-            raise ValueError(f"name={name!r}: a cell is called so already")
-        made = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds", "request")
-        empty = dict.fromkeys(made) | {"status": "ok", "error": None}
-        asked = zip(self.plan.requests(), self.records, strict=True)
-        records = [record for (_, cell, sample), record in asked if cell == self.plan.baseline and not sample]
-        found = []
-        for one in read_captions(path):
-            named = [record for record in records if record["video"] == one["video"]]
-            named = named or [record for record in records if Path(record["video"]).name == Path(one["video"]).name]
-            if len(named) > 1:
-                raise ValueError(f"{path}: {one['video']!r} may be any of {len(named)} clips of this sweep")
-            found += [record | empty | {"text": one["text"]} for record in named]
-        if not found:
-            raise ValueError(f"{path}: has none of the sweep's videos, such as {records[0]['video']!r}")
-        return replace(self, elsewhere={**self.elsewhere, name: found})
+        if name in self.elsewhere or name in self.plan.labels.values():
+            raise ValueError(f"name={name!r}: a cell already has this name")
+        by_video = defaultdict(list)
+        for (_, cell, sample), record in zip(self.plan.requests(), self.records, strict=True):
+            if cell == self.plan.baseline and not sample:
+                for key in {record["video"], Path(record["video"]).name}:
+                    by_video[key].append(record)
+        empty = dict.fromkeys(("num_tokens", "mean_logprob", "finish_reason", "seconds", "request", "error"))
+        added = []
+        for caption in read_captions(path):
+            records = by_video.get(caption["video"]) or by_video.get(Path(caption["video"]).name, [])
+            if len(records) > 1:
+                raise ValueError(f"{path}: {caption['video']!r} may be any of {len(records)} clips of this sweep")
+            added += [record | empty | {"text": caption["text"], "status": "ok"} for record in records]
+        if not added:
+            raise ValueError(f"{path}: has none of the sweep's videos, such as {self.records[0]['video']!r}")
+        return replace(self, elsewhere={**self.elsewhere, name: added})
 
 
 def read_captions(path: str | Path) -> list[dict[str, str]]:
-    """Captions from another tool's JSONL or CSV: dictionaries of `video` and `text`.
+    """Read captions of another tool from JSONL or CSV: dictionaries of `video` and `text`.
 
     Raises:
         ValueError: a file that cannot be read so.
     """
-    path = Path(path).expanduser()
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            is_csv = path.suffix.lower() == ".csv"
-            rows = list(csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file)))
-        found = [{"video": str(row["video"]), "text": str(row.get("text", row.get("caption")))} for row in rows]
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path}: no JSONL or CSV with columns video and text (or caption): {error!r}") from error
-    if any(row.get("text", row.get("caption")) is None for row in rows):
-        raise ValueError(f"{path}: rows need a column text or caption")
-    return found
+    captions = []
+    for row in read_rows(Path(path).expanduser(), "captions"):
+        text = row.get("text", row.get("caption"))
+        if text is None or row.get("video") is None:
+            raise ValueError(f"{path}: every row needs video, and text or caption; got {row}")
+        captions.append({"video": str(row["video"]), "text": str(text)})
+    return captions
 
 
 def run_sweep(
     captioner: Captioner,
-    clips: SweepPlan | Sequence,
+    clips: Any,
     store: str | Path | CaptionStore | None = None,
     retry_errors: bool = False,
     timeout_seconds: float | None = 60.0,
     **axes: Any,
 ) -> SweepResult:
-    """Caption every clip in every cell. What the store has already is not done again.
+    """Caption every clip in every cell, except what the store already has.
 
-    A clip's frames are read once for each frame sampling and encoded once; all prompts and decodings of a clip go
-    through the model together. Each gets what `Captioner.caption` would give (token for token in float32).
+    Each clip is read and encoded once for each frame sampling; all prompts and decodings of a clip go through the model
+    together. Each gets what `Captioner.caption` would give (token for token in float32).
 
     Args:
         captioner: from `load_captioner`.
-        clips: a plan; or clips, as in `plan_sweep`, with its `axes`.
-        store: where each result goes as it comes, with picture strips beside it. None keeps them in memory alone.
-        retry_errors: try again what failed before.
+        clips: a `SweepPlan`; or the clips for `plan_sweep`, with `axes`.
+        store: where records and picture strips are written as they come. None keeps them in memory only.
+        retry_errors: try captions again that failed before.
         timeout_seconds: longest time to read one clip; None for no limit.
-        axes: `prompts`, `decodings` and all else that `plan_sweep` takes.
+        axes: `prompts`, `decodings` and the other arguments of `plan_sweep`.
 
     Returns:
-        The current record of every request. A clip that cannot be read, or does not fit into memory, has a record that
-        says why.
+        The current record of every request. A clip that cannot be read, or does not fit into memory, has a record with
+        the error.
 
     Raises:
-        ValueError: as in `plan_sweep`.
+        ValueError: as in `plan_sweep`, or axes beside a plan.
     """
     if isinstance(clips, SweepPlan) and axes:
-        raise ValueError(f"{', '.join(axes)}: belong into the plan")
+        raise ValueError(f"{', '.join(axes)}: cannot be set beside a SweepPlan; pass them to plan_sweep")
     plan = clips if isinstance(clips, SweepPlan) else plan_sweep(clips, **axes)
-    for cell in plan.cells:  # a prompt that this tokenizer cannot take
+    for cell in plan.cells:  # refuse prompts that this tokenizer cannot take
         captioner.processor.text_ids(cell.prompt)
     store = store if isinstance(store, CaptionStore) or store is None else CaptionStore(store)
     records = {record["request"]: record for record in store.current()} if store else {}
     done = store.done(retry_errors) if store else set()
-    order, todo = [], {}
-    for clip, cell, sample in plan.requests():
-        frames = (cell.frame_sampling, clip.start_seconds, clip.end_seconds)
-        settings = request_settings(captioner, clip.video, cell.prompt, cell.sampled(sample), *frames, sample)
+    order: list[str] = []
+    todo: dict[tuple[Source, FrameSampling], list[Request]] = {}
+    for source, cell, sample in plan.requests():
+        decoding = cell.sampled(sample)
+        frames = (cell.frame_sampling, source.start, source.end)
+        settings = request_settings(captioner, source.video, cell.prompt, decoding, *frames, sample)
         order.append(settings["request"])
         if settings["request"] not in done:
             done.add(settings["request"])  # a clip may be named twice
-            todo.setdefault((clip, cell.frame_sampling), []).append((settings, cell, cell.sampled(sample)))
-    progress = Progress("captions", sum(map(len, todo.values())), len(order) - sum(map(len, todo.values())))
-    for group, clip in _clips(todo, timeout_seconds):
-        seen = clip if isinstance(clip, Clip) else None
-        for settings, outcome in _caption_group(captioner, clip, group):
-            records[settings["request"]] = record = new_record(settings, outcome, seen)
-            if store and seen:
-                store.save_strip(settings, seen, captioner.processor.image_size)
-            if store:
-                store.append(record)
-            progress.update(record)
-    progress.close()
+            todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
+    num_todo = sum(len(group) for group in todo.values())
+    with Progress("captions", num_todo, len(order) - num_todo) as progress:
+        for group, clip in _read_clips(todo, timeout_seconds):
+            seen = clip if isinstance(clip, Clip) else None
+            for settings, outcome in _caption_group(captioner, clip, group):
+                records[settings["request"]] = record = new_record(settings, outcome, seen)
+                if store and seen:
+                    store.save_strip(settings, seen, captioner.processor.image_size)
+                if store:
+                    store.append(record)
+                progress.update(record)
     return SweepResult(plan, [records[request] for request in order])
 
 
-def _clips(todo, timeout_seconds):
-    """Each clip's requests of one frame sampling with its frames, read ahead; or with the error in reading it."""
-    in_memory = {
-        (source, sampling): source.clip
-        for source, sampling in todo
-        if source.clip is not None and (source.is_in_memory_only or sampling == source.clip.frame_sampling)
-    }
-    for key, clip in in_memory.items():
-        yield todo[key], clip
-    from_files = [group for key, group in todo.items() if key not in in_memory]
-    read = read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2)
-    for group, (_, clip) in zip(from_files, read, strict=True):
+def _read_clips(
+    todo: dict[tuple[Source, FrameSampling], list[Request]], timeout_seconds: float | None
+) -> Iterator[tuple[list[Request], Clip | Exception]]:
+    """The requests for each clip and frame sampling, with its frames, or the error in reading it; files read ahead."""
+    from_files = []
+    for (source, sampling), group in todo.items():
+        if source.clip is not None and (source.is_in_memory_only or sampling == source.clip.frame_sampling):
+            yield group, source.clip
+        else:
+            from_files.append(group)
+    clips = read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2)
+    for group, (_, clip) in zip(from_files, clips, strict=True):
         yield group, clip
 
 
 def _caption_group(
-    captioner: Captioner, clip: Clip | Exception, group: list[tuple[dict[str, Any], Cell, Decoding]]
+    captioner: Captioner, clip: Clip | Exception, group: list[Request]
 ) -> Iterator[tuple[dict[str, Any], Caption | Exception]]:
-    """(settings, caption or error) of one clip's requests."""
+    """(settings, caption or error) of each request for one clip's frames."""
     if isinstance(clip, Exception):
         yield from ((settings, clip) for settings, *_ in group)
         return
-    # Cells that share frame numbers stand together, so that the video is prefilled once for each kind of numbers.
-    remaining = sorted(group, key=lambda one: (one[1].prompt.template, one[1].prompt.frame_numbers))
-    branches = [(cell.prompt, decoding) for _, cell, decoding in remaining]
+    # Sorted by frame numbers, so that the video is prefilled once for each kind of numbers.
+    remaining = sorted(group, key=lambda request: (request[1].template, request[1].frame_numbers))
     try:
-        for caption in SharedVideo(captioner, clip).caption(branches):
+        for caption in SharedVideo(captioner, clip).caption([(prompt, decoding) for _, prompt, decoding in remaining]):
             yield remaining.pop(0)[0], caption
     except (ValueError, RuntimeError, MemoryError) as error:
         if not isinstance(error, ValueError) and not is_out_of_memory(error):

@@ -1,5 +1,6 @@
 """The engine for Ray, on a cluster of two nodes that are simulated on this machine."""
 
+import os
 import threading
 import time
 
@@ -11,9 +12,10 @@ from capkit import CaptionStore, Decoding
 from capkit.runs import caption_on_ray, find_clips, merge
 from capkit.runs.shards import shard_stores
 
+# A busy machine starts Ray slowly; some of this is read when Ray is imported.
+os.environ |= {"RAY_agent_register_timeout_ms": "200000", "RAY_raylet_start_wait_time_s": "200"}
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
-pytestmark = pytest.mark.soak  # starting Ray takes longer than a quick test may
 FEW = Decoding(max_new_tokens=6)
 
 
@@ -61,8 +63,8 @@ def test_clips_are_captioned_and_bad_ones_recorded_while_a_node_is_killed(cluste
     merged = merge(output)
     assert (merged.num_ok, merged.num_errors, merged.problems) == (60, 2, [])
     lines = [line for path in shard_stores(output) for line in CaptionStore(path).lines()]
-    again = len(lines) - len(merged.store.lines()) - 62
+    num_twice = len(lines) - len(merged.store.lines()) - 62
     with capsys.disabled():
-        print(f"\n62 clips over the death of a node: {merged}; {again} captioned twice")
+        print(f"\n62 clips over the death of a node: {merged}; {num_twice} captioned twice")
     caption(clips, output)
     assert "0 clips to caption, 62 done before" in capsys.readouterr().out

@@ -72,8 +72,8 @@ def test_throughput_memory_and_rate(many, tmp_path):
         ours = psutil.Process(process.pid)
         memory = sum(each.memory_info().rss for each in [ours, *ours.children()] if each.is_running())
         seen.append((now["done"], memory, time.monotonic()))
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     rate = NUM_CLIPS / (time.monotonic() - began)
     shown = beat(tmp_path)["per_minute"] / 60
     early = max(memory for done, memory, _ in seen if done <= 200)
@@ -99,8 +99,8 @@ def test_killed_at_random_moments(many, tmp_path):
         process.communicate()
         kills += 1
     last = start(many, tmp_path)
-    told, _ = last.communicate()
-    assert last.returncode == 0, told
+    printed, _ = last.communicate()
+    assert last.returncode == 0, printed
     lines = capkit.CaptionStore(tmp_path / "shard-00000-of-00001.jsonl").lines()
     print(f"\n{kills} kills: {len(lines)} lines for {NUM_CLIPS} clips;", check_all_accounted_for(tmp_path, NUM_CLIPS))
     assert len(lines) == NUM_CLIPS
@@ -117,8 +117,8 @@ def test_reading_processes_killed(many, tmp_path):
         if children and kills < NUM_KILLS:
             children[0].kill()
             kills += 1
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     counts = check_all_accounted_for(tmp_path, NUM_CLIPS)
     print(f"\n{kills} reading processes killed:", counts)
     assert kills and counts["errors"] <= kills // 2  # a clip is given up when its second process is killed too
@@ -133,20 +133,20 @@ def test_full_disk_and_read_only_output(many, tmp_path):
         pytest.skip("mounting is not allowed here")
     try:
         process = start(many, disk)
-        told, _ = process.communicate()
+        printed, _ = process.communicate()
         num_lines = len(capkit.CaptionStore(disk / "shard-00000-of-00001.jsonl").lines())
-        print(f"\nfull disk: exit code {process.returncode} after {num_lines} records: {told.splitlines()[-2]}")
-        assert process.returncode == 1 and "No space left on device" in told and "Traceback" not in told
+        print(f"\nfull disk: exit code {process.returncode} after {num_lines} records: {printed.splitlines()[-2]}")
+        assert process.returncode == 1 and "No space left on device" in printed and "Traceback" not in printed
         assert 0 < num_lines < NUM_CLIPS
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         process = start(many, disk)
-        told, _ = process.communicate()
-        print(f"read-only: exit code {process.returncode}: {told.splitlines()[-2]}")
-        assert process.returncode == 1 and "Read-only file system" in told and "Traceback" not in told
+        printed, _ = process.communicate()
+        print(f"read-only: exit code {process.returncode}: {printed.splitlines()[-2]}")
+        assert process.returncode == 1 and "Read-only file system" in printed and "Traceback" not in printed
         subprocess.run(["mount", "-o", "remount,rw,size=1g", disk], check=True)
         process = start(many, disk)
-        told, _ = process.communicate()
-        assert process.returncode == 0 and f"{num_lines} done before" in told
+        printed, _ = process.communicate()
+        assert process.returncode == 0 and f"{num_lines} done before" in printed
         print("with room again:", check_all_accounted_for(disk, NUM_CLIPS))
     finally:
         subprocess.run(["umount", disk])
@@ -154,13 +154,13 @@ def test_full_disk_and_read_only_output(many, tmp_path):
 
 def test_the_same_manifest_started_twice_at_once(many, tmp_path):
     processes = [start(many, tmp_path) for _ in range(2)]
-    told = [process.communicate()[0] for process in processes]
+    printed = [process.communicate()[0] for process in processes]
     codes = sorted(process.returncode for process in processes)
     lines = capkit.CaptionStore(tmp_path / "shard-00000-of-00001.jsonl").lines()
     print(
         f"\nexit codes {codes}, {len(lines)} lines for {NUM_CLIPS} clips;", check_all_accounted_for(tmp_path, NUM_CLIPS)
     )
-    assert codes == [0, 3] and "is at work on this shard" in "".join(told) and len(lines) == NUM_CLIPS
+    assert codes == [0, 3] and "is at work on this shard" in "".join(printed) and len(lines) == NUM_CLIPS
 
 
 def test_clips_that_hang_crash_or_need_too_much_memory(tmp_path, captioner, monkeypatch):
@@ -179,8 +179,8 @@ def test_clips_that_hang_crash_or_need_too_much_memory(tmp_path, captioner, monk
         "    raise DECORDError('PyAV, please')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    how = {"timeout_seconds": 20, "memory_bytes": 2**29, "decoding": capkit.Decoding(**FEW)}
-    records = caption_shard(lambda: captioner, find_clips(clips), tmp_path / "out", **how)
+    settings = {"timeout_seconds": 20, "memory_bytes": 2**29, "decoding": capkit.Decoding(**FEW)}
+    records = caption_shard(lambda: captioner, find_clips(clips), tmp_path / "out", **settings)
     print()
     for record in records:
         print(Path(record["video"]).name, record["status"], record["error"])
@@ -188,7 +188,7 @@ def test_clips_that_hang_crash_or_need_too_much_memory(tmp_path, captioner, monk
     quarantine = (tmp_path / "out" / "shard-00000-of-00001.quarantine.jsonl").read_text()
     assert quarantine.count("\n") == 2 and "hangs.mp4" in quarantine and "crashes.mp4" in quarantine
     before = time.monotonic()
-    caption_shard(lambda: captioner, find_clips(clips), tmp_path / "out", retry_errors=True, **how)
+    caption_shard(lambda: captioner, find_clips(clips), tmp_path / "out", retry_errors=True, **settings)
     print(f"retried in {time.monotonic() - before:.1f} s, without those two")
     print(check_all_accounted_for(tmp_path / "out", 5))
 
@@ -203,8 +203,8 @@ def test_500_damaged_copies(tmp_path):
         (clips / f"{number:03} {name}").write_bytes(damage(path.read_bytes(), chance))
     shutil.copy(sources["h264.mp4"], clips / "good.mp4")
     process = start(clips, tmp_path / "out", "--timeout-seconds", 20)
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     counts = check_all_accounted_for(tmp_path / "out", 501)
     errors = [r["error"] for r in capkit.CaptionStore(tmp_path / "out" / "captions.jsonl").current() if r["error"]]
     reasons = collections.Counter(error.split(": ", 1)[1].split(":")[0].split("(")[0].strip() for error in errors)

@@ -3,20 +3,28 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from paths import DATA
 from PIL import Image
 
 import capkit
-from capkit import CaptionStore, Prompt
-from capkit.runs import new_record, request_settings
+import capkit.__main__
+from capkit import CaptionStore, Decoding, Prompt, plan_sweep
+from capkit.export import export_dataset
+from capkit.runs import caption_clips, find_clips, new_record, request_settings
+from capkit.runs.caption import plan_clips
+from capkit.runs.store import ModelIdentity
+from capkit.views import show_caption
 
 
 @pytest.fixture
@@ -115,7 +123,7 @@ def test_a_damaged_line_in_the_middle_is_skipped_and_named(store):
 
 
 def test_kill_9_at_any_moment_loses_nothing_that_was_appended(store):
-    """The writer says a number once its record is appended; after the kill every number said is in the store."""
+    """The writer prints a number once its record is appended; after the kill every number printed is in the store."""
     code = f"""
 import sys
 from capkit.runs import CaptionStore
@@ -130,11 +138,11 @@ for number in range(10**6):
         writer.stdout.readline()
         time.sleep(wait)
         writer.send_signal(signal.SIGKILL)
-        said = [0] + [int(line) for line in writer.stdout if line.endswith("\n")]
+        printed = [0] + [int(line) for line in writer.stdout if line.endswith("\n")]
         writer.wait()
         again = CaptionStore(store.path)
         kept = len(again.path.read_bytes().splitlines())
-        assert kept >= said[-1] + 1
+        assert kept >= printed[-1] + 1
         os.truncate(again.path, os.path.getsize(again.path) - 7)
         with pytest.warns(UserWarning, match="torn"):
             again.append(attempt("after"))
@@ -186,6 +194,82 @@ class TestRequests:
         after = request_settings(captioner, video, "What?")["request"]
         monkeypatch.setattr(captioner, "fingerprint", "retrained")
         assert len({before, after, request_settings(captioner, video, "What?")["request"]}) == 3
+
+
+class TestStoresWrittenBefore:
+    """captions_before_rooms.jsonl was written by capkit as of commit 5062731, for videos that are not there."""
+
+    @pytest.fixture
+    def old(self, tmp_path):
+        return CaptionStore(shutil.copy(DATA / "captions_before_rooms.jsonl", tmp_path / "captions.jsonl"))
+
+    def test_the_same_settings_are_the_same_requests(self, old):
+        default, window, seconds, repeat, missing = old.current()
+        model = ModelIdentity("demo", default["model_fingerprint"], "float32", None)
+        video = default["video"]
+        items = [{"video": video}, {"video": video, "prompt": "Why?", "reference": "A star.", "start": 1, "end": 3}]
+        planned = plan_clips(model, find_clips([*items, {"video": missing["video"]}]))
+        planned += plan_clips(
+            model,
+            find_clips(video),
+            Prompt("What moves?", history=[("Is it day?", "Yes.")], frame_numbers="seconds"),
+            Decoding(max_new_tokens=6, temperature=0.8, seed=3),
+            {"strategy": "uniform", "num_frames": 3},
+        )
+        sweep = plan_sweep(
+            video,
+            prompts=["objects"],
+            decodings=[{"max_new_tokens": 8, "temperature": 0.5}],
+            frame_samplings=[{"strategy": "fps", "num_frames": 8, "frames_per_second": 2}],
+            templates=["vqa"],
+            num_samples=2,
+        )
+        (_, _, _), (source, cell, sample) = sweep.requests()
+        noun = (cell.prompt, cell.sampled(sample), cell.frame_sampling)
+        planned.append(request_settings(model, source.video, *noun, source.start, source.end, sample))
+        for record, settings in zip((default, window, missing, seconds, repeat), planned, strict=True):
+            assert settings == {name: record[name] for name in settings}
+            assert list(settings) == [name for name in record if name in settings]
+
+    def test_the_digest_of_a_file_is_as_it_was(self, captioner, video):
+        """The formula of commit 5062731, written out: sorted JSON of the frames, the file and the settings."""
+        os.utime(video, ns=(10**18, 10**18))
+        sampling = {"strategy": "chat", "num_frames": 24, "frames_per_second": None}
+        frames = {"video": str(video), "frame_sampling": sampling, "start_seconds": 0.0, "end_seconds": None}
+        settings = {"template": "chat", "frame_numbers": "index", "prompt": "Why?", "history": [["q", "a"]]}
+        settings |= {"decoding": {"max_new_tokens": 2048}, "sample": 0, "quantization": None}
+        settings |= {"model_fingerprint": captioner.fingerprint, "dtype": "float32"}
+        content = json.dumps([frames, [len("not really a video"), 10**18], settings], sort_keys=True)
+        expected = hashlib.sha256(content.encode()).hexdigest()[:20]
+        prompt = Prompt("Why?", history=[("q", "a")])
+        assert request_settings(captioner, video, prompt)["request"] == expected
+
+    def test_they_resume_show_and_export(self, old, capsys, monkeypatch, tmp_path):
+        before = old.current()
+        assert [record["status"] for record in before] == ["ok"] * 4 + ["error"]
+        assert before[0]["edited_text"] == "By hand." and len(old.done()) == 5
+        model = SimpleNamespace(name="demo", fingerprint=before[0]["model_fingerprint"], dtype="float32")
+        model.quantization, model.processor = None, SimpleNamespace(image_size=224)
+        items = find_clips([before[0]["video"], before[4]["video"]])
+        assert caption_clips(model, items, old) == [before[0], before[4]]
+        assert "0 clips to caption, 2 done before" in capsys.readouterr().out
+        monkeypatch.setattr(sys, "argv", ["capkit", "show", str(old.path)])
+        with pytest.raises(SystemExit, match="0"):
+            capkit.__main__.main()
+        assert "A striped wall." in capsys.readouterr().out
+
+        assert "By hand." in show_caption(before[0]).html
+        (tmp_path / "clip.mp4").write_bytes(b"exported as it is")
+        text = old.path.read_text().replace("/nowhere/clip.mp4", str(tmp_path / "clip.mp4"))
+        old.path.write_text(text)
+        report = export_dataset(old, "cogvideo", tmp_path / "data", choose=["edited"])
+        assert report.table.loc[report.table["status"] == "exported", "text"].tolist() == ["By hand."]
+
+    def test_new_records_have_the_same_fields(self, old, captioner, random_clip):
+        clip = random_clip()
+        caption = captioner.caption(clip, "Why?", {"max_new_tokens": 2})
+        record = new_record(request_settings(captioner, "a.mp4", "Why?"), caption, clip)
+        assert list(record) == [name for name in old.current()[0] if name != "edited_text"]
 
 
 def test_a_record_has_the_designs_fields(captioner, video, random_clip, store):

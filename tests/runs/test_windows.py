@@ -57,12 +57,12 @@ def test_one_way_of_cutting_is_chosen(folder):
     assert cut_into(items) == items
     assert cut_into(items, 4.0) == into_windows(items, 4.0) != items
     assert cut_into(items, trainer="cogkit", num_frames=9) == trainer_windows(items, "cogkit", 9) != items
-    for wrong, told in (
+    for wrong, message in (
         ({"window_seconds": 4.0, "trainer": "cogkit"}, "choose one"),
         ({"window_seconds": 0}, "window_seconds=0"),
         ({"trainer": "sora"}, "unknown trainer"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             cut_into([], **wrong)
 
 

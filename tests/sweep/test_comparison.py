@@ -127,9 +127,9 @@ class TestCompare:
         ],
     )
     def test_what_cannot_be_compared(self, change, message):
-        asked = {"table": make_table(A=[1, 2], B=[1, 2]), "measure": "score", "cell": "prompt", "clip": "video"}
+        arguments = {"table": make_table(A=[1, 2], B=[1, 2]), "measure": "score", "cell": "prompt", "clip": "video"}
         with pytest.raises(ValueError, match=message):
-            compare(**(asked | {"baseline": "A"} | change))
+            compare(**(arguments | {"baseline": "A"} | change))
 
 
 class TestErrorRates:

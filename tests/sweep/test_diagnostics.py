@@ -238,7 +238,7 @@ class TestReferences:
 
     def test_sacrebleu_is_needed_for_references_only(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "sacrebleu", None)
-        with pytest.raises(ImportError, match=r"pip install 'capkit\[metrics\]'"):
+        with pytest.raises(ImportError, match=r"pip install -e '.\[metrics\]'"):
             describe(pd.DataFrame({"text": ["a"], "reference": ["b"]}))
         assert describe(pd.DataFrame({"text": ["a"], "reference": [None]}))["chrf"].isna().all()
         assert described("a")["num_words"] == 1

@@ -42,7 +42,7 @@ def test_a_table_to_browse_is_static_where_nobody_watches():
 
 
 def test_a_table_to_browse_sorts_and_filters_where_somebody_does(monkeypatch):
-    monkeypatch.setattr("capkit.playground.table.someone_watches", lambda: True)
+    monkeypatch.setattr("capkit.playground.table.is_interactive", lambda: True)
     table = pd.DataFrame({"cell": ["alpha", "Beta", "gamma"], "words": [2, 1, 3]})
     panel = browse(table, sort_by="words")
     (by, ascending, having), shown = panel.children[0].children, panel.children[1]
