@@ -92,9 +92,13 @@ class StaticCaches:
 
 
 def crop(cache: DynamicCache, length: int) -> None:
-    """Forget all but the first positions."""
-    if added := cache.get_seq_length() - length:
-        cache.crop(-added)
+    """Forget all but the first positions.
+
+    Layers may differ in length: where memory runs out inside a layer, those before it hold the new positions already.
+    """
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
 def read_ids(model, cache: DynamicCache, ids: list[int], features: torch.Tensor) -> None:

@@ -161,3 +161,15 @@ def test_few_batches_long_captions_and_threads_are_not_compiled_for(captioner, m
         assert pool.submit(caches.get, 3, 700, 200).result() is None
     monkeypatch.setattr("capkit.captioning.caches.STATIC_DEVICES", ("cuda",))
     assert not StaticCaches(captioner.model).is_useful
+
+
+def test_layers_of_different_length_are_cropped_to_one():
+    """Memory that runs out inside a layer leaves those before it longer."""
+    cache, random = RoomyCache(CONFIG), torch.Generator().manual_seed(0)
+    grow([cache], 9, random)
+    expected = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    cache.update(*torch.randn(2, 2, 3, 4, 4, generator=random), 0)
+    crop(cache, 9)
+    for layer, (keys, values) in zip(cache.layers, expected, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    crop(RoomyCache(CONFIG), 0)  # nothing was read yet
