@@ -1,5 +1,6 @@
 # make demo: captions for the sample clips     make test: all quick tests     make lab: JupyterLab
 # make soak: the long campaigns                make test-oldest: the original's numbers on the oldest transformers
+# make gpu: tests and figures on a CUDA GPU, with the packages that PYTHON has; results in notebooks/results
 # Each sets up what it needs in .venv on the first call. PYTHON chooses the interpreter (3.10 or later).
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install
 OUT := runs/demo
 
-.PHONY: demo test soak test-oldest lab clean
+.PHONY: demo test soak test-oldest gpu lab clean
 
 demo: $(VENV)/base
 	@mkdir -p $(OUT)
@@ -33,6 +34,17 @@ lab: $(VENV)/base
 
 test-oldest: .venv-oldest/dev
 	.venv-oldest/bin/python -m pytest -m golden tests/video tests/cogvlm2 tests/captioning
+
+GPU_SIZE := full
+GPU_PARTS := stages captions batches sweeps compiled loading profiling
+GPU_RESULTS := notebooks/results
+
+gpu:
+	@# No virtual environment: torch that fits the GPU is there already. Both run, though the first may fail.
+	CAPKIT_REQUIRE=cuda CAPKIT_RESULTS=$(GPU_RESULTS) PYTHONPATH=. \
+		$(PYTHON) -m pytest tests/cuda -p no:cacheprovider --durations=5; failed=$$?; \
+	PYTHONPATH=. $(PYTHON) -m capkit.benchmark --size $(GPU_SIZE) --parts $(GPU_PARTS) --out-folder $(GPU_RESULTS) \
+		&& exit $$failed
 
 clean:
 	rm -rf .venv .venv-oldest runs

@@ -20,15 +20,16 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from capkit.benchmark import models
 from capkit.benchmark.measuring import (
     PeakMemory,
     StepTimes,
+    count_flops,
     describe_machine,
     measure_limits,
+    num_equal,
     profile_of,
     seconds_of,
     take_turns,
@@ -40,7 +41,7 @@ from capkit.captioning import Caption, Decoding, RoomyCache, SharedVideo, load_c
 from capkit.cogvlm2 import Prompt, preprocess_frames
 from capkit.video import Clip
 
-PARTS = ("reading", "preprocessing", "stages", "captions", "batches", "sweeps", "loading", "profiling")
+PARTS = ("reading", "preprocessing", "stages", "captions", "batches", "sweeps", "compiled", "loading", "profiling")
 SWEEPS = (4, 8)  # numbers of prompts, and of decodings for each
 PROFILED_ROWS = 8  # of the decoding step that is profiled
 
@@ -172,12 +173,11 @@ class Benchmark:
         stages = {f"vision tower, {len(pixels)} frames": towers, f"prefill, {len(ids)} positions": prefills}
         for name, pair in stages.items():
             seconds = take_turns(pair, self.size.repeats, self.device)
-            flops, expected = self._flops_of(pair[0])
+            expected = pair[0]()
             difference = (expected - pair[1]()).abs().max() / expected.std()
-            gflops = flops / seconds[1] / 1e9
+            gflops = count_flops(plain, pair[0]) / seconds[1] / 1e9
             share, equal = gflops / self.limits["matmul_gflops"], f"to {difference:.0e} of the spread"
-            against = "the same model in transformers"
-            self._add(name, against, "s", seconds, equal, gflops=gflops, share_of_matmul=share)
+            self._add(name, "as transformers runs it", "s", seconds, equal, gflops=gflops, share_of_matmul=share)
 
     def _captions(self) -> None:
         plain, quick = self._both()
@@ -199,7 +199,6 @@ class Benchmark:
             with StepTimes(self.captioner.model) as steps, PeakMemory(self.device) as memory:
                 runs = [seconds_of(batch, self.device) for _ in range(self.size.repeats if count <= 8 else 1)]
             seconds = statistics.median(seconds for seconds, _ in runs)
-            flops = count * self._flops_per_caption()
             equal = self._add_captions(
                 f"{count} clips in a batch, {self.size.num_tokens} tokens each",
                 f"{count} x {PLAIN}",
@@ -209,7 +208,7 @@ class Benchmark:
                 [plain.ids[number % len(plain.ids)] for number in range(count)],
                 count,
                 peak_mb=memory.num_bytes / 1e6,
-                share_of_matmul=flops / seconds / 1e9 / self.limits["matmul_gflops"],
+                share_of_matmul=count * self._flops_per_caption() / seconds / 1e9 / self.limits["matmul_gflops"],
             )
             self._add_decoding(count, steps.seconds, equal)
 
@@ -237,6 +236,23 @@ class Benchmark:
                 [plain[cell][1] for cell in measured],
                 len(cells),
             )
+
+    def _compiled(self) -> None:
+        """Decoding as it is once a size has gone on so long that its step is compiled."""
+        graphs = self.captioner._graph_decoder
+        if not graphs.is_useful:
+            self.skipped.append({"part": "compiled", "why": f"nothing is compiled on {self.device.type}"})
+            return
+        compile_after, graphs.compile_after = graphs.compile_after, 1
+        graphs.forget()
+        for count in (1, max(self.size.batches)):
+            clips = [self.clips[number % len(self.clips)] for number in range(count)]
+            self._warm_up(clips)
+            with StepTimes(self.captioner.model) as steps:
+                self.captioner.caption_batch(clips, decoding=self.decoding)
+            self._add_decoding(count, steps.seconds, "", ", compiled")
+        graphs.compile_after = compile_after
+        graphs.forget()
 
     def _loading(self) -> None:
         num_bytes = sum(weight.nbytes for weight in self.plain.parameters())
@@ -321,18 +337,17 @@ class Benchmark:
         **more: float,
     ) -> str:
         """Add a row for captions that take `seconds` together; returns how many have the baseline's tokens."""
-        num_equal = sum(map(list.__eq__, ids, expected_ids))
-        equal = f"{num_equal} of {len(expected_ids)} captions"
+        equal = num_equal(ids, expected_ids)
         rate = {"captions_an_hour": 3600 * num_per_run / seconds}
         more = {"num_tokens": sum(map(len, ids)), "num_captions": len(ids), **rate, **more}
         self._add(name, baseline, "s", (baseline_seconds, seconds), equal, **more)
         return equal
 
-    def _add_decoding(self, count: int, step_seconds: float, equal: str) -> None:
+    def _add_decoding(self, count: int, step_seconds: float, equal: str, how: str = "") -> None:
         rate = count / step_seconds
         limit = count * self.limits["copied_gb_per_second"] * 1e9 / self._bytes_per_step(count)
         more = {"tokens_per_second": rate, "limit_tokens_per_second": limit, "share_of_bandwidth": rate / limit}
-        name, plain = f"a token while decoding, {count} together", self._both()[0]
+        name, plain = f"a token while decoding, {count} together{how}", self._both()[0]
         self._add(name, "plain, one clip", "s", (plain.step_seconds, step_seconds / count), equal, **more)
 
     def _add_memory(
@@ -352,21 +367,10 @@ class Benchmark:
         if self._flops is None:
             pixels, _, ids = self._inputs()
             features = self.plain.model.get_video_features
-            flops, _ = self._flops_of(lambda: prefill(self.plain, DynamicCache, ids, features(pixels)))
-            per_token = 2 * sum(weight.numel() for weight in self._decoder_weights())
+            flops = count_flops(self.plain, lambda: prefill(self.plain, DynamicCache, ids, features(pixels)))
+            per_token = 2 * sum(weight.numel() for weight in models.decoder_weights(self.plain))
             self._flops = flops + per_token * self.size.num_tokens
         return self._flops
-
-    def _flops_of(self, function: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
-        """Floating point operations of a call that runs the plain model, and what it returns."""
-        config = self.plain.config
-        before, config._attn_implementation = config._attn_implementation, "eager"  # torch 2.11 cannot count sdpa's
-        try:
-            with FlopCounterMode(display=False) as counter:
-                outcome = function()
-        finally:
-            config._attn_implementation = before
-        return counter.get_total_flops(), outcome
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Pixels, features and prompt ids of the first clip."""
@@ -376,15 +380,12 @@ class Benchmark:
     def _ids(self) -> list[int]:
         return self.processor.prompt_ids(self.clips[0], Prompt(PROMPTS[0]))
 
-    def _decoder_weights(self) -> list[torch.Tensor]:
-        modules: tuple[torch.nn.Module, ...] = self.plain.model.layers, self.plain.model.norm, self.plain.lm_head
-        return [weight for module in modules for weight in module.parameters()]
-
     def _bytes_per_step(self, num_rows: int) -> int:
         """What one decoding step must read: the decoder, the head, and each row's keys and values."""
         config: Any = self.plain.config
         values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * len(self._ids())
-        return sum(weight.nbytes for weight in self._decoder_weights()) + num_rows * values * self.plain.dtype.itemsize
+        weights = sum(weight.nbytes for weight in models.decoder_weights(self.plain))
+        return weights + num_rows * values * self.plain.dtype.itemsize
 
 
 PLAIN = "one clip, one plain generate()"

@@ -20,8 +20,10 @@ from typing import Any
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from capkit.captioning import DecodingStep
 from capkit.cogvlm2 import use_onednn
 
 PACKAGES = ("capkit", "torch", "transformers", "tokenizers", "numpy", "decord", "av", "accelerate", "bitsandbytes")
@@ -54,6 +56,26 @@ def take_turns(
         function()
     runs = [[seconds_of(function, device)[0] for function in functions] for _ in range(repeats)]
     return [statistics.median(seconds) for seconds in zip(*runs, strict=True)]
+
+
+def num_equal(found: list[list[int]], expected: list[list[int]]) -> str:
+    """How many captions have the expected tokens, and at how many tokens the median of the others parts from them."""
+    text = f"{sum(map(list.__eq__, found, expected))} of {len(expected)} captions"
+    pairs = [pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]]
+    common = [next((at for at, two in enumerate(zip(*pair, strict=False)) if two[0] != two[1]), 0) for pair in pairs]
+    return f"{text}, the others for {statistics.median_low(common)} tokens" if common else text
+
+
+def count_flops(model: PreTrainedModel, function: Callable[[], Any]) -> int:
+    """Floating point operations of a call that runs a model of transformers."""
+    config: Any = model.config
+    before, config._attn_implementation = config._attn_implementation, "eager"  # torch 2.11 cannot count sdpa's
+    try:
+        with FlopCounterMode(display=False) as counter:
+            function()
+    finally:
+        config._attn_implementation = before
+    return counter.get_total_flops()
 
 
 class PeakMemory:
@@ -97,7 +119,7 @@ class PeakMemory:
 
 class StepTimes:
     """Times at which the decoding steps of a model begin, inside a `with`: where `generate()` prepares one position a
-    row. The model's own call is not wrapped: it may be compiled.
+    row, or a recorded step is called.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -115,11 +137,19 @@ class StepTimes:
                 self.starts.append(time.perf_counter())
             return inputs
 
+        def timed_step(step: DecodingStep) -> torch.Tensor:
+            if step.model is self.model:  # whose last tokens but one have been waited for
+                self.starts.append(time.perf_counter())
+            return self._call(step)
+
         self.model.__dict__["prepare_inputs_for_generation"] = timed  # hides the class's method
+        self._call: Any = DecodingStep.__call__
+        setattr(DecodingStep, "__call__", timed_step)  # noqa: B010
         return self
 
     def __exit__(self, *error: object) -> None:
         del self.model.__dict__["prepare_inputs_for_generation"]
+        setattr(DecodingStep, "__call__", self._call)  # noqa: B010
 
     @property
     def seconds(self) -> float:

@@ -179,6 +179,12 @@ def make_captioner(
     return model, Captioner(quick, processor, "random weights")
 
 
+def decoder_weights(model: CogVLM2VideoForConditionalGeneration) -> list[torch.Tensor]:
+    """All that is read for each token: the decoder's layers, the last norm and the head."""
+    modules: tuple[torch.nn.Module, ...] = model.model.layers, model.model.norm, model.lm_head
+    return [weight for module in modules for weight in module.parameters()]
+
+
 def make_clip(size: Size, seed: int, frame: tuple[int, int] | None = None) -> Clip:
     """A clip of random coloured blocks; `frame` is another height and width than the size's."""
     height, width = frame or (size.height, size.width)

@@ -1,10 +1,12 @@
 """A clip and a prompt in, a caption out. transformers' generate() is called here only."""
 
 from capkit.captioning.attribution import GREY, Grounding, ground, mean_support, token_texts
-from capkit.captioning.caches import EAGER_BATCHES, STATIC_DEVICES, RoomyCache, read_ids
+from capkit.captioning.caches import RoomyCache, read_ids
 from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
+from capkit.captioning.choosing import Chooser, draw_key
 from capkit.captioning.decoding import Decoding, DecodingLike
-from capkit.captioning.generate import Caption, CaptionStream, Chooser, draw_key, until_end
+from capkit.captioning.generate import Caption, CaptionStream, until_end
+from capkit.captioning.graphs import DecodingStep
 from capkit.captioning.shared_prefix import SharedVideo
 
 __all__ = [
@@ -13,8 +15,6 @@ __all__ = [
     "ground",
     "mean_support",
     "token_texts",
-    "EAGER_BATCHES",
-    "STATIC_DEVICES",
     "RoomyCache",
     "read_ids",
     "DEMO_CHECKPOINT",
@@ -29,5 +29,6 @@ __all__ = [
     "Chooser",
     "draw_key",
     "until_end",
+    "DecodingStep",
     "SharedVideo",
 ]

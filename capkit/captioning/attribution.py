@@ -16,7 +16,8 @@ import torch
 
 from capkit.captioning.caches import RoomyCache, crop, read_ids
 from capkit.captioning.captioner import Captioner
-from capkit.captioning.generate import Caption, chosen_logprobs
+from capkit.captioning.choosing import chosen_logprobs
+from capkit.captioning.generate import Caption
 from capkit.captioning.shared_prefix import SharedRow, encode_frames
 from capkit.cogvlm2 import DEFAULT_PROMPT, CogVLM2VideoProcessor, Prompt, PromptLike, image_mask
 from capkit.video import Clip, VideoError, load_clip

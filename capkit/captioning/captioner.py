@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from capkit.captioning.caches import StaticCaches
 from capkit.captioning.decoding import Decoding, DecodingLike
 from capkit.captioning.generate import Caption, CaptionStream, Request, continuation_logprobs
+from capkit.captioning.graphs import GraphDecoder
 from capkit.cogvlm2 import (
     DEFAULT_PROMPT,
     CogVLM2VideoForConditionalGeneration,
@@ -104,7 +104,7 @@ class Captioner:
     ):
         self.model, self.processor = model, processor
         self.name, self.fingerprint, self.quantization = name, fingerprint, quantization
-        self._static_caches = StaticCaches(model)
+        self._graph_decoder = GraphDecoder(model)
         self._num_frames_too_many = math.inf  # in a batch, each clip counted as long as the longest
 
     def __repr__(self) -> str:
@@ -167,16 +167,16 @@ class Captioner:
         while size > 1 and size * longest >= self._num_frames_too_many:
             size //= 2
         while len(captions) < len(clips):
-            rows = slice(len(captions), len(captions) + size)
+            rows, num_kept_bytes = slice(len(captions), len(captions) + size), self._graph_decoder.num_bytes
             try:
                 captions += self._request(clips[rows], prompts[rows], decoding).run()
             except (RuntimeError, MemoryError) as error:
-                if size == 1 or not loading.is_out_of_memory(error):
+                if (size == 1 and not num_kept_bytes) or not loading.is_out_of_memory(error):
                     raise
                 size = min(size, len(clips) - len(captions))
                 self._num_frames_too_many = min(self._num_frames_too_many, size * longest)
                 size = size // 2 or 1
-                self._static_caches.forget()
+                self._graph_decoder.forget()
                 error.__traceback__ = None  # it holds the frames whose tensors are to be freed
             else:
                 continue
@@ -221,4 +221,4 @@ class Captioner:
         return Score(token_ids, [self.processor.decode([token]) for token in token_ids], logprobs)
 
     def _request(self, clips: Sequence[Clip], prompts: Sequence[Prompt], decoding: Decoding) -> Request:
-        return Request(self.model, self.processor, self._static_caches, clips, prompts, decoding)
+        return Request(self.model, self.processor, self._graph_decoder, clips, prompts, decoding)

@@ -5,38 +5,28 @@ from __future__ import annotations
 import queue
 import threading
 import time
-import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation import (
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 from transformers.generation.streamers import BaseStreamer
 
-from capkit.captioning.caches import RoomyCache, StaticCaches, read_rows
+from capkit.captioning.caches import RoomyCache, read_rows
+from capkit.captioning.choosing import Chooser, RowChoosers, chosen_logprobs, draw_key
 from capkit.captioning.decoding import Decoding
+from capkit.captioning.graphs import GraphDecoder
 from capkit.cogvlm2 import (
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoProcessor,
     Prompt,
-    loading,
     rotary_position_ids,
 )
 from capkit.video import Clip
@@ -80,12 +70,12 @@ class Request:
         self,
         model: CogVLM2VideoForConditionalGeneration,
         processor: CogVLM2VideoProcessor,
-        static_caches: StaticCaches,
+        graph_decoder: GraphDecoder,
         clips: Sequence[Clip],
         prompts: Sequence[Prompt],
         decoding: Decoding,
     ):
-        self.model, self.processor, self.static_caches = model, processor, static_caches
+        self.model, self.processor, self.graph_decoder = model, processor, graph_decoder
         self.prompts, self.decoding = prompts, decoding
         self.inputs = processor(clips, prompts)
         self.draw_keys = [*map(draw_key, clips)]
@@ -95,44 +85,35 @@ class Request:
     def run(self, streamer: BaseStreamer | None = None) -> list[Caption]:
         started = time.perf_counter()
         inputs, decoding = self.inputs.to(self.model.device), self.decoding
-        static = None
-        if decoding.num_beams == 1:
-            static = self.static_caches.get(*inputs["input_ids"].shape, decoding.max_new_tokens)
-        try:
-            rows, logprobs = self._generate(inputs, static, streamer)
-        except Exception as error:
-            if static is None or loading.is_out_of_memory(error):
-                raise
-            warnings.warn(f"decoding is not compiled, which is slower: {error!r}", stacklevel=2)
-            self.static_caches.is_useful = False
-            self.static_caches.forget()
-            rows, logprobs = self._generate(inputs, None, streamer)
+        graphs = self.graph_decoder
+        # While another thread decodes with graphs, this one does without.
+        if decoding.num_beams == 1 and graphs.is_useful and graphs.lock.acquire(blocking=False):
+            try:
+                choosers = RowChoosers([decoding] * len(self.prompts), self.draw_keys)
+                ends = partial(is_end, config=self.model.config)
+                rows, logprobs = graphs.caption(inputs, choosers, ends, self.stop, streamer)
+            finally:
+                graphs.lock.release()
+        else:
+            rows, logprobs = self._generate(inputs, streamer)
         seconds = (time.perf_counter() - started) / len(rows)
         return [
             make_caption(ids, row_logprobs, prompt, decoding, seconds, self.model, self.processor)
             for ids, row_logprobs, prompt in zip(rows, logprobs, self.prompts, strict=True)
         ]
 
-    def _generate(self, inputs, static: StaticCache | None, streamer) -> tuple[list[list[int]], list[list[float]]]:
+    def _generate(self, inputs, streamer) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each row, and their log probabilities."""
-        model, decoding, num_rows = self.model, self.decoding, len(self.prompts)
-        ids, mask, config = inputs["input_ids"], inputs["attention_mask"], model.config
-        filled = [*range(num_rows)]
-        if static is not None:  # to its size, with the first row again
-            filled += [0] * (self.static_caches.size[0] - num_rows)
-            ids, mask = ids[filled], mask[filled]
-        prompt_length = ids.shape[1]
-        chooser = Chooser([decoding] * len(filled), [self.draw_keys[row] for row in filled], prompt_length)
-        beams = decoding.num_beams > 1
-        if static is not None:
-            known = {"past_key_values": read_rows(model, inputs, static, len(filled))}
-        elif num_rows > 1 and not beams:
+        model, decoding, num_rows, config = self.model, self.decoding, len(self.prompts), self.model.config
+        prompt_length, beams = inputs["input_ids"].shape[1], decoding.num_beams > 1
+        chooser = Chooser([decoding] * num_rows, self.draw_keys, prompt_length)
+        if num_rows > 1 and not beams:
             known = {"past_key_values": read_rows(model, inputs)}
         else:
             known = {"past_key_values": RoomyCache(config), "pixel_values_videos": inputs["pixel_values_videos"]}
         new_ids = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
             **known,
             # Made afresh: a generation_config.json beside the weights would set what nobody here asked for.
             generation_config=GenerationConfig(
@@ -146,11 +127,11 @@ class Request:
             logits_processor=LogitsProcessorList(chooser.penalties if beams else [chooser]),
             stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
             streamer=streamer,
-        )[:num_rows, prompt_length:].tolist()
+        )[:, prompt_length:].tolist()
         rows = [until_end(row, config) for row in new_ids]
         if beams:  # rows change places between steps: ask afterwards
             return rows, continuation_logprobs(model, inputs, rows)
-        return rows, torch.stack(chooser.logprobs, 1)[:num_rows].tolist()
+        return rows, torch.stack(chooser.logprobs, 1).tolist()
 
 
 def make_caption(
@@ -196,92 +177,6 @@ def continuation_logprobs(model, inputs, continuations: list[list[int]]) -> list
     ).logits[:, :-1]
     logprobs = chosen_logprobs(logits.float(), tail)
     return [row[: len(ids)].tolist() for row, ids in zip(logprobs, continuations, strict=True)]
-
-
-def chosen_logprobs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """log softmax at the chosen ids: (..., V) and (...) -> (...)."""
-    return logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def draw_key(clip: Clip) -> int:
-    """A number that tells a clip's frames from others, for `Chooser`: of a grid of their pixels."""
-    return zlib.crc32(np.ascontiguousarray(clip.frames[:, ::16, ::16]))
-
-
-class Chooser(LogitsProcessor):
-    """Chooses each row's next token by our own rules, and leaves generate() no other; keeps the model's own log
-    probability of it.
-
-    Rows draw from numbers of their own, made from the seed and the clip alone, so that a row's caption does not depend
-    on the rows beside it, nor on the device; and clips do not share their luck, or two seeds compared over many clips
-    would differ more often than chance allows.
-
-    Args:
-        decodings: one for each row. They may differ in seed and max_new_tokens, in nothing else.
-        draw_keys: `draw_key` of each row's clip.
-        prompt_length: tokens before the first new one, where rows come as generate() passes them.
-    """
-
-    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int], prompt_length: int = 0):
-        self.logprobs: list[torch.Tensor] = []  # a (B,) tensor a step
-        self.prompt_length = prompt_length
-        decoding = decodings[0]
-        self.penalties, self.warpers = [], []
-        if decoding.repetition_penalty != 1:
-            self.penalties.append(_GeneratedOnly(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty), self))
-        if decoding.no_repeat_ngram_size:
-            self.penalties.append(_GeneratedOnly(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size), self))
-        self.samples = decoding.samples
-        if self.samples:
-            self.streams = [(one.seed or 0, key) for one, key in zip(decodings, draw_keys, strict=True)]
-            self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
-            self.warpers += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
-            self.warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
-            self.warpers += [MinPLogitsWarper(decoding.min_p)] if decoding.min_p else []
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        chosen, logprobs = self.choose(input_ids, scores, len(self.logprobs))
-        self.logprobs.append(logprobs)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
-
-    def choose(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, step: int, rows: Sequence[int] = ()):
-        """Token `step` of some rows, () for all, and its log probability: int64 and float32 (B,)."""
-        wanted = scores
-        for process in [*self.penalties, *self.warpers]:
-            wanted = process(input_ids, wanted)
-        if self.samples:
-            # The Gumbel trick: the likeliest after noise of its own for each token is a draw from softmax. In a running
-            # sum of probabilities over a large vocabulary, rounding would move far more draws to another token.
-            wanted = wanted + _gumbel_noise([self.streams[row] for row in rows] or self.streams, step, wanted)
-        chosen = wanted.argmax(-1)
-        return chosen, chosen_logprobs(scores, chosen)
-
-
-def _gumbel_noise(streams: Sequence[tuple[int, int]], step: int, like: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise, float32 (B, V): a hash (SplitMix64's) of row, step and token, so that devices need no state."""
-
-    def signed(number):  # int64 arithmetic wraps around
-        return (number + 2**63) % 2**64 - 2**63
-
-    starts = [np.random.SeedSequence([*stream, step]).generate_state(1, np.uint64).view(np.int64) for stream in streams]
-    bits = torch.arange(like.shape[-1], device=like.device) * signed(0x9E3779B97F4A7C15)
-    bits = bits + torch.from_numpy(np.stack(starts)).to(like.device)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits ^= (bits >> shift) & (2 ** (64 - shift) - 1)  # a shift that fills up with zeros
-        bits *= signed(factor)
-    bits ^= (bits >> 31) & (2**33 - 1)
-    uniform = ((bits >> 24) & (2**40 - 1)).float().add_(0.5).mul_(2**-40)  # finest near 0, which is what wins
-    return uniform.neg_().log1p_().neg_().log_().neg_()
-
-
-class _GeneratedOnly(LogitsProcessor):
-    """A penalty that counts generated tokens and not the prompt's."""
-
-    def __init__(self, penalty: LogitsProcessor, chooser: Chooser):
-        self.penalty, self.chooser = penalty, chooser
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return self.penalty(input_ids[:, self.chooser.prompt_length :], scores)
 
 
 class _StopWhen(StoppingCriteria):

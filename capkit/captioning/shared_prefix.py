@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
@@ -17,8 +18,10 @@ import torch
 
 from capkit.captioning.caches import RoomyCache, crop, read_ids
 from capkit.captioning.captioner import Captioner
+from capkit.captioning.choosing import RowChoosers, draw_key
 from capkit.captioning.decoding import Decoding
-from capkit.captioning.generate import Caption, Chooser, draw_key, is_end, make_caption
+from capkit.captioning.generate import Caption, is_end, make_caption
+from capkit.captioning.graphs import FIRST_TOKENS
 from capkit.cogvlm2 import Prompt, PromptLike, loading, preprocess_frames, rotary_position_ids
 from capkit.video import Clip
 
@@ -56,12 +59,14 @@ class SharedVideo:
             remaining = [branch for _, branch in group]
             while remaining:
                 pack = remaining[:1] if is_beam_search else remaining[:max_together]
+                num_kept_bytes = self.captioner._graph_decoder.num_bytes
                 try:
                     captions = [self.captioner.caption(self.clip, *pack[0])] if is_beam_search else self._caption(pack)
                 except (RuntimeError, MemoryError) as error:
-                    if len(pack) == 1 or not loading.is_out_of_memory(error):
+                    if (len(pack) == 1 and not num_kept_bytes) or not loading.is_out_of_memory(error):
                         raise
-                    max_together = len(pack) // 2
+                    max_together = len(pack) // 2 or 1
+                    self.captioner._graph_decoder.forget()
                     error.__traceback__ = None  # it holds the frames whose tensors are to be freed
                     gc.collect()
                     torch.cuda.empty_cache()
@@ -81,11 +86,18 @@ class SharedVideo:
         cache = self._video_cache(video_ids)
         try:
             row = SharedRow(model, cache, video_ids)
-            hidden = torch.stack([states[-1] for states in row.read_texts([*map(processor.text_ids, prompts)])])
+            texts = [*map(processor.text_ids, prompts)]
+            hidden = torch.stack([states[-1] for states in row.read_texts(texts)])
             prefilled = time.perf_counter()
-            new_ids, logprobs = _choose_all(
-                model, row, hidden[prompt_of_branch], prompt_of_branch, decodings, draw_key(self.clip)
-            )
+            choosers = RowChoosers(decodings, [draw_key(self.clip)] * len(branches))
+            graphs = self.captioner._graph_decoder
+            if graphs.is_useful and graphs.lock.acquire(blocking=False):
+                try:
+                    new_ids, logprobs = _decode_rows(graphs, row, texts, prompt_of_branch, choosers)
+                finally:
+                    graphs.lock.release()
+            else:
+                new_ids, logprobs = _choose_all(model, row, hidden[prompt_of_branch], prompt_of_branch, choosers)
         finally:
             crop(cache, len(video_ids))
         # Prefill time is split evenly; decoding time in proportion to tokens.
@@ -138,7 +150,7 @@ class SharedRow:
     def __init__(self, model, cache: RoomyCache, video_ids: list[int]):
         self.model, self.cache, self.device = model, cache, model.device
         positions = rotary_position_ids(torch.tensor([video_ids]), model.config.video_token_id)
-        self.next_position = int(positions[0, -1]) + 1
+        self.num_video, self.next_position = len(video_ids), int(positions[0, -1]) + 1
         self.parts = torch.full((len(video_ids),), VIDEO, device=self.device)  # whose each position is
 
     def read_texts(self, texts: list[list[int]]) -> tuple[torch.Tensor, ...]:
@@ -172,32 +184,38 @@ class SharedRow:
         return outputs.last_hidden_state[0]
 
 
-def _choose_all(model, row, hidden, of_branch, decodings, key) -> tuple[list[list[int]], list[list[float]]]:
-    """Each branch's new tokens and their log probabilities, by its own decoding. A branch that has ended is dropped."""
-    groups: dict[str, list[int]] = {}
-    for branch, decoding in enumerate(decodings):
-        alike = {name: value for name, value in decoding.to_dict().items() if name not in ("seed", "max_new_tokens")}
-        groups.setdefault(str(alike), []).append(branch)
-    choosers = [
-        (Chooser([decodings[branch] for branch in members], [key] * len(members)), members)
-        for members in groups.values()
-    ]
-    new_ids, logprobs = [[] for _ in decodings], [[] for _ in decodings]
-    live, step = list(range(len(decodings))), 0
+def _decode_rows(graphs, row, texts, of_branch, choosers) -> tuple[list[list[int]], list[list[float]]]:
+    """Each branch's new tokens and their log probabilities: a row each, with keys and values of its own."""
+    model, num_before = row.model, row.num_video
+    length = num_before + max(map(len, texts)) - 1
+    step = graphs.step(len(of_branch), length + min(max(choosers.max_new_tokens), FIRST_TOKENS))
+    step.begin(length)
+    held = [(layer.keys, layer.values) for layer in row.cache.layers]
+    step.write(slice(None), num_before, [(keys[:, :, :num_before], values[:, :, :num_before]) for keys, values in held])
+    start = num_before
+    for number, text in enumerate(texts):
+        rows, end = [place for place, of in enumerate(of_branch) if of == number], start + len(text) - 1
+        step.write(rows, length, [(keys[:, :, start:end], values[:, :, start:end]) for keys, values in held])
+        step.ids[rows], step.positions[rows] = text[-1], row.next_position + len(text) - 1
+        start = end + 1
+    return graphs.decode(step, choosers, partial(is_end, config=model.config))
+
+
+def _choose_all(model, row, hidden, of_branch, choosers) -> tuple[list[list[int]], list[list[float]]]:
+    """Each branch's new tokens and their log probabilities: all in one row. A branch that has ended is dropped."""
+    new_ids, logprobs = [[] for _ in of_branch], [[] for _ in of_branch]
+    live, step = list(range(len(of_branch))), 0
     while live:
         scores = model.lm_head(hidden).float()
-        for chooser, members in choosers:
-            if going := [branch for branch in members if branch in live]:
-                ids = torch.tensor([new_ids[branch] for branch in going], dtype=torch.long, device=scores.device)
-                rows = [members.index(branch) for branch in going]
-                some = scores[[live.index(branch) for branch in going]]
-                for branch, token, logprob in zip(going, *chooser.choose(ids, some, step, rows), strict=True):
-                    new_ids[branch].append(int(token))
-                    logprobs[branch].append(float(logprob))
+        history = torch.tensor([new_ids[branch] for branch in live], dtype=torch.long, device=scores.device)
+        chosen, sure = choosers.choose(history, scores, step, live)
+        for branch, token, logprob in zip(live, *torch.stack([chosen.double(), sure.double()]).tolist(), strict=True):
+            new_ids[branch].append(int(token))
+            logprobs[branch].append(logprob)
         live = [
             branch
             for branch in live
-            if len(new_ids[branch]) < decodings[branch].max_new_tokens and not is_end(new_ids[branch][-1], model.config)
+            if len(new_ids[branch]) < choosers.max_new_tokens[branch] and not is_end(new_ids[branch][-1], model.config)
         ]
         if live:
             prompts = [of_branch[branch] for branch in live]

@@ -3,6 +3,7 @@
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,7 +40,7 @@ class Clip:
         """A clip from frames already in memory.
 
         Args:
-            frames: uint8 RGB of shape (T, H, W, 3): an array, a CPU tensor, or a list of T pictures (H, W, 3).
+            frames: uint8 RGB of shape (T, H, W, 3): an array, a tensor, or a list of T pictures (H, W, 3).
             timestamps_seconds: T times that do not decrease; None: one frame a second from 0.
 
         Raises:
@@ -49,8 +50,8 @@ class Clip:
             shapes = {np.shape(frame) for frame in frames}
             if len(shapes) != 1:
                 raise ValueError(f"frames must share one shape (height, width, 3); got {sorted(shapes) or 'no frames'}")
-            frames = np.stack([np.asarray(frame) for frame in frames])
-        pixels = np.asarray(frames)
+            frames = np.stack([_to_array(frame) for frame in frames])
+        pixels = _to_array(frames)
         _check_frames(pixels)
         count, height, width, _ = pixels.shape
         times = np.asarray(range(count) if timestamps_seconds is None else timestamps_seconds, dtype=np.float64)
@@ -178,6 +179,10 @@ def _check_file(path: str) -> None:
         raise VideoError(path, "cannot be read: permission denied")
     if not os.path.getsize(path):
         raise VideoError(path, "the file is empty")
+
+
+def _to_array(frames: Any) -> NDArray[Any]:
+    return np.asarray(frames.cpu() if hasattr(frames, "cpu") else frames)  # tensors may be on a GPU
 
 
 def _check_frames(frames: NDArray[np.uint8]) -> None:

@@ -1,0 +1,345 @@
+"""Decoding on a GPU: preallocated caches, and a decoding step recorded once as a CUDA graph and replayed.
+
+Launched one by one, the thousand kernels of a step take longer than the GPU needs to run them. Recording takes about as
+long as a step, so it pays from the first caption on.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.generation.streamers import BaseStreamer
+
+from capkit.captioning.caches import read_each
+from capkit.captioning.choosing import RowChoosers
+from capkit.cogvlm2 import loading, rotary_position_ids
+
+STATIC_DEVICES = ("cuda",)  # where captions are decoded so
+STATIC_POSITIONS = 512  # a cache has room for a multiple of so many
+FIRST_TOKENS = 256  # new ones that the first cache has room for; the rows that go on move to a larger one
+COMPILE_AFTER = 8000  # steps of a size, by when as much time was lost as compiling takes (about 7 s)
+MEMORY_SHARE = 0.25  # of the GPU's memory, for caches that are kept
+
+
+class DecodingStep:
+    """A decoding step of so many rows over a cache of so many positions.
+
+    The decoder's layers are written out here: what transformers does for one new token in some 45 kernels a layer takes
+    less than 30, and keys and values are not repeated for the query heads that share them. A step that is called again
+    and again is compiled, which fuses the small ones.
+
+    Args:
+        model: the model.
+        num_rows, num_positions: of the cache.
+        compile_after: calls, before it is compiled.
+        pool: of torch's memory for graphs.
+        stream: to record on, of the model's device.
+
+    Attributes:
+        keys, values: of each layer, (num_rows, key-value heads, num_positions, head_dim).
+        ids: the tokens to read next, int64 (num_rows, 1).
+        positions: their rotary positions, int64 (num_rows, 1).
+        mask: what is added to attention scores: 0 where a row sees a position, float32 (num_rows, 1, num_positions).
+        length: positions that are filled.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        num_rows: int,
+        num_positions: int,
+        compile_after: int = COMPILE_AFTER,
+        pool: Any = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        config, device = model.config, model.device
+        self.model, self.num_rows, self.num_positions = model, num_rows, num_positions
+        self._compile_after, self._pool, self._stream = compile_after, pool, stream
+        shape = num_rows, config.num_key_value_heads, num_positions, config.head_dim
+        count = config.num_hidden_layers
+        self.keys = [torch.zeros(shape, dtype=model.dtype, device=device) for _ in range(count)]
+        self.values = [torch.zeros(shape, dtype=model.dtype, device=device) for _ in range(count)]
+        self.ids = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.mask = torch.zeros(num_rows, 1, num_positions, device=device)
+        self.length, self._place = 0, torch.zeros(1, dtype=torch.long, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_recorded, self._has_run = device.type == "cuda", False
+        self._num_calls, self._read_layer = 0, _read_layer
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in [*self.keys, *self.values])
+
+    def begin(self, length: int) -> None:
+        """Forget everything; `length` positions are to be written, none of which is seen yet."""
+        for tensor in [*self.keys, *self.values]:
+            tensor.zero_()  # a row that overflowed must not reach those that come after it
+        self.mask.fill_(torch.finfo(self.mask.dtype).min)
+        self.length = length
+        self._place.fill_(length)
+
+    def write(self, rows: Sequence[int] | slice, end: int, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Keys and values (1, heads, N, head_dim) of each layer into N positions before `end`, which the rows see."""
+        start = end - layers[0][0].shape[2]
+        for number, (keys, values) in enumerate(layers):
+            self.keys[number][rows, :, start:end] = keys
+            self.values[number][rows, :, start:end] = values
+        self.mask[rows, :, start:end] = 0
+
+    def read(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Begin with a batch's prompts, as the processor made them."""
+        ids = inputs["input_ids"]
+        self.begin(ids.shape[1] - 1)
+        for row, cache in enumerate(read_each(self.model, inputs)):
+            self.write([row], self.length, [(layer.keys, layer.values) for layer in cache.layers])
+        self.ids[: len(ids)] = ids[:, -1:]
+        self.positions[: len(ids)] = rotary_position_ids(ids, self.model.config.video_token_id)[:, -1:]
+
+    def move(self, other: DecodingStep, rows: Sequence[int]) -> None:
+        """Begin where some rows of another step are."""
+        self.begin(other.length)
+        mine = slice(len(rows))
+        for number in range(len(self.keys)):
+            self.keys[number][mine, :, : self.length] = other.keys[number][rows, :, : self.length]
+            self.values[number][mine, :, : self.length] = other.values[number][rows, :, : self.length]
+        self.mask[mine, :, : self.length] = other.mask[rows, :, : self.length]
+        self.ids[mine], self.positions[mine] = other.ids[rows], other.positions[rows]
+
+    def __call__(self) -> torch.Tensor:
+        """Logits after `ids`, float32 (num_rows, V), which the next call overwrites."""
+        self._num_calls += 1
+        if self._num_calls == self._compile_after and self._is_recorded:
+            self._graph, self._has_run, self._read_layer = None, False, _compiled_layer()
+        if self._graph is None and self._has_run and self._is_recorded:
+            self._record()
+        if self._graph is None:
+            self._run()
+            self._has_run = True  # what is made at the first call only is there
+        else:
+            self._graph.replay()
+        self.length += 1
+        return self._logits
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with (
+                torch.cuda.device(self.ids.device),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
+                self._forward()
+        except Exception as error:
+            if loading.is_out_of_memory(error):
+                raise
+            warnings.warn(f"decoding is not recorded as a CUDA graph, which is slower: {error!r}", stacklevel=2)
+            self._is_recorded = False
+            return
+        self._graph = graph
+
+    def _run(self) -> None:
+        try:
+            self._forward()
+        except Exception as error:
+            if self._read_layer is _read_layer or loading.is_out_of_memory(error):
+                raise
+            warnings.warn(f"decoding is not compiled, which is slower: {error!r}", stacklevel=3)
+            self._read_layer = _read_layer
+            self._forward()
+
+    def _forward(self) -> None:
+        model, config = self.model.model, self.model.config
+        hidden = model.embed_tokens(self.ids)
+        cos, sin = model.rotary_emb(hidden, self.positions)
+        sin = torch.cat([-sin[..., : config.head_dim // 2], sin[..., config.head_dim // 2 :]], -1)
+        scale = torch.ones(config.num_attention_heads + config.num_key_value_heads, 1, device=hidden.device)
+        scale[: config.num_attention_heads] = config.head_dim**-0.5
+        cos, sin = ((turn.float() * scale).to(hidden.dtype) for turn in (cos, sin))  # queries are scaled, keys are not
+        self.mask.index_fill_(2, self._place, 0.0)
+        for layer, keys, values in zip(model.layers, self.keys, self.values, strict=True):
+            hidden = self._read_layer(layer, hidden, cos, sin, self.mask, self._place, keys, values)
+        self._logits = self.model.lm_head(_normalize(model.norm, hidden)[:, 0]).float()
+        self.positions.add_(1)
+        self._place.add_(1)
+
+
+def _read_layer(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mask: torch.Tensor,
+    place: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """A decoder layer's output (B, 1, D) for one new token a row, whose keys and values go to `place` in the cache."""
+    attention, normal = layer.self_attn, _normalize(layer.input_layernorm, hidden)
+    num_rows, num_shared, _, width = keys.shape
+    num_heads = cos.shape[1] - num_shared
+    both = torch.cat([attention.q_proj(normal), attention.k_proj(normal)], -1).view(num_rows, -1, width)
+    both = torch.addcmul(both * cos, both.roll(width // 2, -1), sin)
+    keys.index_copy_(2, place, both[:, num_heads:, None])
+    values.index_copy_(2, place, attention.v_proj(normal).view(num_rows, num_shared, 1, width))
+    # The query heads that share keys and values are the rows of one product.
+    query = both[:, :num_heads].reshape(num_rows * num_shared, -1, width)
+    scores = _product_in_float32(query, keys.flatten(0, 1).transpose(1, 2))
+    weights = (scores.view(num_rows, num_heads, -1) + mask).softmax(-1).to(values.dtype)
+    attended = torch.bmm(weights.view(num_rows * num_shared, query.shape[1], -1), values.flatten(0, 1))
+    hidden = hidden + attention.o_proj(attended.view(num_rows, 1, -1))
+    return hidden + layer.mlp(_normalize(layer.post_attention_layernorm, hidden))
+
+
+@functools.cache
+def _compiled_layer() -> Callable[..., torch.Tensor]:
+    """`_read_layer` compiled: once for each size, as all layers are alike."""
+    return torch.compile(_read_layer, dynamic=False, fullgraph=True)
+
+
+def _normalize(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Root mean square normalisation in one kernel; transformers' own takes six unless it is compiled."""
+    if torch.compiler.is_compiling():
+        return norm(hidden)
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _product_in_float32(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    if first.device.type == "cuda" and first.dtype != torch.float32:
+        return torch.bmm(first, second, out_dtype=torch.float32)
+    return torch.bmm(first, second).float()
+
+
+class GraphDecoder:
+    """Captions with preallocated caches and CUDA graphs, which are kept by size for the batches to come.
+
+    Rows are a power of two and positions a multiple of STATIC_POSITIONS, so that there are few sizes.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        is_useful: whether the model is on a device that has CUDA graphs.
+        lock: to be held while decoding: the caches serve one call at a time.
+        compile_after: steps of a size, before they are compiled.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.lock, self.compile_after = model, threading.Lock(), COMPILE_AFTER
+        quantizer = getattr(model, "hf_quantizer", None)
+        self.is_useful = model.device.type in STATIC_DEVICES and (quantizer is None or quantizer.is_compileable)
+        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the memory."""
+        self._steps: OrderedDict[tuple[int, int], DecodingStep] = OrderedDict()
+        is_cuda = self.model.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
+
+    def step(self, num_rows: int, num_positions: int) -> DecodingStep:
+        """A step that is large enough, made if there is none yet."""
+        size = 1 << (num_rows - 1).bit_length(), -(-num_positions // STATIC_POSITIONS) * STATIC_POSITIONS
+        if size not in self._steps:
+            config, itemsize = self.model.config, self.model.dtype.itemsize
+            a_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+            while self._steps and size[0] * size[1] * a_position + self.num_bytes > self._most_bytes:
+                self._steps.popitem(last=False)
+            self._steps[size] = DecodingStep(self.model, *size, self.compile_after, self._pool, self._stream)
+        self._steps.move_to_end(size)
+        return self._steps[size]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all caches that are kept."""
+        return sum(step.num_bytes for step in self._steps.values())
+
+    @property
+    def _most_bytes(self) -> float:
+        device = self.model.device
+        is_cuda = device.type == "cuda"
+        return MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory if is_cuda else float("inf")
+
+    def caption(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        choosers: RowChoosers,
+        is_end: Callable[[int], bool],
+        stop: threading.Event,
+        streamer: BaseStreamer | None = None,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """New tokens of each row of a batch, and their log probabilities: see `decode`."""
+        num_rows, length = inputs["input_ids"].shape
+        step = self.step(num_rows, length + min(max(choosers.max_new_tokens), FIRST_TOKENS))
+        step.read(inputs)
+        if streamer is not None:
+            streamer.put(inputs["input_ids"])
+        return self.decode(step, choosers, is_end, stop, streamer)
+
+    def decode(
+        self,
+        step: DecodingStep,
+        choosers: RowChoosers,
+        is_end: Callable[[int], bool],
+        stop: threading.Event | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """New tokens of each row, up to its end token, and their log probabilities.
+
+        The GPU is given the next step before the tokens of the last have come back, so that it never waits.
+
+        Args:
+            step: filled with the rows' prompts, but for their last tokens, which are its `ids`.
+            choosers: of the rows.
+            is_end: whether a token ends a caption.
+            stop: ends all rows after the token at hand.
+            streamer: gets each row's tokens as they come.
+        """
+        limits = choosers.max_new_tokens
+        new_ids: list[list[int]] = [[] for _ in limits]
+        logprobs: list[list[float]] = [[] for _ in limits]
+        rows, live = list(range(len(limits))), set(range(len(limits)))  # those in the step, and those that go on
+        history = torch.zeros(len(limits), max(limits), dtype=torch.long, device=step.ids.device)
+        sent: deque[tuple[list[int], torch.Tensor, torch.cuda.Event | None]] = deque()
+
+        def receive(num_left: int) -> bool:
+            """Take the tokens of all but the last so many steps; whether there is anything left to do."""
+            while len(sent) > num_left:
+                rows, numbers, event = sent.popleft()
+                if event is not None:
+                    event.synchronize()
+                if streamer is not None:
+                    streamer.put(numbers[0].long())
+                for row, token, logprob in zip(rows, *numbers.tolist(), strict=True):
+                    if row in live:
+                        new_ids[row].append(int(token))
+                        logprobs[row].append(logprob)
+                        if is_end(int(token)) or len(new_ids[row]) == limits[row]:
+                            live.discard(row)
+            return bool(live) and not (stop is not None and stop.is_set())
+
+        for count in range(max(limits)):
+            if not receive(0 if step.length == step.num_positions else 1):
+                break
+            if step.length == step.num_positions:
+                going = [place for place, row in enumerate(rows) if row in live]
+                larger = self.step(len(going), step.length + 1)
+                larger.move(step, going)
+                step, rows, history = larger, [rows[place] for place in going], history[going]
+            scores = step()[: len(rows)]
+            chosen, sure = choosers.choose(history[:, :count], scores, count, rows)
+            step.ids[: len(rows), 0] = chosen
+            history[:, count] = chosen
+            numbers = torch.stack([chosen.double(), sure.double()]).to("cpu", non_blocking=True)
+            event = torch.cuda.Event() if chosen.device.type == "cuda" else None
+            if event is not None:
+                event.record(torch.cuda.current_stream(chosen.device))
+            sent.append((rows, numbers, event))
+        receive(0)
+        return new_ids, logprobs
