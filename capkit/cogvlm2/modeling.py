@@ -315,8 +315,7 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hugging Face hub.
-            device: as in `loading.choose_device`.
-            dtype: as in `loading.choose_dtype`.
+            device, dtype: as in `loading.choose_device` and `loading.choose_dtype`.
             quantization: "4bit" (nf4) or "8bit" through bitsandbytes; the vision tower and the head are not quantised.
             revision: branch, tag or commit on the hub.
             kwargs: passed to transformers' `from_pretrained` (`attn_implementation`, for one).
