@@ -34,10 +34,10 @@ from capkit.benchmark.measuring import (
     seconds_of,
     take_turns,
 )
-from capkit.benchmark.models import DECODINGS, PROMPTS, decode, make_clip, plain_caption, plain_pixels, prefill
+from capkit.benchmark.models import DECODINGS, PROMPTS, decode, make_clip, plain_caption, plain_pixels, prefilled_values
 from capkit.benchmark.results import describe
 from capkit.benchmark.video import measure_reading
-from capkit.captioning import Caption, Decoding, RoomyCache, SharedVideo, load_captioner, read_ids
+from capkit.captioning import Caption, Decoding, PreallocatedCache, SharedVideo, load_captioner, prefill
 from capkit.cogvlm2 import Prompt, preprocess_frames
 from capkit.video import Clip
 
@@ -168,8 +168,8 @@ class Benchmark:
         pixels, features, ids = self._inputs()
         plain, quick = self.plain, self.captioner.model
         towers = [partial(model.model.get_video_features, pixels) for model in (plain, quick)]
-        prefills = [partial(prefill, plain, DynamicCache, ids, features)]
-        prefills += [partial(prefill, quick, RoomyCache, ids, features)]
+        prefills = [partial(prefilled_values, plain, DynamicCache, ids, features)]
+        prefills += [partial(prefilled_values, quick, PreallocatedCache, ids, features)]
         stages = {f"vision tower, {len(pixels)} frames": towers, f"prefill, {len(ids)} positions": prefills}
         for name, pair in stages.items():
             seconds = take_turns(pair, self.size.repeats, self.device)
@@ -274,14 +274,14 @@ class Benchmark:
 
     def _profiling(self) -> None:
         pixels, features, ids = self._inputs()
-        sides = ("plain", self.plain, DynamicCache), ("capkit", self.captioner.model, RoomyCache)
+        sides = ("plain", self.plain, DynamicCache), ("capkit", self.captioner.model, PreallocatedCache)
         for name, model, cache_class in sides:
             cache = cache_class(config=model.config)
-            read_ids(model, cache, ids, features)
+            prefill(model, cache, ids, features)
             cache.batch_repeat_interleave(PROFILED_ROWS)
             stages = {
                 "vision tower": partial(model.model.get_video_features, pixels),
-                "prefill": partial(prefill, model, cache_class, ids, features),
+                "prefill": partial(prefilled_values, model, cache_class, ids, features),
                 f"decoding {PROFILED_ROWS} together": partial(decode, model, cache, PROFILED_ROWS),
             }
             for stage, function in stages.items():
@@ -367,7 +367,7 @@ class Benchmark:
         if self._flops is None:
             pixels, _, ids = self._inputs()
             features = self.plain.model.get_video_features
-            flops = count_flops(self.plain, lambda: prefill(self.plain, DynamicCache, ids, features(pixels)))
+            flops = count_flops(self.plain, lambda: prefilled_values(self.plain, DynamicCache, ids, features(pixels)))
             per_token = 2 * sum(weight.numel() for weight in models.decoder_weights(self.plain))
             self._flops = flops + per_token * self.size.num_tokens
         return self._flops

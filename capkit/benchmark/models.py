@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 
-from capkit.captioning import Captioner, Chooser, Decoding, draw_key, read_ids, until_end
+from capkit.captioning import Captioner, Chooser, Decoding, draw_key, prefill, until_end
 from capkit.cogvlm2 import (
     DEFAULT_PROMPT,
     CogVLM2VideoConfig,
@@ -167,7 +167,7 @@ def make_captioner(
     torch.set_default_dtype(dtype)
     try:
         torch.manual_seed(seed)
-        with torch.device(device), loading.memory_errors_in_words(Path("the random model"), device):
+        with torch.device(device), loading.translate_oom_errors(Path("the random model"), device):
             model = CogVLM2VideoForConditionalGeneration(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
@@ -193,12 +193,12 @@ def make_clip(size: Size, seed: int, frame: tuple[int, int] | None = None) -> Cl
     return Clip.from_frames(blocks.repeat(side, 1).repeat(side, 2)[:, :height, :width].copy())
 
 
-def prefill(
+def prefilled_values(
     model: CogVLM2VideoForConditionalGeneration, cache_class: type[DynamicCache], ids: list[int], features: torch.Tensor
 ) -> torch.Tensor:
     """Read a prompt into a new cache; returns values of its last layer."""
     cache = cache_class(config=model.config)
-    read_ids(model, cache, ids, features)
+    prefill(model, cache, ids, features)
     layer: Any = cache.layers[-1]
     return layer.values
 

@@ -1,7 +1,7 @@
-"""A clip and a prompt in, a caption out. transformers' generate() is called here only."""
+"""Captions of clips: generation, scores, shared-prefix decoding, attribution. Only this room calls generate()."""
 
 from capkit.captioning.attribution import GREY, Grounding, ground, mean_support, token_texts
-from capkit.captioning.caches import RoomyCache, read_ids
+from capkit.captioning.caches import PreallocatedCache, prefill
 from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
 from capkit.captioning.choosing import Chooser, draw_key
 from capkit.captioning.decoding import Decoding, DecodingLike
@@ -15,8 +15,8 @@ __all__ = [
     "ground",
     "mean_support",
     "token_texts",
-    "RoomyCache",
-    "read_ids",
+    "PreallocatedCache",
+    "prefill",
     "DEMO_CHECKPOINT",
     "GREEDY",
     "Captioner",

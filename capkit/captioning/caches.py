@@ -1,128 +1,152 @@
-"""Keys and values: a cache that grows without being copied for each token, and filling caches."""
+"""KV caches and prefill: a preallocated cache, and filling caches from prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from capkit.cogvlm2 import image_mask, place_features, rotary_position_ids
+from capkit.cogvlm2 import (
+    CogVLM2VideoConfig,
+    CogVLM2VideoForConditionalGeneration,
+    image_mask,
+    place_features,
+    rotary_position_ids,
+)
 
-ROOM = 256  # positions that are allocated beyond those needed
-READ_TOGETHER = 256  # positions, where others stand before them
+GROWTH = 256  # positions that are allocated in advance
+PREFILL_CHUNK = 256  # positions per forward pass where the cache is not empty
 
 
-class RoomyCache(DynamicCache):
-    """transformers' dynamic cache with room to grow in.
+class PreallocatedCache(DynamicCache):
+    """transformers' DynamicCache with memory allocated in advance.
 
-    The original is concatenated anew for every token, which takes longer than all else in decoding a batch on a CPU.
-
-    Args:
-        config: the model's.
+    DynamicCache copies all keys and values for every new token, which takes most of the time of decoding a batch on a
+    CPU.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: CogVLM2VideoConfig) -> None:
         super().__init__(config=config)
-        self.layers = [_RoomyLayer() for _ in self.layers]
+        self.layers = [_PreallocatedLayer() for _ in self.layers]
 
 
-class _RoomyLayer(DynamicLayer):
-    """`keys` and `values` are the first positions of larger tensors."""
+class _PreallocatedLayer(DynamicLayer):
+    """`keys` and `values` are views of the first positions of larger buffers."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-            self._rooms = [None, None]
-        length = self.keys.shape[-2]
-        end = length + key_states.shape[-2]
-        for place, (held, new) in enumerate(((self.keys, key_states), (self.values, value_states))):
-            room = self._rooms[place]
-            # Beam search and the like replace `keys` by a tensor of their own.
-            if room is None or end > room.shape[-2] or held.untyped_storage().data_ptr() != room.data_ptr():
-                room = new.new_empty(*new.shape[:2], end + ROOM, new.shape[-1])
-                room[..., :length, :] = held
-            room[..., length:end, :] = new
-            self._rooms[place] = room
-        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+            self._buffers = self.keys, self.values
+        end = self.keys.shape[-2] + key_states.shape[-2]
+        keys, values = self._buffers
+        self._buffers = _append(self.keys, keys, key_states), _append(self.values, values, value_states)
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
         return self.keys, self.values
 
 
-def crop(cache: DynamicCache, length: int) -> None:
-    """Forget all but the first positions.
+def _append(filled: torch.Tensor, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Write new positions behind the filled ones, into the buffer or, if they do not fit, a larger one."""
+    length, end = filled.shape[-2], filled.shape[-2] + new.shape[-2]
+    # Beam search, for one, replaces `keys` by a tensor outside the buffer.
+    is_inside = filled.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+    if end > buffer.shape[-2] or not is_inside:
+        buffer = new.new_empty(*new.shape[:2], end + GROWTH, new.shape[-1])
+        buffer[..., :length, :] = filled
+    buffer[..., length:end, :] = new
+    return buffer
 
-    Layers may differ in length: where memory runs out inside a layer, those before it hold the new positions already.
+
+def layer_tensors(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, (B, key-value heads, N, head_dim)."""
+    layers: Any = cache.layers  # all of kinds that have keys and values
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def crop(cache: DynamicCache, length: int) -> None:
+    """Keep the first `length` positions.
+
+    Layers may differ in length: when memory runs out inside a layer, those before it already hold the new positions.
     """
-    for layer in cache.layers:
+    layers: Any = cache.layers
+    for layer in layers:
         if layer.is_initialized:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
-def read_ids(model, cache: DynamicCache, ids: list[int], features: torch.Tensor) -> None:
-    """Add to the cache what it lacks of the keys and values of a sequence.
+def prefill(
+    model: CogVLM2VideoForConditionalGeneration, cache: DynamicCache, ids: list[int], features: torch.Tensor
+) -> None:
+    """Add the missing keys and values of a sequence to a cache.
 
     Args:
         model: the model.
         cache: holds those of the first ids, or nothing.
-        ids: from bos on, frames' positions included.
-        features: of the frames that the cache lacks, from the model's `get_video_features`.
+        ids: of the complete sequence from bos on.
+        features: of the frames that the cache does not hold, from the model's `get_video_features`.
     """
-    ids = torch.tensor([ids], device=model.device)
-    there, image = cache.get_seq_length(), image_mask(ids, model.config.video_token_id)
-    embeds = place_features(model.model.embed_tokens(ids[:, there:]), image[:, there:], features)
-    positions = rotary_position_ids(ids, model.config.video_token_id)
-    # After something, a causal mask is written out, and all that it hides is computed: in pieces that is little.
-    piece = READ_TOGETHER if there else ids.shape[1]
-    for first in range(there, ids.shape[1], piece):
-        end = min(first + piece, ids.shape[1])
+    all_ids = torch.tensor([ids], device=model.device)
+    start, image = cache.get_seq_length(), image_mask(all_ids, model.config.video_token_id)
+    embeds = place_features(model.model.embed_tokens(all_ids[:, start:]), image[:, start:], features)
+    positions = rotary_position_ids(all_ids, model.config.video_token_id)
+    # With a filled cache, attention computes masked positions too; chunks keep their number small.
+    chunk = PREFILL_CHUNK if start else len(ids)
+    for first in range(start, len(ids), chunk):
+        end = min(first + chunk, len(ids))
         model.model(
-            inputs_embeds=embeds[:, first - there : end - there],
-            attention_mask=torch.ones_like(ids[:, :end]),
+            inputs_embeds=embeds[:, first - start : end - start],
+            attention_mask=torch.ones_like(all_ids[:, :end]),
             position_ids=positions[:, first:end],
             past_key_values=cache,
             use_cache=True,
         )
 
 
-def read_each(model, inputs: Mapping[str, torch.Tensor]) -> Iterator[DynamicCache]:
-    """Keys and values of each prompt of a batch, but for its last token.
+def prefill_each(
+    model: CogVLM2VideoForConditionalGeneration, inputs: Mapping[str, torch.Tensor]
+) -> Iterator[DynamicCache]:
+    """A cache for each prompt of a batch, filled but for the prompt's last token.
 
-    A row at a time: no more than one clip's frames are ever in the vision tower, no time goes into padding, and each
-    row gets exactly what it would get alone.
+    Row by row: only one clip's frames are in the vision tower at a time, padding is not computed, and each row gets
+    exactly what it would get alone.
 
     Args:
         model: the model.
         inputs: from the processor, on the model's device.
     """
-    ids, taking_part = inputs["input_ids"], inputs["attention_mask"].bool()
-    num_positions = image_mask(ids, model.config.video_token_id).sum(-1)
-    clips = inputs["pixel_values_videos"].split((num_positions // model.config.tokens_per_frame).tolist())
-    for row, pixels in enumerate(clips):
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    for row, pixels in enumerate(model.split_clips(ids, inputs["pixel_values_videos"])):
         cache = DynamicCache(config=model.config)
-        read_ids(model, cache, ids[row, taking_part[row]][:-1].tolist(), model.model.get_video_features(pixels))
+        prefill(model, cache, ids[row, mask[row]][:-1].tolist(), model.model.get_video_features(pixels))
         yield cache
 
 
-def read_rows(model, inputs: Mapping[str, torch.Tensor]) -> Cache:
-    """Keys and values of a batch's prompts, each but for its last token, which is left to `generate()`.
+def prefill_batch(model: CogVLM2VideoForConditionalGeneration, inputs: Mapping[str, torch.Tensor]) -> PreallocatedCache:
+    """One cache for all prompts of a batch, filled but for each prompt's last token, which `generate()` reads.
 
     Args:
         model: the model.
         inputs: from the processor, on the model's device: B rows, padded on the left to N positions.
 
     Returns:
-        N - 1 positions of B rows. Nothing sensible where there is padding, which the attention mask hides.
+        N - 1 positions of B rows; zeros at padding, which the attention mask hides.
     """
     num_rows, end = len(inputs["input_ids"]), inputs["input_ids"].shape[1] - 1
-    together = RoomyCache(model.config)
-    for row, cache in enumerate(read_each(model, inputs)):
-        start = end - cache.get_seq_length()
-        for number, layer in enumerate(cache.layers):
-            if row == 0:
-                empty = layer.keys.new_zeros(num_rows, layer.keys.shape[1], end, layer.keys.shape[3])
-                together.update(empty, empty, number)
-            together.layers[number].keys[row, :, start:end] = layer.keys[0]
-            together.layers[number].values[row, :, start:end] = layer.values[0]
-    return together
+    batch = PreallocatedCache(model.config)
+    for row, cache in enumerate(prefill_each(model, inputs)):
+        start, layers = end - cache.get_seq_length(), layer_tensors(cache)
+        if row == 0:
+            for number, (keys, _) in enumerate(layers):
+                empty = keys.new_zeros(num_rows, keys.shape[1], end, keys.shape[3])
+                batch.update(empty, empty, number)
+        for (batch_keys, batch_values), (keys, values) in zip(layer_tensors(batch), layers, strict=True):
+            batch_keys[row, :, start:end], batch_values[row, :, start:end] = keys[0], values[0]
+    return batch

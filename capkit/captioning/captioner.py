@@ -1,12 +1,13 @@
-"""Captioning: a clip and a prompt in, a caption out."""
+"""`Captioner`: caption clips alone, in batches or as a stream, and score captions."""
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,15 +28,16 @@ from capkit.video import Clip
 
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 GREEDY = Decoding()
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Score:
-    """log P(text | clip, prompt), a token at a time.
+    """Log probabilities of a text's tokens, given a clip and a prompt.
 
     Attributes:
-        token_ids: the tokens scored.
-        tokens: each of them as text; a character split over several tokens shows as U+FFFD.
+        token_ids: the tokens.
+        tokens: each token as text; parts of a character split over several tokens show as U+FFFD.
         logprobs: log P(token | clip, prompt, tokens before), in nats.
     """
 
@@ -45,12 +47,12 @@ class Score:
 
     @property
     def total_logprob(self) -> float:
-        """log P of the whole text, in nats."""
+        """log P(text | clip, prompt), in nats."""
         return float(np.sum(self.logprobs))
 
     @property
     def mean_logprob(self) -> float:
-        """The same for each token on average."""
+        """Mean log probability of a token, in nats."""
         return float(np.mean(self.logprobs))
 
 
@@ -61,20 +63,20 @@ def load_captioner(
     quantization: str | None = None,
     revision: str | None = None,
 ) -> Captioner:
-    """Load a checkpoint, ready to caption.
+    """Load a model and its processor for captioning.
 
     Args:
-        model: "demo" for the small one that comes with capkit; a folder in the published layout; or a name on the
-            Hugging Face hub, such as "THUDM/cogvlm2-llama3-caption" (25 GB).
-        device: "auto" takes a CUDA GPU where there is one, else the CPU.
+        model: "demo" for the small model in the package; a folder in the published layout; or a name on the Hugging
+            Face hub, such as "THUDM/cogvlm2-llama3-caption" (25 GB).
+        device: "auto" is a CUDA GPU where there is one, else the CPU.
         dtype: "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU.
-        quantization: None, "4bit" or "8bit" (bitsandbytes: `pip install 'capkit[quantize]'`).
+        quantization: None, "4bit" or "8bit" (bitsandbytes: `pip install -e '.[quantize]'`).
         revision: branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, is damaged or of another kind, or does not fit into memory.
         ValueError: unknown device, dtype or quantization.
-        ImportError: quantization without bitsandbytes.
+        ImportError: quantization is given, but bitsandbytes is not installed.
     """
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
     processor = CogVLM2VideoProcessor.from_pretrained(folder)
@@ -85,12 +87,12 @@ def load_captioner(
 
 
 class Captioner:
-    """A model and its processor, made to caption. `load_captioner` makes one.
+    """A model and its processor; `load_captioner` makes one.
 
     Attributes:
         model, processor: the transformers objects.
         name: as given to `load_captioner`.
-        fingerprint: 16 hexadecimal digits that tell this model from others, whatever its folder is called.
+        fingerprint: digest of configuration, tokenizer and weights, 16 hexadecimal digits.
         quantization: None, "4bit" or "8bit".
     """
 
@@ -101,11 +103,11 @@ class Captioner:
         name: str = "",
         fingerprint: str = "",
         quantization: str | None = None,
-    ):
+    ) -> None:
         self.model, self.processor = model, processor
         self.name, self.fingerprint, self.quantization = name, fingerprint, quantization
         self._graph_decoder = GraphDecoder(model)
-        self._num_frames_too_many = math.inf  # in a batch, each clip counted as long as the longest
+        self._oom_frames = math.inf  # smallest rows x frames of the longest clip that ran out of memory
 
     def __repr__(self) -> str:
         return f"Captioner({self.name!r}, {self.dtype} on {self.model.device})"
@@ -115,18 +117,13 @@ class Captioner:
         """The weights' type, such as "bfloat16"."""
         return str(self.model.dtype).removeprefix("torch.")
 
-    def caption(
-        self,
-        clip: Clip,
-        prompt: PromptLike = DEFAULT_PROMPT,
-        decoding: DecodingLike = GREEDY,
-    ) -> Caption:
-        """Caption one clip. With the defaults, the caption is the one that the original's caption tool writes.
+    def caption(self, clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, decoding: DecodingLike = GREEDY) -> Caption:
+        """Caption one clip. With the defaults, the caption is the same as the original caption tool's.
 
         Args:
             clip: from `load_clip` or `Clip.from_frames`.
-            prompt: a text, or a `Prompt` with another template, earlier turns or other frame numbers.
-            decoding: how tokens are chosen: a `Decoding`, or a dictionary of its fields.
+            prompt: a text, a `Prompt`, or a dictionary of its fields.
+            decoding: a `Decoding`, or a dictionary of its fields.
 
         Raises:
             ValueError: as in `Prompt` and `Decoding`.
@@ -140,16 +137,16 @@ class Captioner:
         decoding: DecodingLike = GREEDY,
         batch_size: int | None = None,
     ) -> list[Caption]:
-        """Caption many clips together; each gets the caption that it would get alone (token for token in float32).
+        """Caption clips in batches; each gets the caption that it would get alone (token for token in float32).
 
         Clips may differ in length, and prompts in everything. When memory runs out, the batch is halved, and later
-        batches as large are halved at once.
+        batches of that size are halved from the start.
 
         Args:
             clips: as in `caption`.
             prompts: one prompt for all, or one for each clip.
             decoding: as in `caption`, the same for all.
-            batch_size: clips that go through the model together; None for all of them.
+            batch_size: clips in a batch; None for all of them.
 
         Returns:
             One caption for each clip, in order.
@@ -158,56 +155,71 @@ class Captioner:
             ValueError: as in `caption`, or prompts and clips differ in number.
             torch.OutOfMemoryError: one clip alone does not fit.
         """
-        prompts = [*map(Prompt.of, one_prompt_each(prompts, len(clips)))]
+        pairs = list(zip(clips, map(Prompt.of, one_prompt_each(prompts, len(clips))), strict=True))
         decoding = Decoding.of(decoding)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: must be at least 1, or None for all clips together")
-        size, captions = batch_size or max(len(clips), 1), []
-        longest = max(map(len, clips), default=1)
-        while size > 1 and size * longest >= self._num_frames_too_many:
+        size, longest = batch_size or max(len(clips), 1), max(map(len, clips), default=1)
+        while size > 1 and size * longest >= self._oom_frames:
             size //= 2
-        while len(captions) < len(clips):
-            rows, num_kept_bytes = slice(len(captions), len(captions) + size), self._graph_decoder.num_bytes
+
+        def run(batch: Sequence[tuple[Clip, Prompt]]) -> list[Caption]:
+            return self._request(batch, decoding).run()
+
+        def remember(size: int) -> None:
+            self._oom_frames = min(self._oom_frames, size * longest)
+
+        return list(self.in_batches(run, pairs, size, remember))
+
+    def in_batches(
+        self,
+        run: Callable[[Sequence[Item]], list[Caption]],
+        items: Sequence[Item],
+        size: int,
+        on_oom: Callable[[int], None],
+    ) -> Iterator[Caption]:
+        """What `run` returns for items, in batches of `size`; when memory runs out, the size is halved.
+
+        `on_oom` is called with the size of each batch that ran out of memory; one item alone raises the error.
+        """
+        while items:
+            batch, num_kept_bytes = items[:size], self._graph_decoder.num_bytes
             try:
-                captions += self._request(clips[rows], prompts[rows], decoding).run()
+                captions = run(batch)
             except (RuntimeError, MemoryError) as error:
-                if (size == 1 and not num_kept_bytes) or not loading.is_out_of_memory(error):
+                if (len(batch) == 1 and not num_kept_bytes) or not loading.is_out_of_memory(error):
                     raise
-                size = min(size, len(clips) - len(captions))
-                self._num_frames_too_many = min(self._num_frames_too_many, size * longest)
-                size = size // 2 or 1
-                self._graph_decoder.forget()
-                error.__traceback__ = None  # it holds the frames whose tensors are to be freed
+                error.__traceback__ = None  # it refers to the frames whose tensors are to be freed
             else:
+                yield from captions
+                items = items[len(batch) :]
                 continue
+            # Outside of the except block: before Python 3.11, the traceback lives until its end.
+            on_oom(len(batch))
+            size = len(batch) // 2 or 1
+            self._graph_decoder.forget()
             gc.collect()
             torch.cuda.empty_cache()
-        return captions
 
-    def stream(
-        self,
-        clip: Clip,
-        prompt: PromptLike = DEFAULT_PROMPT,
-        decoding: DecodingLike = GREEDY,
-    ) -> CaptionStream:
-        """Caption one clip and show the text as it comes: iterate over the result for pieces of text.
+    def stream(self, clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, decoding: DecodingLike = GREEDY) -> CaptionStream:
+        """Caption one clip and get the text as it is generated: iterate over the result for pieces of text.
 
         Raises:
-            ValueError: as in `caption`; beam search, which has no text before its end.
+            ValueError: as in `caption`, or beam search, which has no text before its end.
         """
         decoding = Decoding.of(decoding)
         if decoding.num_beams > 1:
             raise ValueError(f"num_beams={decoding.num_beams}: beam search has no text before its end; use caption()")
-        return CaptionStream(self._request([clip], [Prompt.of(prompt)], decoding))
+        return CaptionStream(self._request([(clip, Prompt.of(prompt))], decoding))
 
     def score(self, clip: Clip, caption: Caption | str, prompt: PromptLike | None = None) -> Score:
-        """How probable the model finds a caption: log P(text | clip, prompt), a token at a time.
+        """Log probabilities of a caption's tokens under the model.
 
         Args:
             clip: as in `caption`.
-            caption: a `Caption`, whose own tokens are scored, so that the sum is what generation reported; or a text,
-                scored as the model would write it after the prompt (the end token is not counted).
-            prompt: None for the `Caption`'s own, or for a text the default prompt.
+            caption: a `Caption`, whose `token_ids` are scored, so that the sum equals that of its `logprobs`; or a
+                text, scored as a continuation of the prompt without an end token.
+            prompt: None is the `Caption`'s prompt, and for a text the default prompt.
 
         Raises:
             ValueError: an empty text, or as in `caption`.
@@ -220,5 +232,5 @@ class Captioner:
         logprobs = continuation_logprobs(self.model, inputs, [token_ids])[0]
         return Score(token_ids, [self.processor.decode([token]) for token in token_ids], logprobs)
 
-    def _request(self, clips: Sequence[Clip], prompts: Sequence[Prompt], decoding: Decoding) -> Request:
-        return Request(self.model, self.processor, self._graph_decoder, clips, prompts, decoding)
+    def _request(self, pairs: Sequence[tuple[Clip, Prompt]], decoding: Decoding) -> Request:
+        return Request(self.model, self.processor, self._graph_decoder, pairs, decoding)

@@ -1,9 +1,9 @@
-"""Choosing the next token: penalties, sampling with noise of each row's own, log probabilities."""
+"""Choosing tokens: penalties, filters and draws that depend on neither batch nor device."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -27,29 +27,29 @@ def chosen_logprobs(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 
 def draw_key(clip: Clip) -> int:
-    """A number that tells a clip's frames from others, for `Chooser`: of a grid of their pixels."""
-    return zlib.crc32(np.ascontiguousarray(clip.frames[:, ::16, ::16]))
+    """Checksum of a grid of a clip's pixels: the clip's part in the random numbers of `Chooser`."""
+    return zlib.crc32(clip.frames[:, ::16, ::16].tobytes())
 
 
 class Chooser(LogitsProcessor):
-    """Chooses each row's next token by our own rules, and leaves generate() no other; keeps the model's own log
-    probability of it.
+    """Logits processor that picks the next token itself and masks all others; keeps its log probability.
 
-    Rows draw from numbers of their own, made from the seed and the clip alone, so that a row's caption does not depend
-    on the rows beside it, nor on the device; and clips do not share their luck, or two seeds compared over many clips
-    would differ more often than chance allows.
+    Each row's random numbers depend on the seed and the clip alone, so that a row's caption depends neither on the
+    rows beside it nor on the device. Noise is seeded per clip, so that results across clips are independent: else two
+    seeds compared over many clips would differ more often than chance allows.
 
     Args:
-        decodings: one for each row. They may differ in seed and max_new_tokens, in nothing else.
+        decodings: one for each row; they may differ only in the settings of `_PER_ROW`.
         draw_keys: `draw_key` of each row's clip.
-        prompt_length: tokens before the first new one, where rows come as generate() passes them.
+        prompt_length: length of the prompts that come before the new tokens in generate()'s `input_ids`.
     """
 
-    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int], prompt_length: int = 0):
+    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int], prompt_length: int = 0) -> None:
         self.logprobs: list[torch.Tensor] = []  # a (B,) tensor a step
         self.prompt_length = prompt_length
         decoding = decodings[0]
-        self.penalties, self.warpers = [], []
+        self.penalties: list[Callable[..., torch.Tensor]] = []
+        self.warpers: list[Callable[..., torch.Tensor]] = []
         if decoding.repetition_penalty != 1:
             self.penalties.append(_GeneratedOnly(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty), self))
         if decoding.no_repeat_ngram_size:
@@ -62,90 +62,93 @@ class Chooser(LogitsProcessor):
             self.warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
             self.warpers += [MinPLogitsWarper(decoding.min_p)] if decoding.min_p else []
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         chosen, logprobs = self.choose(input_ids, scores, len(self.logprobs))
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
 
-    def choose(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, step: int, rows: Sequence[int] = ()):
-        """Token `step` of some rows, () for all, and its log probability: int64 and float32 (B,)."""
-        wanted = scores
+    def choose(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, step: int, rows: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token number `step` of these rows (all if empty) and its log probability: int64 and float32 (B,)."""
+        adjusted = scores
         for process in [*self.penalties, *self.warpers]:
-            wanted = process(input_ids, wanted)
+            adjusted = process(input_ids, adjusted)
         if self.samples:
-            # The Gumbel trick: the likeliest after noise of its own for each token is a draw from softmax. In a running
-            # sum of probabilities over a large vocabulary, rounding would move far more draws to another token.
-            wanted = wanted + _gumbel_noise([self.streams[row] for row in rows] or self.streams, step, wanted)
-        chosen = wanted.argmax(-1)
+            # Gumbel-max trick: the argmax after adding Gumbel noise is a draw from softmax. With a cumulative sum over
+            # a large vocabulary, rounding would change far more draws.
+            adjusted = adjusted + _gumbel_noise([self.streams[row] for row in rows] or self.streams, step, adjusted)
+        chosen = adjusted.argmax(-1)
         return chosen, chosen_logprobs(scores, chosen)
 
 
-_OF_A_ROW = ("seed", "max_new_tokens")  # settings in which the rows of one Chooser may differ
+_PER_ROW = ("seed", "max_new_tokens")  # settings in which the rows of one Chooser may differ
 
 
 class RowChoosers:
-    """A `Chooser` for rows whose decodings may differ in everything: one for all those that are alike.
+    """Choose tokens for rows whose decodings may differ: rows with the same settings share a `Chooser`.
 
     Args:
-        decodings, draw_keys: as for `Chooser`.
+        decodings, draw_keys: as for `Chooser`, but decodings may differ in all settings.
     """
 
-    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int]):
+    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int]) -> None:
         groups: dict[str, list[int]] = {}
         for row, decoding in enumerate(decodings):
-            alike = {
-                name: value for name, value in decoding.to_dict().items() if name not in ("seed", "max_new_tokens")
-            }
-            groups.setdefault(str(alike), []).append(row)
+            shared = {name: value for name, value in decoding.to_dict().items() if name not in _PER_ROW}
+            groups.setdefault(str(shared), []).append(row)
         self.max_new_tokens = [decoding.max_new_tokens for decoding in decodings]
         self._choosers = [
             (Chooser([decodings[row] for row in members], [draw_keys[row] for row in members]), members)
             for members in groups.values()
         ]
-        self._rows: list[int] = []
-        self._places: list[tuple[Chooser, list[int], torch.Tensor]] = []
+        self._rows: list[int] = []  # of the last call
+        self._parts: list[tuple[Chooser, list[int], torch.Tensor]] = []  # their choosers, rows in these, places in rows
 
-    def choose(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, step: int, rows: Sequence[int]):
-        """Token `step` of some rows and its log probability, as `Chooser.choose`; `input_ids` are new tokens only."""
+    def choose(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, step: int, rows: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Chooser.choose`; `input_ids` are new tokens only."""
         if self._rows != list(rows):
-            self._rows, self._places = list(rows), []
+            self._rows, self._parts = list(rows), []
             for chooser, members in self._choosers:
                 places = [place for place, row in enumerate(rows) if row in members]
                 own = [members.index(rows[place]) for place in places]
-                self._places += [(chooser, own, torch.tensor(places, device=scores.device))] if places else []
-        if len(self._places) == 1:
-            chooser, own, _ = self._places[0]
+                self._parts += [(chooser, own, torch.tensor(places, device=scores.device))] if places else []
+        if len(self._parts) == 1:
+            chooser, own, _ = self._parts[0]
             return chooser.choose(input_ids, scores, step, own)
         chosen, logprobs = input_ids.new_zeros(len(scores)), scores.new_zeros(len(scores))
-        for chooser, own, places in self._places:
-            chosen[places], logprobs[places] = chooser.choose(input_ids[places], scores[places], step, own)
+        for chooser, own, at in self._parts:
+            chosen[at], logprobs[at] = chooser.choose(input_ids[at], scores[at], step, own)
         return chosen, logprobs
 
 
 def _gumbel_noise(streams: Sequence[tuple[int, int]], step: int, like: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise, float32 (B, V): a hash (SplitMix64's) of row, step and token, so that devices need no state."""
+    """Gumbel noise, float32 (B, V), from a hash (SplitMix64) of stream, step and token: the same on every device."""
 
-    def signed(number):  # int64 arithmetic wraps around
+    def signed(number: int) -> int:  # int64 arithmetic wraps around
         return (number + 2**63) % 2**64 - 2**63
 
     starts = [np.random.SeedSequence([*stream, step]).generate_state(1, np.uint64).view(np.int64) for stream in streams]
     bits = torch.arange(like.shape[-1], device=like.device) * signed(0x9E3779B97F4A7C15)
     sent = torch.from_numpy(np.stack(starts))
-    sent = sent.pin_memory() if like.device.type == "cuda" else sent  # else the copy waits for all that is under way
+    sent = sent.pin_memory() if like.device.type == "cuda" else sent  # a copy from other memory would synchronise
     bits = bits + sent.to(like.device, non_blocking=True)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits ^= (bits >> shift) & (2 ** (64 - shift) - 1)  # a shift that fills up with zeros
+        bits ^= (bits >> shift) & (2 ** (64 - shift) - 1)  # a logical shift
         bits *= signed(factor)
     bits ^= (bits >> 31) & (2**33 - 1)
-    uniform = ((bits >> 24) & (2**40 - 1)).float().add_(0.5).mul_(2**-40)  # finest near 0, which is what wins
+    # Float32 is finest near 0, from where the largest noise comes.
+    uniform = ((bits >> 24) & (2**40 - 1)).float().add_(0.5).mul_(2**-40)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 class _GeneratedOnly(LogitsProcessor):
-    """A penalty that counts generated tokens and not the prompt's."""
+    """A penalty that counts generated tokens only, not those of the prompt."""
 
-    def __init__(self, penalty: LogitsProcessor, chooser: Chooser):
+    def __init__(self, penalty: Callable[..., torch.Tensor], chooser: Chooser) -> None:
         self.penalty, self.chooser = penalty, chooser
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return self.penalty(input_ids[:, self.chooser.prompt_length :], scores)

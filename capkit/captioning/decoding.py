@@ -1,29 +1,29 @@
-"""Decoding settings: what was asked for, and what of it has an effect. Knows nothing of models or tensors."""
+"""`Decoding`: the settings of token generation, checked. No models or tensors."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-# What transformers 4.4x, which the original runs on, assumes when a sampling call leaves these out.
+# Defaults for sampling in transformers 4.4x, on which the original runs.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50}
-# Settings that act on the draw alone.
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
-# Arguments of generate() that choose no token here: the captioner sets them itself.
-_PLUMBING = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "num_return_sequences"}
+_SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "seed")
+# Arguments of generate() that do not affect which tokens are chosen here: the captioner sets them itself.
+_IGNORED = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "num_return_sequences"}
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen. Temperature 0 is greedy; a setting that would have no effect is an error that names it.
 
-    Field names are those of transformers' `GenerationConfig`. The defaults are what CogVLM2-Caption's own tool really
-    does: it passes `do_sample=False, top_k=1, top_p=0.1, temperature=0.1`, which is greedy search.
+    Field names are those of transformers' `GenerationConfig`. The defaults are the effective settings of the original
+    caption tool: it passes `do_sample=False, top_k=1, top_p=0.1, temperature=0.1`, which is greedy search.
 
     Attributes:
         max_new_tokens: most tokens to generate, the end token included.
@@ -39,7 +39,7 @@ class Decoding:
         dropped: what `from_generate_kwargs` left out because it has no effect. Not a setting, not compared.
 
     Raises:
-        ValueError: a value outside its range, or a setting that would have no effect beside the others.
+        ValueError: a value outside its range, or a setting that has no effect in combination with the others.
     """
 
     max_new_tokens: int = 2048
@@ -53,52 +53,47 @@ class Decoding:
     seed: int | None = None
     dropped: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def __post_init__(self):
-        for name, low, high in (
-            ("max_new_tokens", 1, math.inf),
-            ("top_k", 0, math.inf),
-            ("num_beams", 1, math.inf),
-            ("no_repeat_ngram_size", 0, math.inf),
-            ("seed", 0, 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least {low}")
-            object.__setattr__(self, name, int(value))
-        for name, allowed, good in (
+    def __post_init__(self) -> None:
+        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1), ("no_repeat_ngram_size", 0)):
+            self._set_integer(name, low)
+        if self.seed is not None:
+            self._set_integer("seed", 0, 2**63 - 1)
+        for name, allowed, is_allowed in (
             ("temperature", "0 (greedy) or above", lambda x: x >= 0),
             ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
             ("min_p", "at least 0 and below 1", lambda x: 0 <= x < 1),
             ("repetition_penalty", "above 0 (1.0 for none)", lambda x: x > 0),
         ):
             value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not good(value):
+            is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or not is_allowed(value):
                 raise ValueError(f"{name}={value!r}: must be a number {allowed}")
-            # Not float(np.float32(0.8)), which is 0.800000011920929 and would be another request than 0.8.
+            # Through str: float(np.float32(0.8)) is 0.800000011920929, another request than 0.8.
             object.__setattr__(self, name, float(str(value)) if isinstance(value, np.floating) else float(value))
-        self._refuse_what_has_no_effect()
+        self._refuse_ineffective_settings()
 
-    def _refuse_what_has_no_effect(self) -> None:
+    def _set_integer(self, name: str, low: int, high: float = math.inf) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{name}={value!r}: must be a whole number {limits}")
+        object.__setattr__(self, name, int(value))
+
+    def _refuse_ineffective_settings(self) -> None:
         if self.temperature == 0:
-            why = "temperature is 0, which is greedy: set a temperature above 0 to sample"
-            idle = [name for name in _SAMPLING if self._is_set(name)]
+            reason = "temperature is 0, which is greedy: set a temperature above 0 to sample"
+            names = [name for name in _SAMPLING_ONLY if getattr(self, name) != _DEFAULTS[name]]
         elif self.num_beams > 1:
-            why = f"num_beams={self.num_beams} is beam search, which does not sample here: choose one of the two"
-            idle = ["temperature"]
+            reason = f"num_beams={self.num_beams} is beam search, which does not sample here: choose one of the two"
+            names = ["temperature"]
         elif self.top_k == 1:
-            why = "top_k=1 leaves one token to draw, which is greedy: leave both out, or raise top_k"
-            idle = ["temperature"]
+            reason = "top_k=1 leaves one token to draw, which is greedy: leave both out, or raise top_k"
+            names = ["temperature"]
         else:
             return
-        if idle:
-            settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
-            raise ValueError(f"{settings}: no effect, because {why}")
-
-    def _is_set(self, name: str) -> bool:
-        return getattr(self, name) != next(f.default for f in dataclasses.fields(self) if f.name == name)
+        if names:
+            settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+            raise ValueError(f"{settings}: no effect, because {reason}")
 
     @property
     def samples(self) -> bool:
@@ -106,19 +101,20 @@ class Decoding:
         return self.temperature > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that have an effect: `max_new_tokens` and all that differ from the defaults.
+        """The effective settings: `max_new_tokens` and all that differ from the defaults.
 
-        Equal dictionaries mean equal captions. Under sampling the seed is always there.
+        Equal dictionaries mean equal captions. Under sampling the seed is always included.
         """
-        names = [f.name for f in dataclasses.fields(self) if f.name != "dropped" and self._is_set(f.name)]
-        settings = {"max_new_tokens": self.max_new_tokens} | {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in _DEFAULTS}
+        changed = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
+        settings = {"max_new_tokens": self.max_new_tokens} | changed
         return settings | ({"seed": self.seed or 0} if self.samples else {})
 
     @classmethod
     def of(cls, settings: DecodingLike | None) -> Decoding:
-        """A `Decoding` from itself, from None (the defaults), or from a dictionary of fields.
+        """A `Decoding` from a `Decoding`, from None (the defaults), or from a dictionary of fields.
 
-        A dictionary with `do_sample` in it is taken for arguments of `generate()`: see `from_generate_kwargs`.
+        A dictionary that contains `do_sample` is taken as arguments of `generate()`: see `from_generate_kwargs`.
         """
         if isinstance(settings, cls):
             return settings
@@ -127,32 +123,31 @@ class Decoding:
         settings = settings or {}
         if "do_sample" in settings:
             return cls.from_generate_kwargs(**settings)
-        _refuse_unknown(settings, _fields(cls))
+        _refuse_unknown(settings, _DEFAULTS)
         return cls(**settings)
 
     @classmethod
     def from_generate_kwargs(cls, **kwargs: Any) -> Decoding:
-        """What these arguments of transformers' `generate()` really do; what they do not do is in `.dropped`.
+        """The effective settings of arguments of transformers' `generate()`; the others are in `.dropped`.
 
         With `do_sample=False` (generate's default) temperature, top_k, top_p, min_p and seed have no effect, so the
         original tool's `do_sample=False, top_k=1, top_p=0.1, temperature=0.1, max_new_tokens=2048` is
-        `Decoding(max_new_tokens=2048)`. With `do_sample=True`, what is left out takes generate's own defaults of
-        transformers 4.4x, on which the original runs: temperature 1.0 and top_k 50.
+        `Decoding(max_new_tokens=2048)`. With `do_sample=True`, arguments left out take the defaults of transformers
+        4.4x, on which the original runs: temperature 1.0 and top_k 50.
 
         Raises:
             ValueError: an argument that capkit does not offer, or a value outside its range.
         """
-        _refuse_unknown(kwargs, {*_fields(cls), *_PLUMBING, "do_sample"})
+        _refuse_unknown(kwargs, {*_DEFAULTS, *_IGNORED, "do_sample"})
         if kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("num_return_sequences: caption several times with different seeds instead")
-        asked = {name: value for name, value in kwargs.items() if name not in _PLUMBING and value is not None}
-        if asked.pop("do_sample", False):
-            asked = _SAMPLING_DEFAULTS | asked
-            if asked["top_k"] != 1 and asked["temperature"] != 0:
-                return cls(**asked)
-        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-        kept = {name: value for name, value in asked.items() if name not in _SAMPLING}
-        dropped = {name: value for name, value in asked.items() if name in _SAMPLING and value != defaults[name]}
+        settings = {name: value for name, value in kwargs.items() if name not in _IGNORED and value is not None}
+        if settings.pop("do_sample", False):
+            settings = _SAMPLING_DEFAULTS | settings
+            if settings["top_k"] != 1 and settings["temperature"] != 0:
+                return cls(**settings)
+        kept = {name: value for name, value in settings.items() if name not in _SAMPLING_ONLY}
+        dropped = {name: settings[name] for name in settings if name not in kept and settings[name] != _DEFAULTS[name]}
         return cls(**kept, dropped=dropped)
 
     def __str__(self) -> str:
@@ -163,11 +158,9 @@ class Decoding:
 DecodingLike = Decoding | dict[str, Any]
 """What `Decoding.of` takes."""
 
-
-def _fields(cls) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.name != "dropped"]
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Decoding) if f.name != "dropped"}
 
 
-def _refuse_unknown(settings: dict[str, Any], allowed) -> None:
+def _refuse_unknown(settings: dict[str, Any], allowed: Iterable[str]) -> None:
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"unknown decoding settings {', '.join(unknown)}; known: {', '.join(sorted(allowed))}")

@@ -1,4 +1,4 @@
-"""One call of generate(): a request in, captions out. transformers' generate() is called here and nowhere else."""
+"""Generation: one batch of clips and prompts with one `Decoding`. The only caller of transformers' generate()."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import BatchFeature, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from capkit.captioning.caches import RoomyCache, read_rows
+from capkit.captioning.caches import PreallocatedCache, prefill_batch
 from capkit.captioning.choosing import Chooser, RowChoosers, chosen_logprobs, draw_key
 from capkit.captioning.decoding import Decoding
 from capkit.captioning.graphs import GraphDecoder
 from capkit.cogvlm2 import (
+    CogVLM2VideoConfig,
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoProcessor,
     Prompt,
@@ -34,16 +31,16 @@ from capkit.video import Clip
 
 @dataclass(frozen=True)
 class Caption:
-    """What the model said of a clip, how sure it was, and what it had been asked.
+    """A generated caption, with its log probabilities and the settings it was generated with.
 
     Attributes:
-        text: decoded without special tokens. As in the original, a leading space of the first word stays.
-        token_ids: the new tokens, the end token included when it came.
-        logprobs: for each of them, log P(token | clip, prompt, tokens before) under the model itself, in nats; before
+        text: decoded without special tokens. As in the original, a leading space of the first word is kept.
+        token_ids: the new tokens, including the end token if there is one.
+        logprobs: log P(token | clip, prompt, tokens before) of each, in nats, under the model itself: before
             temperature, top-k, top-p and penalties.
         finish_reason: "eos", "length" (max_new_tokens reached) or "stopped".
-        prompt, decoding: what it was made with.
-        seconds: time it took; in a batch, the batch's time shared out evenly.
+        prompt, decoding: the settings.
+        seconds: generation time; in a batch, the batch's time divided by its size.
     """
 
     text: str
@@ -64,20 +61,20 @@ class Caption:
 
 
 class Request:
-    """One call of generate(): inputs checked and made beforehand, tokens chosen by our own rules."""
+    """A batch of clips and prompts to be captioned: inputs are made at once, `run` generates."""
 
     def __init__(
         self,
         model: CogVLM2VideoForConditionalGeneration,
         processor: CogVLM2VideoProcessor,
         graph_decoder: GraphDecoder,
-        clips: Sequence[Clip],
-        prompts: Sequence[Prompt],
+        pairs: Sequence[tuple[Clip, Prompt]],
         decoding: Decoding,
-    ):
+    ) -> None:
+        clips, self.prompts = zip(*pairs, strict=True)
         self.model, self.processor, self.graph_decoder = model, processor, graph_decoder
-        self.prompts, self.decoding = prompts, decoding
-        self.inputs = processor(clips, prompts)
+        self.decoding = decoding
+        self.inputs = processor(clips, self.prompts)
         self.draw_keys = [*map(draw_key, clips)]
         self.stop = threading.Event()
 
@@ -86,7 +83,7 @@ class Request:
         started = time.perf_counter()
         inputs, decoding = self.inputs.to(self.model.device), self.decoding
         graphs = self.graph_decoder
-        # While another thread decodes with graphs, this one does without.
+        # The graphs serve one thread at a time; others decode without.
         if decoding.num_beams == 1 and graphs.is_useful and graphs.lock.acquire(blocking=False):
             try:
                 choosers = RowChoosers([decoding] * len(self.prompts), self.draw_keys)
@@ -102,20 +99,23 @@ class Request:
             for ids, row_logprobs, prompt in zip(rows, logprobs, self.prompts, strict=True)
         ]
 
-    def _generate(self, inputs, streamer) -> tuple[list[list[int]], list[list[float]]]:
+    def _generate(
+        self, inputs: BatchFeature, streamer: BaseStreamer | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each row, and their log probabilities."""
-        model, decoding, num_rows, config = self.model, self.decoding, len(self.prompts), self.model.config
+        model: Any = self.model  # the annotations of generate() do not accept its class
+        decoding, num_rows, config = self.decoding, len(self.prompts), model.config
         prompt_length, beams = inputs["input_ids"].shape[1], decoding.num_beams > 1
         chooser = Chooser([decoding] * num_rows, self.draw_keys, prompt_length)
+        cache, pixels = PreallocatedCache(config), inputs["pixel_values_videos"]
         if num_rows > 1 and not beams:
-            known = {"past_key_values": read_rows(model, inputs)}
-        else:
-            known = {"past_key_values": RoomyCache(config), "pixel_values_videos": inputs["pixel_values_videos"]}
+            cache, pixels = prefill_batch(model, inputs), None
         new_ids = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            **known,
-            # Made afresh: a generation_config.json beside the weights would set what nobody here asked for.
+            past_key_values=cache,
+            pixel_values_videos=pixels,
+            # A new one, so that a generation_config.json beside the weights has no effect.
             generation_config=GenerationConfig(
                 max_new_tokens=decoding.max_new_tokens,
                 num_beams=decoding.num_beams,
@@ -129,7 +129,7 @@ class Request:
             streamer=streamer,
         )[:, prompt_length:].tolist()
         rows = [until_end(row, config) for row in new_ids]
-        if beams:  # rows change places between steps: ask afterwards
+        if beams:  # rows change places between steps, so that log probabilities are computed afterwards
             return rows, continuation_logprobs(model, inputs, rows)
         return rows, torch.stack(chooser.logprobs, 1).tolist()
 
@@ -143,30 +143,33 @@ def make_caption(
     model: CogVLM2VideoForConditionalGeneration,
     processor: CogVLM2VideoProcessor,
 ) -> Caption:
-    """A `Caption` of new tokens, which end with the first end token if there is one."""
+    """A `Caption` from new tokens, cut after the first end token."""
     is_full = len(ids) >= decoding.max_new_tokens
     finish_reason = "eos" if is_end(ids[-1], model.config) else "length" if is_full else "stopped"
     text = processor.decode(ids, skip_special_tokens=True)
     return Caption(text, ids, logprobs[: len(ids)], finish_reason, prompt, decoding, seconds)
 
 
-def is_end(token: int, config) -> bool:
-    ends = config.eos_token_id  # a config.json may name one or several
+def is_end(token: int, config: CogVLM2VideoConfig) -> bool:
+    ends = config.eos_token_id  # one or several
     return token in ends if isinstance(ends, list) else token == ends
 
 
-def until_end(ids: list[int], config) -> list[int]:
+def until_end(ids: list[int], config: CogVLM2VideoConfig) -> list[int]:
+    """New tokens up to the first end token, that one included."""
     return ids[: next((i + 1 for i, token in enumerate(ids) if is_end(token, config)), None)]
 
 
 @torch.inference_mode()
-def continuation_logprobs(model, inputs, continuations: list[list[int]]) -> list[list[float]]:
-    """log P of each continuation's tokens after each row's prompt, in one pass; rows as the processor made them."""
+def continuation_logprobs(
+    model: CogVLM2VideoForConditionalGeneration, inputs: BatchFeature, continuations: list[list[int]]
+) -> list[list[float]]:
+    """Log probabilities of one continuation for each row of the processor's inputs, in one forward pass."""
     longest = max(map(len, continuations))
     tail = torch.tensor([row + [0] * (longest - len(row)) for row in continuations], device=model.device)
     positions = rotary_position_ids(inputs["input_ids"], model.config.video_token_id)
     steps = torch.arange(1, longest + 1, device=tail.device)
-    # Embeddings and not ids, among which a generated `video_token_id` would be taken for a frame's.
+    # As embeddings: among ids, a generated `video_token_id` would be taken for an image position.
     embeds = [model.model.embed(inputs["input_ids"], inputs["pixel_values_videos"]), model.model.embed(tail)]
     logits = model(
         inputs_embeds=torch.cat(embeds, 1),
@@ -180,41 +183,42 @@ def continuation_logprobs(model, inputs, continuations: list[list[int]]) -> list
 
 
 class _StopWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event):
+    def __init__(self, event: threading.Event) -> None:
         self.event = event
 
-    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 class _TokenQueue(BaseStreamer):
-    """generate()'s side of a stream."""
+    """Streamer that puts new tokens into a queue; None marks the end."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.items: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
-        self._prompt_has_passed = False
+        self._has_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt_has_passed:
+        if self._has_prompt:  # generate() puts the prompt first
             self.items.put(value.tolist())
-        self._prompt_has_passed = True
+        self._has_prompt = True
 
     def end(self) -> None:
-        """The thread says so itself, after an error too."""
+        """Nothing: the thread marks the end itself, also after an error."""
 
 
 class CaptionStream:
-    """A caption on its way: iterate for pieces of text, `stop()` to end it early, `caption` for the whole.
+    """A caption being generated: iterate for pieces of text, `stop()` to end it early, `caption` for the result.
 
-    The pieces joined are `caption.text`. A stream that is dropped stops. An error in the generation is raised where the
-    stream is iterated or `caption` is read.
+    The pieces joined are `caption.text`. Deleting the stream stops the generation. Iterating and reading `caption`
+    raise errors of the generation.
     """
 
-    def __init__(self, request: Request):
-        self._request, self._tokens, self._result = request, _TokenQueue(), {}
+    def __init__(self, request: Request) -> None:
+        self._request, self._tokens = request, _TokenQueue()
+        self._result: dict[str, Any] = {}
         self._token_ids: list[int] = []
         self._shown = ""
-        # The thread does not know this object, so that dropping it is noticed.
+        # The thread holds no reference to this object, so that deleting it stops the generation.
         arguments = (request, self._tokens, self._result)
         self._thread = threading.Thread(target=_generate_into, args=arguments, daemon=True)
         self._thread.start()
@@ -227,7 +231,7 @@ class CaptionStream:
         while (ids := self._tokens.items.get()) is not None:
             self._token_ids += ids
             text = processor.decode(self._token_ids, skip_special_tokens=True)
-            if len(text) > len(self._shown) and not text.endswith("\ufffd"):  # else the rest of a character is to come
+            if len(text) > len(self._shown) and not text.endswith("\ufffd"):  # else a character is incomplete
                 return self._show(text)
         self._tokens.items.put(None)  # the next call ends too
         if len(self.caption.text) > len(self._shown):
@@ -239,25 +243,25 @@ class CaptionStream:
         return piece
 
     def stop(self) -> None:
-        """End the generation after the token at hand; `caption` then holds what was said so far."""
+        """End the generation after the current token; `caption` then contains the text so far."""
         self._request.stop.set()
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.stop()
 
     @property
     def caption(self) -> Caption:
-        """The whole caption; waits for it."""
+        """The complete caption; waits for the end of the generation."""
         self._thread.join()
         if "error" in self._result:
             raise self._result["error"]
         return self._result["caption"]
 
 
-def _generate_into(request: Request, tokens: _TokenQueue, result: dict) -> None:
+def _generate_into(request: Request, tokens: _TokenQueue, result: dict[str, Any]) -> None:
     try:
         result["caption"] = request.run(tokens)[0]
-    except BaseException as error:  # to be raised in the thread that reads the stream
+    except BaseException as error:  # raised in the thread that reads the stream
         result["error"] = error
     finally:
         tokens.items.put(None)

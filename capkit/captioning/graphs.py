@@ -1,4 +1,4 @@
-"""Decoding on a GPU: preallocated caches, and a decoding step recorded once as a CUDA graph and replayed.
+"""Decoding on a GPU: static caches, and a decoding step that is recorded as a CUDA graph and replayed.
 
 Launched one by one, the thousand kernels of a step take longer than the GPU needs to run them. Recording takes about as
 long as a step, so it pays from the first caption on.
@@ -17,19 +17,19 @@ import torch
 from torch.nn import functional as F
 from transformers.generation.streamers import BaseStreamer
 
-from capkit.captioning.caches import read_each
+from capkit.captioning.caches import layer_tensors, prefill_each
 from capkit.captioning.choosing import RowChoosers
 from capkit.cogvlm2 import loading, rotary_position_ids
 
-STATIC_DEVICES = ("cuda",)  # where captions are decoded so
-STATIC_POSITIONS = 512  # a cache has room for a multiple of so many
-FIRST_TOKENS = 256  # new ones that the first cache has room for; the rows that go on move to a larger one
+STATIC_DEVICES = ("cuda",)  # where this module is used
+STATIC_POSITIONS = 512  # cache sizes are multiples of this
+FIRST_TOKENS = 256  # new tokens that fit into the first cache; rows that need more move to a larger one
 COMPILE_AFTER = 8000  # steps of a size, by when as much time was lost as compiling takes (about 7 s)
 MEMORY_SHARE = 0.25  # of the GPU's memory, for caches that are kept
 
 
 class DecodingStep:
-    """A decoding step of so many rows over a cache of so many positions.
+    """One decoding step over a static cache, for `num_rows` rows and `num_positions` positions.
 
     The decoder's layers are written out here: what transformers does for one new token in some 45 kernels a layer takes
     less than 30, and keys and values are not repeated for the query heads that share them. A step that is called again
@@ -38,9 +38,9 @@ class DecodingStep:
     Args:
         model: the model.
         num_rows, num_positions: of the cache.
-        compile_after: calls, before it is compiled.
-        pool: of torch's memory for graphs.
-        stream: to record on, of the model's device.
+        compile_after: number of calls after which the step is compiled.
+        pool: torch's memory pool for graphs, or None.
+        stream: of the model's device, to record on; None for a new one.
 
     Attributes:
         keys, values: of each layer, (num_rows, key-value heads, num_positions, head_dim).
@@ -79,15 +79,15 @@ class DecodingStep:
         return sum(tensor.nbytes for tensor in [*self.keys, *self.values])
 
     def begin(self, length: int) -> None:
-        """Forget everything; `length` positions are to be written, none of which is seen yet."""
+        """Clear the cache; the next token goes to position `length`, all positions are masked until written."""
         for tensor in [*self.keys, *self.values]:
-            tensor.zero_()  # a row that overflowed must not reach those that come after it
+            tensor.zero_()  # else infinities or NaN of an earlier row would pass through the mask
         self.mask.fill_(torch.finfo(self.mask.dtype).min)
         self.length = length
         self._place.fill_(length)
 
     def write(self, rows: Sequence[int] | slice, end: int, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Keys and values (1, heads, N, head_dim) of each layer into N positions before `end`, which the rows see."""
+        """Write keys and values (1, heads, N, head_dim) of each layer to the N positions before `end`; unmask them."""
         start = end - layers[0][0].shape[2]
         for number, (keys, values) in enumerate(layers):
             self.keys[number][rows, :, start:end] = keys
@@ -95,16 +95,16 @@ class DecodingStep:
         self.mask[rows, :, start:end] = 0
 
     def read(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Begin with a batch's prompts, as the processor made them."""
+        """Begin with the prompts of a batch: prefill from the processor's inputs."""
         ids = inputs["input_ids"]
         self.begin(ids.shape[1] - 1)
-        for row, cache in enumerate(read_each(self.model, inputs)):
-            self.write([row], self.length, [(layer.keys, layer.values) for layer in cache.layers])
+        for row, cache in enumerate(prefill_each(self.model, inputs)):
+            self.write([row], self.length, layer_tensors(cache))
         self.ids[: len(ids)] = ids[:, -1:]
         self.positions[: len(ids)] = rotary_position_ids(ids, self.model.config.video_token_id)[:, -1:]
 
     def move(self, other: DecodingStep, rows: Sequence[int]) -> None:
-        """Begin where some rows of another step are."""
+        """Begin with the contents of these rows of another step."""
         self.begin(other.length)
         mine = slice(len(rows))
         for number in range(len(self.keys)):
@@ -114,7 +114,7 @@ class DecodingStep:
         self.ids[mine], self.positions[mine] = other.ids[rows], other.positions[rows]
 
     def __call__(self) -> torch.Tensor:
-        """Logits after `ids`, float32 (num_rows, V), which the next call overwrites."""
+        """Logits after `ids`, float32 (num_rows, V), in a buffer that the next call overwrites."""
         self._num_calls += 1
         if self._num_calls == self._compile_after and self._is_recorded:
             self._graph, self._has_run, self._read_layer = None, False, _compiled_layer()
@@ -171,7 +171,7 @@ class DecodingStep:
 
 
 def _read_layer(
-    layer: torch.nn.Module,
+    layer: Any,
     hidden: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -203,7 +203,7 @@ def _compiled_layer() -> Callable[..., torch.Tensor]:
     return torch.compile(_read_layer, dynamic=False, fullgraph=True)
 
 
-def _normalize(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _normalize(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Root mean square normalisation in one kernel; transformers' own takes six unless it is compiled."""
     if torch.compiler.is_compiling():
         return norm(hidden)
@@ -217,7 +217,7 @@ def _product_in_float32(first: torch.Tensor, second: torch.Tensor) -> torch.Tens
 
 
 class GraphDecoder:
-    """Captions with preallocated caches and CUDA graphs, which are kept by size for the batches to come.
+    """Decoding with static caches and CUDA graphs, which are kept by size for later batches.
 
     Rows are a power of two and positions a multiple of STATIC_POSITIONS, so that there are few sizes.
 
@@ -225,9 +225,9 @@ class GraphDecoder:
         model: the model.
 
     Attributes:
-        is_useful: whether the model is on a device that has CUDA graphs.
-        lock: to be held while decoding: the caches serve one call at a time.
-        compile_after: steps of a size, before they are compiled.
+        is_useful: whether the model is on a device with CUDA graphs.
+        lock: hold it while decoding: the caches serve one call at a time.
+        compile_after: number of steps of a size after which they are compiled.
     """
 
     def __init__(self, model: Any) -> None:
@@ -244,7 +244,7 @@ class GraphDecoder:
         self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
 
     def step(self, num_rows: int, num_positions: int) -> DecodingStep:
-        """A step that is large enough, made if there is none yet."""
+        """A kept or new step that is large enough."""
         size = 1 << (num_rows - 1).bit_length(), -(-num_positions // STATIC_POSITIONS) * STATIC_POSITIONS
         if size not in self._steps:
             config, itemsize = self.model.config, self.model.dtype.itemsize
@@ -257,7 +257,7 @@ class GraphDecoder:
 
     @property
     def num_bytes(self) -> int:
-        """Of all caches that are kept."""
+        """Size of all kept caches."""
         return sum(step.num_bytes for step in self._steps.values())
 
     @property
@@ -292,14 +292,14 @@ class GraphDecoder:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each row, up to its end token, and their log probabilities.
 
-        The GPU is given the next step before the tokens of the last have come back, so that it never waits.
+        Each step is launched before the tokens of the previous one have been copied back, so that the GPU never waits.
 
         Args:
-            step: filled with the rows' prompts, but for their last tokens, which are its `ids`.
-            choosers: of the rows.
+            step: filled with the rows' prompts but for their last tokens, which are its `ids`.
+            choosers: choose the rows' tokens.
             is_end: whether a token ends a caption.
-            stop: ends all rows after the token at hand.
-            streamer: gets each row's tokens as they come.
+            stop: ends all rows after the current token.
+            streamer: receives the tokens of each step.
         """
         limits = choosers.max_new_tokens
         new_ids: list[list[int]] = [[] for _ in limits]

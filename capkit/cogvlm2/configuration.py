@@ -1,8 +1,9 @@
-"""CogVLM2-Video's configuration: Llama's fields at the top level, as published, with the vision tower's beside them."""
+"""CogVLM2-Video's configuration: Llama's fields, and the vision tower's under `vision_config`."""
 
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaConfig, PreTrainedConfig, __version__
 
@@ -30,8 +31,8 @@ class CogVLM2VideoConfig(LlamaConfig):
     """Configuration of CogVLM2-Video (`THUDM/cogvlm2-llama3-caption` and its siblings for video).
 
     The published `config.json` is Llama's, flat, with `num_multi_query_heads` for `num_key_value_heads`, a
-    `vision_config`, and no `model_type`. It is read as it is, and written back so. The defaults are the published
-    values; rotary base 500000 is the original's constant, which its `config.json` does not carry.
+    `vision_config`, and no `model_type`; it is read and written in this form. The defaults are the published values;
+    the rotary base 500000 is a constant in the original's code and not in its `config.json`.
     """
 
     model_type = "cogvlm2_video"
@@ -41,32 +42,35 @@ class CogVLM2VideoConfig(LlamaConfig):
 
     vocab_size: int = 128256
     intermediate_size: int = 14336
-    num_key_value_heads: int | None = 8
+    num_key_value_heads: int = 8
     rms_norm_eps: float = 1e-5
     bos_token_id: int | None = 128000
     eos_token_id: int | list[int] | None = 128001
-    pad_token_id: int | None = 128002
+    pad_token_id: int = 128002
     template_version: str = "base"
-    vision_config: dict | CogVLM2VisionConfig | None = None
+    if TYPE_CHECKING:
+        vision_config: CogVLM2VisionConfig
+    else:  # what may be passed; checked at run time
+        vision_config: dict | CogVLM2VisionConfig | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, CogVLM2VisionConfig):
             self.vision_config = CogVLM2VisionConfig(**(self.vision_config or {}))
         super().__post_init__(**kwargs)
 
     @property
     def video_token_id(self) -> int:
-        """The id at every image position, `<|reserved_special_token_0|>`; the original pads with it too."""
+        """The id at every image position, `<|reserved_special_token_0|>`, which is also the padding token."""
         return self.pad_token_id
 
     @property
     def tokens_per_frame(self) -> int:
-        """Positions a frame takes: its patches, pooled 2 x 2, between a begin and an end embedding (published: 66)."""
+        """Positions of one frame: its patches pooled 2 x 2, and a begin and an end embedding (published model: 66)."""
         vision = self.vision_config
         return (vision.image_size // vision.patch_size // 2) ** 2 + 2
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The published layout's `config.json`, which names no remote code. `use_diff` has no effect."""
+        """`config.json` in the published layout, without `auto_map`. `use_diff` has no effect."""
         config = {name: getattr(self, name) for name in _PUBLISHED_FIELDS}
         config |= {
             "architectures": ["CogVLMVideoForCausalLM"],
@@ -74,7 +78,8 @@ class CogVLM2VideoConfig(LlamaConfig):
             "transformers_version": __version__,
             "vision_config": {name: getattr(self.vision_config, name) for name in _PUBLISHED_VISION_FIELDS},
         }
-        if (theta := self.rope_parameters["rope_theta"]) != self.default_theta:
+        theta = self.rope_parameters["rope_theta"]  # type: ignore[index]  # LlamaConfig has filled it in
+        if theta != self.default_theta:
             config["rope_theta"] = theta
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 

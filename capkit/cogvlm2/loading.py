@@ -1,4 +1,4 @@
-"""Loading: find a checkpoint, check it before anything large is read, choose device and dtype; faults in words."""
+"""Find a checkpoint, check it before its weights are read, choose device and dtype; readable errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,14 +25,14 @@ _INDEX = "model.safetensors.index.json"
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be loaded: which one, why, and what to do.
+    """A checkpoint that cannot be loaded.
 
     Attributes:
-        checkpoint: the folder or name.
-        reason: what is wrong with it.
+        checkpoint: its folder or name.
+        reason: what is wrong with it, and what to do.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike, reason: str):
+    def __init__(self, checkpoint: str | os.PathLike, reason: str) -> None:
         super().__init__(checkpoint, reason)
         self.checkpoint, self.reason = str(checkpoint), reason
 
@@ -40,50 +41,48 @@ class CheckpointError(Exception):
 
 
 def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
-    """The local folder of a checkpoint; a name on the hub is downloaded, its configuration, tokenizer and weights only.
+    """The local folder of a checkpoint; from a name on the hub, configuration, tokenizer and weights are downloaded.
 
     Raises:
-        CheckpointError: neither a folder nor a name that the hub knows, or the hub is out of reach.
+        CheckpointError: neither a folder nor a name on the hub, or the download failed.
     """
-    folder = Path(name_or_path).expanduser()
+    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
     if folder.is_dir():
         return folder
-    name = str(name_or_path)
     if folder.is_file():
         raise CheckpointError(name, "is a file: give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise CheckpointError(name, "no such folder, and no name on the Hugging Face hub either (owner/name)")
+        raise CheckpointError(name, "no such folder, and not a name on the Hugging Face hub (owner/name)")
     from huggingface_hub import errors, snapshot_download
 
+    unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError)
+    reasons = (  # the first three errors are HfHubHTTPErrors too, so that their order matters
+        (errors.GatedRepoError, "log in to the hub and accept the model's licence first (huggingface-cli login)"),
+        (errors.RevisionNotFoundError, f"is on the hub, but has no revision {revision!r}"),
+        (errors.RepositoryNotFoundError, "no such folder, and no such name on the hub"),
+        (
+            unreachable,
+            "no such folder, not downloaded before, and the Hugging Face hub cannot be reached: check the network, or "
+            "download it elsewhere and give its folder",
+        ),
+    )
     try:
         patterns = _FILES + (_WEIGHT_FILES if weights else [])
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except errors.GatedRepoError as error:
-        reason = "the hub wants you to log in and to accept its licence first (huggingface-cli login)"
-        raise CheckpointError(name, reason) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(name, f"the hub knows the name, but no revision {revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(name, "no such folder here, and the hub knows no such name") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
-        reason = (
-            "no such folder here, not downloaded before, and the Hugging Face hub cannot be reached: check the "
-            "network, or download it elsewhere and give its folder"
-        )
-        raise CheckpointError(name, reason) from error
-    except OSError as error:
-        raise CheckpointError(name, f"the download failed: {error}") from error
+    except OSError as error:  # the base class of all these
+        matching = (reason for kind, reason in reasons if isinstance(error, kind))
+        raise CheckpointError(name, next(matching, f"the download failed: {error}")) from error
 
 
 def read_config(folder: Path) -> CogVLM2VideoConfig:
-    """The configuration in a folder.
+    """Read a checkpoint's `config.json`.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is another kind of model's.
+        CheckpointError: the file is missing or damaged, or describes another kind of model.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(folder, "has no config.json: this is not a checkpoint's folder")
+        raise CheckpointError(folder, "has no config.json: give the folder of a checkpoint")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -95,16 +94,16 @@ def read_config(folder: Path) -> CogVLM2VideoConfig:
     try:
         return CogVLM2VideoConfig(**config)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(folder, f"config.json holds a value that makes no sense: {error}") from error
+        raise CheckpointError(folder, f"config.json holds an invalid value: {error}") from error
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, from the headers of the safetensors files; damaged files are found here, in words.
+    """Every tensor's shape, from the headers of the safetensors files.
 
     Raises:
         CheckpointError: weights missing, cut short, or not safetensors.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in _weight_files(folder):
         if not path.is_file():
             raise CheckpointError(folder, f"{path.name} is missing, though {_INDEX} names it: fetch it again")
@@ -112,7 +111,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as shard:
                 shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
         except (SafetensorError, OSError) as error:
-            if path.read_bytes()[:7] == b"version" and path.stat().st_size < 1000:
+            if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version"):
                 reason = "is a git-lfs pointer, not the weights: run `git lfs pull` in the folder"
             else:
                 reason = f"is cut short or damaged ({path.stat().st_size} bytes; {error}): fetch it again"
@@ -121,7 +120,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").is_file():  # transformers takes it before an index, which may be a relic
+    if (folder / "model.safetensors").is_file():  # preferred to an index, as in transformers
         return [folder / "model.safetensors"]
     if not (folder / _INDEX).is_file():
         raise CheckpointError(folder, f"has no weights: neither {_INDEX} nor model.safetensors is there")
@@ -132,38 +131,37 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def compare(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly those expected.
+def check_shapes(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Check that a checkpoint holds exactly the expected tensors, in their shapes.
 
     Raises:
         CheckpointError: naming the first tensors that are missing, unexpected or of another shape.
     """
-    found = read_shapes(folder)
-    unexpected = [name for name in found if name not in expected and not re.search(IGNORED_TENSORS, name)]
+    shapes = read_shapes(folder)
+    unexpected = [name for name in shapes if name not in expected and not re.search(IGNORED_TENSORS, name)]
     if any("vision_expert" in name for name in unexpected):
         reason = "is the image model's checkpoint (it has vision experts); capkit runs the video and caption models"
         raise CheckpointError(folder, f"{reason}, such as THUDM/cogvlm2-llama3-caption")
-    missing = [name for name in expected if name not in found]
     misshapen = [
-        f"{name} (is {list(found[name])}, should be {list(shape)})"
+        f"{name} (is {list(shapes[name])}, should be {list(shape)})"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if shapes.get(name, shape) != shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen}
-    told = [f"{len(names)} tensors {kind}: {_first(names)}" for kind, names in problems.items() if names]
-    if told:
-        raise CheckpointError(folder, f"the weights do not fit config.json: {'; '.join(told)}")
-
-
-def _first(names: list[str], count: int = 4) -> str:
-    return ", ".join(sorted(names)[:count]) + (", ..." if len(names) > count else "")
+    missing = [name for name in expected if name not in shapes]
+    problems = [
+        f"{len(names)} tensors {kind}: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(folder, f"the weights do not fit config.json: {'; '.join(problems)}")
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits that tell one model from another, whatever its folder is called.
+    """Digest of a model, 16 hexadecimal digits; the folder's name is not part of it.
 
-    Covers config.json, tokenizer.json and the first 64 KiB of every tensor, which any retraining changes: reading 25 GB
-    through each time would take longer than captioning a clip.
+    Covers config.json, tokenizer.json and the first 64 KiB of every tensor: any retraining changes them, and reading
+    all 25 GB would take longer than captioning a clip.
     """
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):
@@ -184,14 +182,17 @@ def fingerprint(folder: Path) -> str:
 def check_memory(
     folder: Path, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, quantization: str | None
 ) -> None:
-    """Refuse before reading 25 GB for nothing. `weights` by their published names, on any device.
+    """Check before loading that the weights fit into the device's free memory.
+
+    Args:
+        weights: by their published names, on any device (`meta` too).
 
     Raises:
-        CheckpointError: the weights alone need more than is free.
+        CheckpointError: they do not fit.
     """
-    small = {None: dtype.itemsize, "8bit": 1, "4bit": 0.5}[quantization]
+    quantized_size = {None: dtype.itemsize, "8bit": 1, "4bit": 0.5}[quantization]
     needed = sum(
-        tensor.numel() * (small if name.startswith("model.layers.") and tensor.ndim == 2 else dtype.itemsize)
+        tensor.numel() * (quantized_size if name.startswith("model.layers.") and tensor.ndim == 2 else dtype.itemsize)
         for name, tensor in weights.items()
     )
     free = _free_bytes(device)
@@ -201,7 +202,7 @@ def check_memory(
             advice += ', or quantization="8bit" or "4bit"'
         raise CheckpointError(
             folder,
-            f"no room in memory: the weights take {needed / 1e9:.1f} GB as {quantization or dtype} and {device} has "
+            f"not enough memory: the weights take {needed / 1e9:.1f} GB as {quantization or dtype} and {device} has "
             f"{free / 1e9:.1f} GB free; try {advice}",
         )
 
@@ -215,43 +216,44 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def memory_errors_in_words(folder: Path, device: torch.device):
-    """Turn an allocation that fails inside into a `CheckpointError`."""
+def translate_oom_errors(folder: Path, device: torch.device) -> Iterator[None]:
+    """Context in which running out of memory is raised as a `CheckpointError`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = f"no room in memory on {device}: free some, take another device, or set quantization"
+        reason = f"not enough memory on {device}: free memory, choose another device, or set quantization"
         raise CheckpointError(folder, reason) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that the CPU's or the GPU's memory ran out."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU's, CUDA's, cuBLAS's
-    told = any(word in str(error) for word in words)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and told)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    messages = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU allocator's, CUDA's, cuBLAS's
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """ "auto" is a CUDA GPU where there is one, else the CPU.
+    """A device by name; "auto" is a CUDA GPU where there is one, else the CPU.
 
     Raises:
-        ValueError: unknown, or not there.
+        ValueError: unknown device, or one that this machine does not have.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
+        chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: must be 'auto', 'cpu', 'cuda', 'cuda:1' or the like") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={str(device)!r}: torch finds {torch.cuda.device_count()} CUDA devices here")
-    return device
+        raise ValueError(f"device={device!r}: must be 'auto', 'cpu', 'cuda' or 'cuda:<number>'") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(chosen)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU, where it is the fastest.
+    """A dtype by name; "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 (fastest) on the CPU.
 
     Raises:
         ValueError: not a floating point type that the model runs in.
@@ -266,18 +268,18 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return allowed[name]
 
 
-def quantization_config(quantization: str, dtype: torch.dtype):
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """bitsandbytes' settings for "4bit" (nf4) or "8bit"; the vision tower and the head stay in `dtype`.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: another quantization.
         ImportError: bitsandbytes or accelerate is not installed.
     """
     if quantization not in ("4bit", "8bit"):
         raise ValueError(f"quantization={quantization!r}: must be None, '4bit' or '8bit'")
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"quantization={quantization!r} needs {package}: pip install 'capkit[quantize]'")
+            raise ImportError(f"quantization={quantization!r} needs {package}: pip install -e '.[quantize]'")
     return BitsAndBytesConfig(
         load_in_4bit=quantization == "4bit",
         load_in_8bit=quantization == "8bit",

@@ -1,10 +1,11 @@
-"""Frames and a prompt become the model's inputs: pixels, token ids, padding. Knows nothing of generation."""
+"""Turn frames and prompts into the model's inputs: normalised pixels, token ids, padding."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +16,16 @@ from capkit.cogvlm2 import loading
 from capkit.cogvlm2.prompt import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.video import Clip
 
-# CLIP's, as in the original's preprocessing.
+# CLIP's mean and standard deviation, as in the original's preprocessing.
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def preprocess_frames(frames: np.ndarray | torch.Tensor, image_size: int) -> torch.Tensor:
-    """What the model sees of each frame: the short side resized to `image_size`, the centre square cut out, normalised.
+    """Resize the short side of each frame to `image_size`, crop the centre square, normalise.
 
-    As the original does it: bilinear without antialiasing, the long side rounded down. Frame by frame, so that only one
-    frame at its full size is ever held as floats.
+    As in the original: bilinear without antialiasing, the long side rounded down. Frame by frame, so that only one
+    full-size frame is held as floats at a time.
 
     Args:
         frames: uint8 RGB (T, H, W, 3).
@@ -45,7 +46,7 @@ def preprocess_frames(frames: np.ndarray | torch.Tensor, image_size: int) -> tor
 
 
 def resized_and_cut(height: int, width: int, image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width that a frame is resized to, and where in it the square begins: top and left."""
+    """Height and width that a frame is resized to, and the top and left edge of the square crop in it."""
     if height < width:
         resized = (image_size, math.floor(width / height * image_size))
     else:
@@ -55,30 +56,32 @@ def resized_and_cut(height: int, width: int, image_size: int) -> tuple[tuple[int
 
 
 def pixels_to_frames(pixel_values: torch.Tensor) -> np.ndarray:
-    """Back to a picture that people can look at: uint8 RGB (T, S, S, 3) from normalised (T, 3, S, S)."""
+    """Undo the normalisation: uint8 RGB (T, S, S, 3) from float (T, 3, S, S)."""
     pixels = (pixel_values.cpu().float() * _STD + _MEAN) * 255
     return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 class CogVLM2VideoProcessor(ProcessorMixin):
-    """Clips and prompts in, model inputs out; `decode` and `batch_decode` turn tokens back into text.
+    """Turn clips and prompts into model inputs, and tokens back into text (`decode`, `batch_decode`).
 
     Args:
-        tokenizer: the checkpoint's own (Llama-3's, in the published ones).
-        image_size: side in pixels of the square that the vision tower takes.
-        tokens_per_frame: image positions that a frame takes, begin and end included.
+        tokenizer: the checkpoint's (Llama-3's in the published ones).
+        image_size: side of the vision tower's square input, in pixels.
+        tokens_per_frame: image positions of a frame, begin and end included.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_size: int = 224, tokens_per_frame: int = 66):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_size: int = 224, tokens_per_frame: int = 66) -> None:
         super().__init__(tokenizer)
         self.image_size, self.tokens_per_frame = image_size, tokens_per_frame
 
     @classmethod
-    def get_attributes(cls):
+    def get_attributes(cls) -> list[str]:
         return ["tokenizer"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, revision: str | None = None):
+    def from_pretrained(  # type: ignore[override]  # none of transformers' other arguments
+        cls, pretrained_model_name_or_path: str | os.PathLike, revision: str | None = None
+    ) -> CogVLM2VideoProcessor:
         """Load from the published layout: tokenizer files and `config.json`; no remote code.
 
         Raises:
@@ -87,18 +90,20 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         folder = loading.find(pretrained_model_name_or_path, revision, weights=False)
         config = loading.read_config(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise loading.CheckpointError(folder, "has no tokenizer.json")
+            raise loading.CheckpointError(folder, "has no tokenizer.json: fetch it again")
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise loading.CheckpointError(folder, f"the tokenizer's files are damaged: {error}") from error
-        tokenizer.clean_up_tokenization_spaces = False  # as transformers 5 decides itself, with a warning
+            raise loading.CheckpointError(
+                folder, f"the tokenizer's files are damaged ({error}): fetch them again"
+            ) from error
+        tokenizer.clean_up_tokenization_spaces = False  # transformers 5 sets it too, with a warning
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.video_token_id)
         tokenizer.padding_side = "left"
         return cls(tokenizer, config.vision_config.image_size, config.tokens_per_frame)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Write the tokenizer's files; the published layout has nothing else, sizes stand in `config.json`."""
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Write the tokenizer's files; the published layout has nothing else of a processor."""
         return self.tokenizer.save_pretrained(save_directory)
 
     def __repr__(self) -> str:
@@ -114,27 +119,27 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         frame_numbers: str = "index",
         return_mm_token_type_ids: bool = False,
     ) -> BatchFeature:
-        """Model inputs for one clip or for several, padded on the left.
+        """Model inputs for one or several clips, padded on the left.
 
         Args:
             videos: one clip or a list: `Clip`, or uint8 RGB frames (T, H, W, 3). T may differ between clips.
-            text: one prompt for all, or one for each clip: texts, or `Prompt`s.
+            text: one prompt (text or `Prompt`) for all clips, or one for each.
             template, history, frame_numbers: the other fields of `Prompt`, for prompts given as texts.
-            return_mm_token_type_ids: also return which positions are the frames'. The model does not need it.
+            return_mm_token_type_ids: also return which positions are image positions. The model does not need it.
 
         Returns:
             `input_ids` and `attention_mask`, int64 (B, N); `pixel_values_videos`, float32 (sum of T, 3, S, S); and
             with `return_mm_token_type_ids` also `mm_token_type_ids`, int64 (B, N), 1 at image positions.
 
         Raises:
-            ValueError: as in `Prompt`, or bad frames.
+            ValueError: as in `Prompt`, or frames of another shape or dtype.
         """
-        videos = [videos] if isinstance(videos, (Clip, np.ndarray, torch.Tensor)) else videos
-        clips = [video if isinstance(video, Clip) else Clip.from_frames(video) for video in videos]
+        several = [videos] if isinstance(videos, (Clip, np.ndarray, torch.Tensor)) else videos
+        clips = [video if isinstance(video, Clip) else Clip.from_frames(video) for video in several]
         if not clips:
-            raise ValueError("videos: there is no clip among them")
+            raise ValueError("videos: give at least one clip")
         prompts = [
-            Prompt(prompt, template, history, frame_numbers) if isinstance(prompt, str) else Prompt.of(prompt)
+            Prompt(prompt, template, tuple(history), frame_numbers) if isinstance(prompt, str) else Prompt.of(prompt)
             for prompt in one_prompt_each(text, len(clips))
         ]
         rows = [self.prompt_ids(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)]
@@ -146,15 +151,11 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         return inputs
 
     def prompt_ids(self, clip: Clip, prompt: Prompt) -> list[int]:
-        """Token ids of one clip and prompt, not padded: bos, the frames' positions and numbers, the text.
-
-        Raises:
-            ValueError: as in `text_ids`.
-        """
+        """Token ids of one clip and prompt, not padded: `video_ids` and `text_ids`."""
         return self.video_ids(clip, prompt) + self.text_ids(prompt)
 
     def video_ids(self, clip: Clip, prompt: Prompt) -> list[int]:
-        """The first part of `prompt_ids`: bos, the frames' positions and numbers. The prompt's text is not in it."""
+        """Token ids before the prompt's text: bos, image positions and numbers of the frames."""
         ids = [self.tokenizer.bos_token_id]
         for number in prompt.numbers(clip):
             ids += [self.tokenizer.pad_token_id] * self.tokens_per_frame
@@ -162,10 +163,10 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         return ids
 
     def text_ids(self, prompt: Prompt) -> list[int]:
-        """The rest of `prompt_ids`: the text after the frames.
+        """Token ids after the frames: the prompt's text.
 
         Raises:
-            ValueError: the text contains the token that marks the frames' positions.
+            ValueError: the text contains the token that marks image positions.
         """
         ids = self._encode(prompt.full_text)
         if self.tokenizer.pad_token_id in ids:
@@ -173,13 +174,13 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         return ids
 
     def continuation_ids(self, text: str) -> list[int]:
-        """Token ids of a text as the model would write it after a prompt: with the space that follows `Answer:`.
+        """Token ids of a text as the continuation of a prompt: with a space after `Answer:`.
 
         Raises:
             ValueError: the text is empty.
         """
         if not text.strip():
-            raise ValueError("there is no text to score")
+            raise ValueError(f"text={text!r}: there is no text to score")
         return self._encode(text if text[:1].isspace() else " " + text)
 
     def _encode(self, text: str) -> list[int]:
@@ -191,10 +192,10 @@ class CogVLM2VideoProcessor(ProcessorMixin):
 
 
 def one_prompt_each(prompts: PromptLike | Sequence[PromptLike], num_clips: int) -> list[PromptLike]:
-    """One prompt for each clip, from one for all or from a list.
+    """A list of one prompt for each clip, from one prompt for all or a list.
 
     Raises:
-        ValueError: neither, or not as many as there are clips.
+        ValueError: another type, or prompts and clips differ in number.
     """
     if isinstance(prompts, (str, Prompt, dict)):
         return [prompts] * num_clips

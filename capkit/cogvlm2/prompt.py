@@ -1,50 +1,47 @@
-"""What is asked of a clip: `Prompt`, and the text that it becomes after the frames."""
+"""`Prompt`: the question about a clip, and the text that follows the frames in the model's input."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from capkit.video import Clip
 
-# Of CogVideo's tools/caption, which wrote CogVideoX's training captions.
+# From CogVideo's tools/caption, which wrote the training captions of CogVideoX.
 DEFAULT_PROMPT = "Please describe this video in detail."
 
-# The original's `template_version`: what stands between question and answer, and whether frames are numbered.
-_ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
-TEMPLATES = ("chat", "vqa", "base")
+TEMPLATES = ("chat", "vqa", "base")  # the original's `template_version`
 FRAME_NUMBERS = ("index", "seconds")
+_ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked of a clip. With the defaults, what the original's caption tool asks.
+    """The question about a clip. The defaults are those of the original's caption tool.
 
     Attributes:
         text: the question.
         template: "chat" (`Question: ... Answer:`, frames numbered), "vqa" (`Question: ... Short answer:`) or "base"
-            (the text as it is). The original's caption tool uses "chat".
-        history: earlier (question, answer) turns, in front of the question; under "chat" and "vqa".
-        frame_numbers: the number that each frame carries under "chat": its "index", as in the original, or its time
-            since the clip's start in whole "seconds". They are the same where there is one frame a second.
+            (the text as it is).
+        history: earlier (question, answer) turns, written before the question under "chat" and "vqa". Any sequence of
+            pairs is taken and becomes a tuple of tuples.
+        frame_numbers: the number after each frame under "chat": its "index", as in the original, or its time since the
+            clip's start in whole "seconds". The two are equal at one frame a second.
 
     Raises:
         ValueError: unknown template or frame numbers, an empty text, history that is not pairs of texts, or a setting
-            that has no effect beside the others.
+            that has no effect in combination with the others.
     """
 
     text: str = DEFAULT_PROMPT
     template: str = "chat"
-    history: Sequence[tuple[str, str]] = ()
+    history: tuple[tuple[str, str], ...] = ()
     frame_numbers: str = "index"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("template", self.template, TEMPLATES),
-            ("frame_numbers", self.frame_numbers, FRAME_NUMBERS),
-        ):
-            if value not in allowed:
+        for name, allowed in (("template", TEMPLATES), ("frame_numbers", FRAME_NUMBERS)):
+            if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
         if not isinstance(self.text, str) or not self.text.strip():
             raise ValueError(f"prompt={self.text!r}: must be a text that is not empty")
@@ -61,10 +58,10 @@ class Prompt:
 
     @classmethod
     def of(cls, prompt: PromptLike) -> Prompt:
-        """A `Prompt` from itself, from its text, or from a dictionary of its fields.
+        """A `Prompt` from a `Prompt`, a text, or a dictionary of fields.
 
         Raises:
-            ValueError: something else, unknown fields, or as in `Prompt`.
+            ValueError: another type, unknown fields, or as in `Prompt`.
         """
         if isinstance(prompt, cls):
             return prompt
@@ -73,22 +70,25 @@ class Prompt:
             if unknown := sorted(set(prompt) - set(names), key=str):
                 raise ValueError(f"prompt={dict(prompt)!r}: unknown {unknown}; known: {', '.join(names)}")
             return cls(**prompt)
-        return cls(prompt)  # type: ignore[arg-type]  # what is not text is refused there
+        return cls(prompt)  # type: ignore[arg-type]  # __post_init__ refuses other types
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prompt:
-        """The prompt of a caption record, which holds its fields beside others; what it lacks is the default."""
+        """The prompt of a caption record; fields that the record lacks take their defaults."""
         names = {"prompt": "text", "template": "template", "history": "history", "frame_numbers": "frame_numbers"}
         return cls(**{field: record[name] for name, field in names.items() if name in record})
 
     def to_record(self) -> dict[str, Any]:
         """The fields as a caption record holds them, in plain JSON values."""
-        history = [list(turn) for turn in self.history]
-        names = {"template": self.template, "frame_numbers": self.frame_numbers}
-        return names | {"prompt": self.text, "history": history}
+        return {
+            "template": self.template,
+            "frame_numbers": self.frame_numbers,
+            "prompt": self.text,
+            "history": [list(turn) for turn in self.history],
+        }
 
     def numbers(self, clip: Clip) -> list[int | None]:
-        """The number that each frame of a clip carries; None under a template that numbers no frames."""
+        """The number after each frame of a clip; None under templates without frame numbers."""
         if self.template != "chat":
             return [None] * len(clip)
         if self.frame_numbers == "index":
@@ -97,7 +97,7 @@ class Prompt:
 
     @property
     def full_text(self) -> str:
-        """The text after the frames, as the original's `build_conversation_input_ids` writes it."""
+        """The text after the frames, as written by the original's `build_conversation_input_ids`."""
         if self.template == "base":
             return self.text
         answer = _ANSWER[self.template]

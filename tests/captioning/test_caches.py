@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from capkit import Decoding
-from capkit.captioning.caches import ROOM, RoomyCache, crop, read_rows
+from capkit.captioning.caches import GROWTH, PreallocatedCache, crop, prefill_batch
 from capkit.cogvlm2 import CogVLM2VideoConfig
 
 pytestmark = pytest.mark.golden  # on the oldest transformers too
@@ -28,8 +28,8 @@ def check_same(caches):
 
 
 def test_holds_what_a_dynamic_cache_holds():
-    caches, random = (DynamicCache(config=CONFIG), RoomyCache(CONFIG)), torch.Generator().manual_seed(0)
-    for length in (7, 1, 1, ROOM, 1, 3 * ROOM):
+    caches, random = (DynamicCache(config=CONFIG), PreallocatedCache(CONFIG)), torch.Generator().manual_seed(0)
+    for length in (7, 1, 1, GROWTH, 1, 3 * GROWTH):
         grow(caches, length, random)
         check_same(caches)
     for cache in caches:
@@ -47,27 +47,27 @@ def test_holds_what_a_dynamic_cache_holds():
 
 
 def test_a_step_does_not_copy_the_cache():
-    cache, random = RoomyCache(CONFIG), torch.Generator().manual_seed(0)
+    cache, random = PreallocatedCache(CONFIG), torch.Generator().manual_seed(0)
     grow([cache], 9, random)
     before = cache.layers[0].keys.data_ptr()
-    for _ in range(ROOM):
+    for _ in range(GROWTH):
         grow([cache], 1, random)
     assert cache.layers[0].keys.data_ptr() == before
     grow([cache], 1, random)
-    assert cache.layers[0].keys.data_ptr() != before and cache.get_seq_length() == 9 + ROOM + 1
+    assert cache.layers[0].keys.data_ptr() != before and cache.get_seq_length() == 9 + GROWTH + 1
 
 
 def test_rows_of_different_length_are_read_as_if_alone(captioner, random_clip):
     clips, prompts = [random_clip(4, 1), random_clip(1, 2), random_clip(2, 3)], ["Why?", "Who is there?", "Where?"]
     inputs = captioner.processor(clips, prompts)
     with torch.inference_mode():
-        together = read_rows(captioner.model, inputs)
+        together = prefill_batch(captioner.model, inputs)
         for row, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
-            alone = read_rows(captioner.model, captioner.processor([clip], [prompt]))
+            alone = prefill_batch(captioner.model, captioner.processor([clip], [prompt]))
             length = alone.get_seq_length()
-            for whole, one in zip(together.layers, alone.layers, strict=True):
-                assert torch.equal(whole.keys[row, :, -length:], one.keys[0])
-                assert torch.equal(whole.values[row, :, -length:], one.values[0])
+            for batch, one in zip(together.layers, alone.layers, strict=True):
+                assert torch.equal(batch.keys[row, :, -length:], one.keys[0])
+                assert torch.equal(batch.values[row, :, -length:], one.values[0])
 
 
 @pytest.mark.parametrize("template", ["chat", "vqa", "base"])
@@ -80,11 +80,11 @@ def test_batches_of_any_mix_say_what_each_clip_says_alone(captioner, random_clip
 
 def test_layers_of_different_length_are_cropped_to_one():
     """Memory that runs out inside a layer leaves those before it longer."""
-    cache, random = RoomyCache(CONFIG), torch.Generator().manual_seed(0)
+    cache, random = PreallocatedCache(CONFIG), torch.Generator().manual_seed(0)
     grow([cache], 9, random)
     expected = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     cache.update(*torch.randn(2, 2, 3, 4, 4, generator=random), 0)
     crop(cache, 9)
     for layer, (keys, values) in zip(cache.layers, expected, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
-    crop(RoomyCache(CONFIG), 0)  # nothing was read yet
+    crop(PreallocatedCache(CONFIG), 0)  # nothing was read yet

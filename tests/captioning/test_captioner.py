@@ -295,7 +295,7 @@ class TestMemory:
 
 def test_bad_arguments(captioner, random_clip):
     clip = random_clip()
-    for call, told in (
+    for call, message in (
         (lambda: captioner.caption(clip, {"template": "story"}), "must be one of 'chat', 'vqa', 'base'"),
         (lambda: captioner.caption(clip, ""), "not empty"),
         (lambda: captioner.caption_batch([clip, clip], ["a"]), "1 prompts for 2 clips"),
@@ -304,7 +304,7 @@ def test_bad_arguments(captioner, random_clip):
     ):
         with pytest.raises(ValueError) as error:
             call()
-        assert told in str(error.value)
+        assert message in str(error.value)
     assert captioner.caption_batch([]) == []
 
 

@@ -10,7 +10,7 @@ from paths import GOLDEN
 import capkit
 from capkit import Captioner, Decoding, Prompt
 from capkit.captioning import SharedVideo
-from capkit.captioning.caches import read_rows
+from capkit.captioning.caches import prefill_batch
 from capkit.captioning.choosing import RowChoosers
 from capkit.captioning.graphs import DecodingStep, GraphDecoder, _read_layer
 
@@ -70,9 +70,9 @@ def test_a_sweep_says_what_each_cell_says_alone(captioner, random_clip, static):
     clip, prompts = random_clip(4), ("What happens?", "Describe the video in one sentence, please.", "Who?")
     cells = [(Prompt(prompt), decoding) for prompt in prompts for decoding in decodings]
     video = SharedVideo(static, clip)
-    for some in (cells, cells[:1], cells[::-2]):
-        found = list(video.caption(some))
-        check_same(found, [captioner.caption(clip, prompt, decoding=decoding) for prompt, decoding in some])
+    for branches in (cells, cells[:1], cells[::-2]):
+        found = list(video.caption(branches))
+        check_same(found, [captioner.caption(clip, prompt, decoding=decoding) for prompt, decoding in branches])
 
 
 def test_a_stream_shows_what_the_caption_holds(captioner, random_clip, static):
@@ -110,7 +110,7 @@ def test_a_step_is_the_models_own(captioner, random_clip, dtype, tolerance):
     inputs = captioner.processor([random_clip(4, 1), random_clip(1, 2), random_clip(2, 3)], ["Why?", "Who is it?", "?"])
     tokens = torch.randint(300, (4, 3, 1), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        step, cache = DecodingStep(model, 4, 512), read_rows(model, inputs)
+        step, cache = DecodingStep(model, 4, 512), prefill_batch(model, inputs)
         for keys in step.keys:
             keys.fill_(float("nan"))  # nothing of what stood there before may be seen
         step.read(inputs)

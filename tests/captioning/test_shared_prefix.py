@@ -34,8 +34,8 @@ def test_each_branch_is_what_it_would_be_alone(captioner, clip, template, frame_
         alone = captioner.caption(clip, prompt, decoding)
         assert caption.token_ids == alone.token_ids
         assert caption.logprobs == pytest.approx(alone.logprobs, abs=2e-4)
-        told = ("text", "finish_reason", "prompt", "decoding")
-        assert [getattr(caption, name) for name in told] == [getattr(alone, name) for name in told]
+        fields = ("text", "finish_reason", "prompt", "decoding")
+        assert [getattr(caption, name) for name in fields] == [getattr(alone, name) for name in fields]
 
 
 def test_history_goes_before_every_prompt(captioner, clip):
@@ -47,57 +47,60 @@ def test_history_goes_before_every_prompt(captioner, clip):
 
 def test_a_branch_does_not_depend_on_those_beside_it(captioner, clip):
     video, branches = SharedVideo(captioner, clip), [branch for branch in BRANCHES if branch[1].num_beams == 1]
-    whole = [caption.token_ids for caption in video.caption(branches)]
+    expected = [caption.token_ids for caption in video.caption(branches)]
     random = np.random.default_rng(0)
     for _ in range(4):
-        some = random.permutation(len(branches))[: random.integers(1, len(branches))]
-        assert [caption.token_ids for caption in video.caption([branches[i] for i in some])] == [whole[i] for i in some]
+        chosen = random.permutation(len(branches))[: random.integers(1, len(branches))]
+        captions = video.caption([branches[number] for number in chosen])
+        assert [caption.token_ids for caption in captions] == [expected[number] for number in chosen]
 
 
 def test_more_branches_than_go_together(captioner, clip, monkeypatch):
     branches = [(PROMPTS[0], Decoding(max_new_tokens=4, temperature=1.0, seed=seed)) for seed in range(9)]
-    whole = [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)]
-    monkeypatch.setattr("capkit.captioning.shared_prefix.BRANCHES_TOGETHER", 4)
-    assert [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)] == whole
-    assert len({tuple(ids) for ids in whole}) > 1  # seeds matter
+    expected = [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)]
+    monkeypatch.setattr("capkit.captioning.shared_prefix.MAX_BRANCHES", 4)
+    assert [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)] == expected
+    assert len({tuple(ids) for ids in expected}) > 1  # seeds matter
 
 
-def test_frames_are_encoded_once_and_kept_once(captioner, clip, monkeypatch):
+def test_frames_are_encoded_once_and_cropped_back(captioner, clip, monkeypatch):
+    """After any captions, the cache holds the video and nothing else."""
     counted, encode = [], captioner.model.model.get_video_features
     monkeypatch.setattr(
         captioner.model.model, "get_video_features", lambda pixels: counted.append(len(pixels)) or encode(pixels)
     )
     video, greedy = SharedVideo(captioner, clip), [(prompt, Decoding(max_new_tokens=3)) for prompt in PROMPTS]
-    assert video.num_cache_bytes == 0
-    list(video.caption(greedy))
-    held = video.num_cache_bytes
-    list(video.caption(greedy * 5))
-    list(video.caption([(Prompt(text, "vqa"), decoding) for text, decoding in greedy]))
-    list(video.caption(greedy))
+    for branches in (greedy, greedy * 5, [(Prompt(text, "vqa"), decoding) for text, decoding in greedy], greedy):
+        list(video.caption(branches))
+        num_positions = len(captioner.processor.video_ids(clip, Prompt.of(branches[0][0])))
+        assert {layer.keys.shape[-2] for layer in video._cache.layers} == {num_positions}
     assert counted == [5]
-    config = captioner.model.config
-    num_positions = len(captioner.processor.video_ids(clip, Prompt()))
-    a_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # float32
-    assert held == video.num_cache_bytes == num_positions * a_position
 
 
 def test_short_of_memory_fewer_go_together(captioner, clip, monkeypatch):
+    """Memory runs out inside a layer, where the layers before it already hold the new positions."""
     branches = [(PROMPTS[0], Decoding(max_new_tokens=4, temperature=1.0, seed=seed)) for seed in range(6)]
-    whole = [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)]
-    forward, sizes = captioner.model.lm_head.forward, []
+    expected = [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)]
+    mlp, sizes, most = captioner.model.model.layers[1].mlp, [], 2
+    forward = mlp.forward
 
     def short_of_memory(hidden):
-        sizes.append(len(hidden))
-        if len(hidden) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        num_branches = hidden.shape[1]
+        if num_branches <= len(branches):  # a decoding step: prompts and videos have more positions
+            sizes.append(num_branches)
+            if num_branches > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(hidden)
 
-    monkeypatch.setattr(captioner.model.lm_head, "forward", short_of_memory)
-    assert [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)] == whole
+    monkeypatch.setattr(mlp, "forward", short_of_memory)
+    video = SharedVideo(captioner, clip)
+    assert [caption.token_ids for caption in video.caption(branches)] == expected
     assert sizes[:3] == [6, 3, 1]
-    monkeypatch.setattr(captioner.model.lm_head, "forward", lambda hidden: short_of_memory(hidden.repeat(3, 1)))
+    most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        list(SharedVideo(captioner, clip).caption(branches))
+        list(video.caption(branches))
+    most = 6
+    assert [caption.token_ids for caption in video.caption(branches)] == expected
 
 
 def test_bad_settings_are_refused_before_any_work(captioner, clip):
