@@ -279,7 +279,7 @@ class Benchmark:
             cache = cache_class(config=model.config)
             prefill(model, cache, ids, features)
             cache.batch_repeat_interleave(PROFILED_ROWS)
-            stages = {
+            stages: dict[str, Callable[[], Any]] = {
                 "vision tower": partial(model.model.get_video_features, pixels),
                 "prefill": partial(prefilled_values, model, cache_class, ids, features),
                 f"decoding {PROFILED_ROWS} together": partial(decode, model, cache, PROFILED_ROWS),

@@ -242,7 +242,7 @@ def plain_caption(
     """
     ids = torch.tensor([processor.prompt_ids(clip, Prompt(prompt))], device=model.device)
     config = model.config
-    new_ids = model.generate(  # type: ignore[misc]  # its self is declared as a Protocol
+    new_ids = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         pixel_values_videos=plain_pixels(clip.frames, processor.image_size).to(model.device),

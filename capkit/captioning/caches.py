@@ -30,7 +30,7 @@ class PreallocatedCache(DynamicCache):
 
     def __init__(self, config: CogVLM2VideoConfig) -> None:
         super().__init__(config=config)
-        self.layers = [_PreallocatedLayer() for _ in self.layers]
+        self.layers: list[_PreallocatedLayer] = [_PreallocatedLayer() for _ in range(config.num_hidden_layers)]
 
 
 class _PreallocatedLayer(DynamicLayer):

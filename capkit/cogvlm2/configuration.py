@@ -78,7 +78,7 @@ class CogVLM2VideoConfig(LlamaConfig):
             "transformers_version": __version__,
             "vision_config": {name: getattr(self.vision_config, name) for name in _PUBLISHED_VISION_FIELDS},
         }
-        theta = self.rope_parameters["rope_theta"]  # type: ignore[index]  # LlamaConfig has filled it in
+        theta = self.rope_parameters["rope_theta"]  # LlamaConfig has filled it in
         if theta != self.default_theta:
             config["rope_theta"] = theta
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -287,10 +287,10 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
             return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
         return padding_mask(inputs_tensor, self.config.video_token_id)  # transformers would mask the frames as padding
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # the rest is passed through
+    def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Any = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> Any:
-        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]  # self is generative
+        prepare: Any = super().prepare_inputs_for_generation
         inputs = prepare(*args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs)
         if is_first_iteration:  # the caller's cache may already contain the frames
             needed = inputs.get("input_ids") is not None and (inputs["input_ids"] == self.config.video_token_id).any()
@@ -301,7 +301,7 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
         return inputs
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # transformers' other arguments are in kwargs
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
@@ -361,7 +361,7 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> Any:
         pixels = model_kwargs.pop("pixel_values_videos", None)
-        expand = super()._expand_inputs_for_generation  # type: ignore[misc]  # self is generative
+        expand = super()._expand_inputs_for_generation
         expanded_ids, expanded = expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         if pixels is not None:  # repeated clip by clip; transformers would repeat frame by frame
             clips = self.split_clips(input_ids, pixels)

@@ -79,7 +79,7 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         return ["tokenizer"]
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # none of transformers' other arguments
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, revision: str | None = None
     ) -> CogVLM2VideoProcessor:
         """Load from the published layout: tokenizer files and `config.json`; no remote code.
@@ -102,7 +102,7 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         return cls(tokenizer, config.vision_config.image_size, config.tokens_per_frame)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> Any:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> Any:
         """Write the tokenizer's files; the published layout has nothing else of a processor."""
         return self.tokenizer.save_pretrained(save_directory)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,7 +36,7 @@ class Prompt:
 
     text: str = DEFAULT_PROMPT
     template: str = "chat"
-    history: tuple[tuple[str, str], ...] = ()
+    history: Sequence[tuple[str, str]] = ()
     frame_numbers: str = "index"
 
     def __post_init__(self) -> None:
