@@ -10,8 +10,13 @@ import pytest
 from paths import GOLDEN
 
 
+# Minutes each, so that they begin first: two workers then end at about the same time.
+LONG_FILES = ("test_browser.py", "test_ray_engine.py", "test_notebooks.py", "test_types.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Skip where the thing is missing; where CAPKIT_REQUIRE names it, let the test run and fail."""
+    """Put long files first. Skip what a machine lacks, unless CAPKIT_REQUIRE names it: then the test runs and fails."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     required = set(os.environ.get("CAPKIT_REQUIRE", "").split(","))
     for item in items:
         if item.get_closest_marker("needs_cuda") and "cuda" not in required:
