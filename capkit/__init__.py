@@ -1,4 +1,17 @@
-"""capkit: describe videos in words with CogVLM2-Caption. The public names, each imported when first used."""
+"""Describe videos in words with CogVLM2-Caption.
+
+The public names, each imported when first used. The rooms, each importing only from those before it:
+
+    video       frames, and reading exactly those
+    cogvlm2     the model, its prompt and processor
+    captioning  a clip and a prompt in, a caption out
+    runs        many clips into a store
+    sweep       prompts and settings against each other
+    views       HTML and charts
+    export      training data
+    playground  widgets
+    batch, benchmark, demo      beside each other: many notebooks, what notebook 06 measures, the demo model
+"""
 
 from __future__ import annotations
 
@@ -32,19 +45,22 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from capkit.video import VideoInfo as VideoInfo
     from capkit.video import load_clip as load_clip
 
-_ROOMS = {
+_NAMES = {
     "video": ("Clip", "FrameSampling", "VideoError", "VideoInfo", "load_clip"),
     "cogvlm2": ("DEFAULT_PROMPT", "CheckpointError", "Prompt"),
     "captioning": ("Caption", "CaptionStream", "Captioner", "Decoding", "Score", "load_captioner"),
     "runs": ("CaptionStore", "caption_clips", "find_clips"),
     "sweep": ("SweepPlan", "SweepResult", "plan_sweep", "run_sweep"),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_ROOMS = (*_NAMES, "views", "export", "playground", "batch", "benchmark", "demo")
+_ROOM_OF = {name: room for room, names in _NAMES.items() for name in names}
 __all__ = [*_ROOM_OF, "__version__"]
 
 if not TYPE_CHECKING:  # seeing this, a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return importlib.import_module(f"capkit.{name}")
         if name not in _ROOM_OF:
             raise AttributeError(f"module 'capkit' has no attribute {name!r}")
         return getattr(importlib.import_module(f"capkit.{_ROOM_OF[name]}"), name)

@@ -105,8 +105,12 @@ def _show(arguments: argparse.Namespace) -> int:
         return _fail(2, f"{arguments.store}: no such file")
     store = CaptionStore(arguments.store)
     for record in store.current():
-        print(f"\n{record['video']}")
-        text = record["text"].strip() if record["status"] == "ok" else f"error: {record['error']}"
+        start, end = record.get("start_seconds"), record.get("end_seconds")
+        is_window = bool(start) or end is not None
+        window = f" ({start or 0:g} s to {'the end' if end is None else f'{end:g} s'})" if is_window else ""
+        print(f"\n{record['video']}{window}")
+        text = f"error: {record['error']}" if record["status"] != "ok" else record["text"].strip()
+        text = record.get("edited_text", text)
         print("  " + "".join(letter if letter.isprintable() else " " for letter in text))
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
     return 0

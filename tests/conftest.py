@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from paths import GOLDEN
 
-
 # Minutes each, so that they begin first: two workers then end at about the same time.
 LONG_FILES = ("test_browser.py", "test_ray_engine.py", "test_notebooks.py", "test_types.py")
 

@@ -63,6 +63,12 @@ def test_an_unknown_name_is_an_attribute_error():
     assert "load_clip" in dir(capkit)
 
 
+def test_rooms_are_attributes():
+    code = "import capkit; print(capkit.cogvlm2.CogVLM2VideoProcessor.__name__, capkit.export.LAYOUTS['cogkit'].name)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["CogVLM2VideoProcessor", "cogkit"], run.stderr
+
+
 @pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", README, re.S))
 def test_readme_examples_run_as_printed(example, tmp_path):
     """In an empty folder, with the clip that they name."""
@@ -87,7 +93,11 @@ def test_readmes_make_targets_and_files_exist():
 def test_command_line_shows_a_store(tmp_path):
     store = tmp_path / "captions.jsonl"
     store.write_text('{"request": "a", "video": "a.mp4", "status": "ok", "text": " A boat."}\n')
+    with store.open("a") as file:
+        file.write('{"request": "b", "video": "b.mp4", "status": "ok", "text": "A car.", "start_seconds": 2.5}\n')
+        file.write('{"edits": "b", "text": "A red car."}\n')
     run = subprocess.run([sys.executable, "-m", "capkit", "show", store], capture_output=True, text=True)
     assert "a.mp4\n  A boat." in run.stdout and str(store) in run.stdout
+    assert "b.mp4 (2.5 s to the end)\n  A red car." in run.stdout and "A car." not in run.stdout
     run = subprocess.run([sys.executable, "-m", "capkit", "show", tmp_path / "x"], capture_output=True, text=True)
     assert run.returncode == 2 and "no such file" in run.stderr

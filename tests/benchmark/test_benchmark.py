@@ -118,6 +118,7 @@ def test_a_part_without_its_library_is_left_out_and_said_to_be(monkeypatch, caps
     assert "reading: skipped" in capsys.readouterr().out
 
 
+@pytest.mark.soak
 def test_reading_beside_decord_gives_the_same_frames():
     pytest.importorskip("decord")
     rows = measure_reading(2, 5, 1, height=96, width=128)
