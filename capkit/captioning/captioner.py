@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -195,8 +195,9 @@ class Captioner:
                 items = items[len(batch) :]
                 continue
             # Outside of the except block: before Python 3.11, the traceback lives until its end.
-            on_oom(len(batch))
-            size = len(batch) // 2 or 1
+            if not num_kept_bytes:  # else freeing the caches of earlier batches may be enough
+                on_oom(len(batch))
+                size = len(batch) // 2 or 1
             self._graph_decoder.forget()
             gc.collect()
             torch.cuda.empty_cache()
@@ -219,7 +220,8 @@ class Captioner:
             clip: as in `caption`.
             caption: a `Caption`, whose `token_ids` are scored, so that the sum equals that of its `logprobs`; or a
                 text, scored as a continuation of the prompt without an end token.
-            prompt: None is the `Caption`'s prompt, and for a text the default prompt.
+            prompt: None is the `Caption`'s prompt, and for a text the default prompt. A text replaces only the text of
+                the `Caption`'s prompt.
 
         Raises:
             ValueError: an empty text, or as in `caption`.
@@ -228,7 +230,9 @@ class Captioner:
             token_ids, own_prompt = caption.token_ids, caption.prompt
         else:
             token_ids, own_prompt = self.processor.continuation_ids(caption), Prompt()
-        inputs = self.processor([clip], own_prompt if prompt is None else Prompt.of(prompt)).to(self.model.device)
+        if prompt is not None:
+            own_prompt = replace(own_prompt, text=prompt) if isinstance(prompt, str) else Prompt.of(prompt)
+        inputs = self.processor([clip], own_prompt).to(self.model.device)
         logprobs = continuation_logprobs(self.model, inputs, [token_ids])[0]
         return Score(token_ids, [self.processor.decode([token]) for token in token_ids], logprobs)
 

@@ -314,7 +314,7 @@ class GraphDecoder:
                 rows, numbers, event = sent.popleft()
                 if event is not None:
                     event.synchronize()
-                if streamer is not None:
+                if streamer is not None and live.intersection(rows):  # not what was launched ahead of the last end
                     streamer.put(numbers[0].long())
                 for row, token, logprob in zip(rows, *numbers.tolist(), strict=True):
                     if row in live:

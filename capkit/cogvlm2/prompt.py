@@ -45,8 +45,11 @@ class Prompt:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
         if not isinstance(self.text, str) or not self.text.strip():
             raise ValueError(f"prompt={self.text!r}: must be a text that is not empty")
+        if not isinstance(self.history, (list, tuple)):
+            raise ValueError(f"history={self.history!r}: must be a list or tuple of (question, answer) pairs")
         for turn in self.history:
-            if isinstance(turn, str) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
+            is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+            if not is_pair or not all(isinstance(part, str) for part in turn):
                 raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
         object.__setattr__(self, "history", tuple((question, answer) for question, answer in self.history))
         if self.history and self.template == "base":

@@ -239,6 +239,8 @@ def plan_sweep(
             collapsed[f'frame_numbers="seconds" under template "{template}", which numbers no frames'] = None
         else:
             collapsed[f"{' · '.join(cell.to_strings().values())}, equivalent to another cell"] = None
+    if len({cell.prompt.history for cell in cells}) > 1:
+        raise ValueError("prompts: differ in history, which no axis shows; make a sweep for each history")
     if num_samples > 1 and any(not cell.decoding.samples for cell in cells):
         collapsed["repeats of cells that do not sample: each would be the same caption"] = None
     if len({cell.frame_sampling for cell in cells}) > 1 and any(source.is_in_memory_only for source in sources):

@@ -174,7 +174,8 @@ def positive(name: str, value: Any) -> float:
     """`value` as a float; ValueError with `name` unless it is a finite number above 0."""
     if not _is_finite_number(value) or value <= 0:
         raise ValueError(f"{name} must be a positive number; got {value!r}")
-    return float(value)
+    # Not float(np.float32(0.3)), which is 0.30000001192092896 and would be another request than 0.3.
+    return float(str(value)) if isinstance(value, np.floating) else float(value)
 
 
 def _at_least_one(name: str, value: Any) -> int:

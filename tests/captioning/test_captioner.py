@@ -169,7 +169,9 @@ class TestScore:
         assert score.token_ids == caption.token_ids
         assert score.logprobs == pytest.approx(caption.logprobs, abs=1e-4)
         assert score.total_logprob == pytest.approx(sum(caption.logprobs), abs=1e-3)
-        assert captioner.score(clip, caption, prompt="Why?").total_logprob < score.total_logprob
+        other = captioner.score(clip, caption, prompt="Why?")
+        assert other.total_logprob < score.total_logprob
+        assert other == captioner.score(clip, caption, Prompt("Why?", history=case.history))
 
     def test_the_end_token_counts_if_it_came(self, captioner, random_clip, monkeypatch):
         clip = random_clip()

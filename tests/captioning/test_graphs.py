@@ -75,11 +75,15 @@ def test_a_sweep_says_what_each_cell_says_alone(captioner, random_clip, static):
         check_same(found, [captioner.caption(clip, prompt, decoding=decoding) for prompt, decoding in branches])
 
 
-def test_a_stream_shows_what_the_caption_holds(captioner, random_clip, static):
+def test_a_stream_shows_what_the_caption_holds(captioner, random_clip, static, monkeypatch):
     clip, decoding = random_clip(3), Decoding(max_new_tokens=30)
     stream = static.stream(clip, decoding=decoding)
     assert "".join(stream) == stream.caption.text
     check_same([stream.caption], [captioner.caption(clip, decoding=decoding)])
+    with monkeypatch.context() as patch:
+        patch.setattr(static.model.config, "eos_token_id", stream.caption.token_ids[2])
+        ended = static.stream(clip, decoding=decoding)  # a further step is launched before the end is known
+        assert "".join(ended) == ended.caption.text and ended.caption.finish_reason == "eos"
     stream = static.stream(clip, decoding=Decoding(max_new_tokens=2000))
     next(stream)
     stream.stop()
@@ -194,3 +198,21 @@ def test_rows_choose_as_each_would_alone(captioner):
         for place, row in enumerate(rows):
             alone = RowChoosers([decodings[row]], [7]).choose(new_ids[[row]], scores[[row]], 4, [0])
             assert int(chosen[place]) == int(alone[0]) and float(logprobs[place]) == pytest.approx(float(alone[1]))
+
+
+def test_memory_that_only_the_kept_caches_took_does_not_halve_later_batches(random_clip, static, monkeypatch):
+    clips, sizes, few = [random_clip(2, seed) for seed in range(4)], [], Decoding(max_new_tokens=3)
+    static.caption_batch(clips, decoding=few)
+    assert static._graph_decoder.num_bytes
+    request = static._request
+
+    def make(batch, decoding):
+        sizes.append(len(batch))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return request(batch, decoding)
+
+    monkeypatch.setattr(static, "_request", make)
+    for _ in range(2):
+        static.caption_batch(clips, decoding=few)
+    assert sizes == [4, 4, 4]

@@ -98,6 +98,7 @@ def test_labels_are_short_and_tell_cells_apart():
         ({"frame_numbers": ["minutes"]}, "minutes"),
         ({"prompts": [" "]}, "prompt"),
         ({"prompts": [7]}, "prompt"),
+        ({"prompts": ["a", {"text": "a", "history": [["q", "a"]]}]}, "differ in history"),
         ({"mode": "random"}, "random"),
         ({"num_samples": 0}, "num_samples"),
         (
