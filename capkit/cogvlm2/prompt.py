@@ -24,8 +24,8 @@ class Prompt:
         text: the question.
         template: "chat" (`Question: ... Answer:`, frames numbered), "vqa" (`Question: ... Short answer:`) or "base"
             (the text as it is).
-        history: earlier (question, answer) turns, written before the question under "chat" and "vqa". Any sequence of
-            pairs is taken and becomes a tuple of tuples.
+        history: earlier (question, answer) turns, a list or tuple of pairs, written before the question under "chat"
+            and "vqa".
         frame_numbers: the number after each frame under "chat": its "index", as in the original, or its time since the
             clip's start in whole "seconds". The two are equal at one frame a second.
 
@@ -45,9 +45,7 @@ class Prompt:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
         if not isinstance(self.text, str) or not self.text.strip():
             raise ValueError(f"prompt={self.text!r}: must be a text that is not empty")
-        if not isinstance(self.history, (list, tuple)):
-            raise ValueError(f"history={self.history!r}: must be a list or tuple of (question, answer) pairs")
-        for turn in self.history:
+        for turn in self.history if isinstance(self.history, (list, tuple)) else [self.history]:
             is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
             if not is_pair or not all(isinstance(part, str) for part in turn):
                 raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")

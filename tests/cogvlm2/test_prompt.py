@@ -24,7 +24,7 @@ def test_of_takes_a_text_a_dictionary_or_itself():
         ({"txt": "Why?"}, "unknown ['txt']; known: text, template, history, frame_numbers"),
         ({"template": "poem"}, "template='poem': must be one of 'chat', 'vqa', 'base'"),
         ({"history": ["ab"]}, "history='ab': must be (question, answer) pairs"),
-        ({"history": zip(["a"], ["b"], strict=True)}, "must be a list or tuple of (question, answer) pairs"),
+        ({"history": zip(["a"], ["b"], strict=True)}, "must be (question, answer) pairs"),
         ({"history": [{"question": "a", "answer": "b"}]}, "must be (question, answer) pairs"),
         ({"history": [5]}, "history=5: must be (question, answer) pairs"),
         ({"template": "base", "history": HISTORY}, "history: no effect"),
