@@ -6,10 +6,10 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
-import numpy as np
+from capkit.video import finite_float
 
 # Defaults for sampling in transformers 4.4x, on which the original runs.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50}
@@ -64,12 +64,10 @@ class Decoding:
             ("min_p", "at least 0 and below 1", lambda x: 0 <= x < 1),
             ("repetition_penalty", "above 0 (1.0 for none)", lambda x: x > 0),
         ):
-            value = getattr(self, name)
-            is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or not is_allowed(value):
+            number = finite_float(value := getattr(self, name))
+            if number is None or not is_allowed(number):
                 raise ValueError(f"{name}={value!r}: must be a number {allowed}")
-            # Through str: float(np.float32(0.8)) is 0.800000011920929, another request than 0.8.
-            object.__setattr__(self, name, float(str(value)) if isinstance(value, np.floating) else float(value))
+            object.__setattr__(self, name, number)
         self._refuse_ineffective_settings()
 
     def _set_integer(self, name: str, low: int, high: float = math.inf) -> None:

@@ -46,8 +46,7 @@ class Prompt:
         if not isinstance(self.text, str) or not self.text.strip():
             raise ValueError(f"prompt={self.text!r}: must be a text that is not empty")
         for turn in self.history if isinstance(self.history, (list, tuple)) else [self.history]:
-            is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
-            if not is_pair or not all(isinstance(part, str) for part in turn):
+            if not isinstance(turn, (list, tuple)) or [isinstance(part, str) for part in turn] != [True, True]:
                 raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
         object.__setattr__(self, "history", tuple((question, answer) for question, answer in self.history))
         if self.history and self.template == "base":

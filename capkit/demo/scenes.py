@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
-from capkit.video import Clip, FrameSampling, VideoInfo
+from capkit.video import Clip, FrameSampling, FrameSamplingLike, VideoInfo
 
 T = TypeVar("T")
 
@@ -197,7 +197,7 @@ class Scene:
             is_high = ((x / 0.25).astype(int) + np.floor(y / 0.25).astype(int)) % 2 == 0
         return Image.fromarray(np.array(colours, np.uint8)[is_high.astype(int)])
 
-    def sample(self, frame_sampling: FrameSampling | str | dict = "chat") -> Clip:
+    def sample(self, frame_sampling: FrameSamplingLike = "chat") -> Clip:
         """The clip that `load_clip` would read from a file of this scene; only the sampled frames are drawn."""
         sampling, times = FrameSampling.of(frame_sampling), self.timestamps_seconds
         chosen = sampling.frame_indices(times, self.fps)

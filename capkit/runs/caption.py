@@ -14,7 +14,7 @@ from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine, memory_budget, read_ahead
 from capkit.runs.progress import Progress
 from capkit.runs.store import CaptionStore, ModelIdentity, new_record, request_settings, sha256_if_there
-from capkit.video import Clip, FrameSampling
+from capkit.video import Clip, FrameSampling, FrameSamplingLike
 
 BATCHES_TO_CHOOSE_FROM = 4  # batches of clips held, to find those of similar length
 
@@ -25,7 +25,7 @@ def caption_clips(
     store: CaptionStore,
     prompt: PromptLike = DEFAULT_PROMPT,
     decoding: DecodingLike = GREEDY,
-    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
+    frame_sampling: FrameSamplingLike = "chat",
     batch_size: int = 1,
     retry_errors: bool = False,
     timeout_seconds: float | None = 60.0,
@@ -63,7 +63,7 @@ def plan_clips(
     items: Iterable[Item],
     prompt: PromptLike = DEFAULT_PROMPT,
     decoding: DecodingLike = GREEDY,
-    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
+    frame_sampling: FrameSamplingLike = "chat",
 ) -> list[dict[str, Any]]:
     """The `request_settings` of each item. Raises ValueError for settings that are invalid for every clip."""
     prompt, decoding, frame_sampling = Prompt.of(prompt), Decoding.of(decoding), FrameSampling.of(frame_sampling)

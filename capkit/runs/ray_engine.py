@@ -26,7 +26,7 @@ from capkit.runs.prefetch import Quarantine, memory_budget, read_clip
 from capkit.runs.progress import Progress
 from capkit.runs.shards import Shard, hold_shard, shard_stores, write_plan
 from capkit.runs.store import CaptionStore, ModelIdentity
-from capkit.video import Clip, ClipReader, FrameSampling
+from capkit.video import Clip, ClipReader, FrameSamplingLike
 
 SHARD = Shard()  # on Ray a folder is one shard, in several stores
 
@@ -49,7 +49,7 @@ def caption_on_ray(
     cpus_per_reader: float = 1.0,
     prompt: PromptLike = DEFAULT_PROMPT,
     decoding: DecodingLike = GREEDY,
-    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
+    frame_sampling: FrameSamplingLike = "chat",
 ) -> list[dict[str, Any]]:
     """Caption items on the connected Ray cluster, or on this machine if `ray.init` was not called.
 

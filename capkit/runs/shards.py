@@ -33,7 +33,7 @@ from capkit.runs.caption import caption_planned, current_records, plan_clips
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore
-from capkit.video import FrameSampling
+from capkit.video import FrameSamplingLike
 
 MERGED = "captions.jsonl"
 SETTINGS_OF_RUN = "model_fingerprint dtype quantization template frame_numbers history decoding frame_sampling".split()
@@ -111,7 +111,7 @@ def caption_shard(
     cut: Callable[[list[Item]], list[Item]] = list,
     prompt: PromptLike = DEFAULT_PROMPT,
     decoding: DecodingLike = GREEDY,
-    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
+    frame_sampling: FrameSamplingLike = "chat",
 ) -> list[dict[str, Any]]:
     """Caption the missing clips of one shard into its own store, in a folder that all shards share.
 

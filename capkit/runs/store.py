@@ -18,7 +18,7 @@ from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
 from capkit.files import append_line, atomic_write, file_sha256, now, read_lines
-from capkit.video import Clip, FrameSampling
+from capkit.video import Clip, FrameSampling, FrameSamplingLike
 
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
 STRIP_COLUMNS = 12
@@ -145,7 +145,7 @@ def request_settings(
     video: str | os.PathLike[str],
     prompt: PromptLike,
     decoding: Decoding = GREEDY,
-    frame_sampling: FrameSampling | str | dict[str, Any] = "chat",
+    frame_sampling: FrameSamplingLike = "chat",
     start_seconds: float = 0.0,
     end_seconds: float | None = None,
     sample: int = 0,

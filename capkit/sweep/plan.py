@@ -19,7 +19,7 @@ import yaml
 from capkit.captioning import Captioner, Decoding, DecodingLike, SharedVideo
 from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt, PromptLike
 from capkit.runs import Item, read_rows
-from capkit.video import Clip, FrameSampling, load_clip
+from capkit.video import Clip, FrameSampling, FrameSamplingLike, load_clip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,7 +186,7 @@ def plan_sweep(
     clips: Any,
     prompts: Sequence[PromptLike] = (DEFAULT_PROMPT,),
     decodings: Sequence[DecodingLike] = ({},),
-    frame_samplings: Sequence[FrameSampling | str | dict[str, Any]] = ("chat",),
+    frame_samplings: Sequence[FrameSamplingLike] = ("chat",),
     templates: Sequence[str] = ("chat",),
     frame_numbers: Sequence[str] = ("index",),
     num_samples: int = 1,

@@ -2,7 +2,7 @@
 
 from capkit.video.clip import Clip, ClipReader, ReaderHung, ReaderLost, load_clip
 from capkit.video.reading import VideoError, VideoInfo
-from capkit.video.sampling import STRATEGIES, FrameSampling, FrameSamplingLike
+from capkit.video.sampling import STRATEGIES, FrameSampling, FrameSamplingLike, finite_float
 from capkit.video.worker import WorkerProcess
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "VideoError",
     "VideoInfo",
     "WorkerProcess",
+    "finite_float",
     "load_clip",
 ]

@@ -150,12 +150,11 @@ class ClipReader(WorkerProcess):
             return self.call(path, sampling, start_seconds, end_seconds, timeout_seconds=timeout_seconds)
         except TimeoutError as error:
             raise ReaderHung(path, f"reading {error} (timeout_seconds)") from None
-        except ChildProcessError as error:
-            if "bad_alloc" not in str(error):  # how decord runs out of memory
+        except (ChildProcessError, MemoryError) as error:
+            if isinstance(error, ChildProcessError) and "bad_alloc" not in str(error):  # how decord runs out of memory
                 raise ReaderLost(path, f"the worker process {error}") from None
-        except MemoryError:
-            pass
-        raise VideoError(path, f"reading it takes more memory than {self._memory_limit}; sample fewer frames")
+            limit = self._memory_limit
+            raise VideoError(path, f"reading it takes more memory than {limit}; sample fewer frames") from None
 
 
 def _read(path: str, sampling: FrameSampling, start_seconds: float, end_seconds: float | None) -> Clip:

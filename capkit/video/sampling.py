@@ -162,20 +162,17 @@ FrameSamplingLike = FrameSampling | str | dict[str, Any]
 
 def check_window(start_seconds: float, end_seconds: float | None) -> None:
     """Raise ValueError unless 0 <= start_seconds < end_seconds, where None is the end of the video."""
-    if not _is_finite_number(start_seconds) or start_seconds < 0:
+    if finite_float(start_seconds) is None or start_seconds < 0:
         raise ValueError(f"start_seconds must be a finite number, not negative; got {start_seconds!r}")
-    if end_seconds is not None and (not _is_finite_number(end_seconds) or end_seconds <= start_seconds):
-        raise ValueError(
-            f"end_seconds must be None or a number above start_seconds, {start_seconds:g}; got {end_seconds!r}"
-        )
+    if end_seconds is not None and (finite_float(end_seconds) is None or end_seconds <= start_seconds):
+        raise ValueError(f"end_seconds must be None or above start_seconds, {start_seconds:g}; got {end_seconds!r}")
 
 
 def positive(name: str, value: Any) -> float:
     """`value` as a float; ValueError with `name` unless it is a finite number above 0."""
-    if not _is_finite_number(value) or value <= 0:
+    if (number := finite_float(value)) is None or number <= 0:
         raise ValueError(f"{name} must be a positive number; got {value!r}")
-    # Not float(np.float32(0.3)), which is 0.30000001192092896 and would be another request than 0.3.
-    return float(str(value)) if isinstance(value, np.floating) else float(value)
+    return number
 
 
 def _at_least_one(name: str, value: Any) -> int:
@@ -184,8 +181,13 @@ def _at_least_one(name: str, value: Any) -> int:
     return int(value)
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def finite_float(value: Any) -> float | None:
+    """A finite number, NumPy's too, as a plain float; None for anything else."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    # Through str: float(np.float32(0.8)) is another request than 0.8, and float(10**400) raises.
+    number = float(str(value)) if isinstance(value, (int, np.floating)) else float(value)
+    return number if math.isfinite(number) else None
 
 
 def _times(timestamps_seconds: ArrayLike) -> NDArray[np.float64]:

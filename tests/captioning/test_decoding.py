@@ -61,6 +61,7 @@ def test_combinations_without_effect():
         {"max_new_tokens": True},
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": 10**400},
         {"temperature": "hot"},
         {"temperature": 1.0, "top_p": 0},
         {"temperature": 1.0, "top_p": 1.5},

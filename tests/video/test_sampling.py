@@ -114,3 +114,10 @@ def test_a_window_is_half_open_and_counts_from_its_start():
     assert FrameSampling("uniform", 3).frame_indices(times, 10, 2.5, 5.6) == [25, 40, 55]
     assert FrameSampling("fps", 24, 1).frame_indices(times, 10, start_seconds=7.5) == [75, 85, 95]
     assert FrameSampling("chat").frame_indices(times, 10, 50, 60) == []
+
+
+def test_numpy_rates_are_plain_numbers():
+    """As printed: float(np.float32(0.3)) would be 0.30000001192092896, and another request."""
+    assert FrameSampling("fps", frames_per_second=np.float32(0.3)) == FrameSampling("fps", frames_per_second=0.3)
+    with pytest.raises(ValueError, match="frames_per_second must be a positive number"):
+        FrameSampling("fps", frames_per_second=10**400)
