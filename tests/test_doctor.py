@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from capkit import doctor
-from capkit.video import reading
+from capkit.video import decord_frames
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_environment_of_the_tests_has_no_problems():
     assert run.returncode == 0, run.stdout + run.stderr
     assert "torch, PyAV and the model can be imported" in run.stdout and "No problems found." in run.stdout
     assert "pip check" in run.stdout and "python -m torch.utils.collect_env" in run.stdout
-    assert doctor.DECORD_VERSION == reading.DECORD_VERSION
+    assert doctor.DECORD_VERSION == decord_frames.DECORD_VERSION
 
 
 def test_without_any_package_it_says_what_is_missing():

@@ -189,13 +189,14 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
         outcome: the caption, or the error instead of it.
         clip: the frames that were seen, if it was read.
     """
-    names = ("video_sha256", "duration_seconds", "frame_indices", "timestamps_seconds")
+    names = ("video_sha256", "duration_seconds", "frame_indices", "timestamps_seconds", "video_notes")
     record = settings | dict.fromkeys(names)
     if clip is not None:
         end = clip.info.duration_seconds if clip.end_seconds is None else clip.end_seconds
         record["duration_seconds"] = round(min(end, clip.info.duration_seconds) - clip.start_seconds, 3)
         record["frame_indices"] = list(clip.frame_indices)
         record["timestamps_seconds"] = np.asarray(clip.timestamps_seconds).round(6).tolist()
+        record["video_notes"] = clip.info.notes
     if isinstance(outcome, Caption):
         record |= {
             "video_sha256": settings.get("video_sha256") or sha256_if_there(settings["video"]),

@@ -58,13 +58,13 @@ class VideoInfo:
         """What may make the frames look other than in a player; empty for most videos."""
         notes = []
         if self.hdr:
-            notes.append(f"HDR ({self.hdr}): colours are not mapped to standard dynamic range and look pale")
+            notes.append(f"HDR ({self.hdr}): its colours are not mapped to the standard range and look pale")
         if self.interlaced:
             notes.append("interlaced: where things move, frames show combs")
         if self.orientation == UNKNOWN_ORIENTATION:
-            notes.append("its display matrix is no quarter turn and was ignored")
+            notes.append("turned by something else than quarter turns: frames are as stored")
         if not has_possible_pixels(self.sample_aspect_ratio):
-            notes.append(f"its sample aspect ratio of {self.sample_aspect_ratio:g} is impossible and was ignored")
+            notes.append(f"given an impossible sample aspect ratio ({self.sample_aspect_ratio:g}): frames are as stored")
         return notes
 
 
