@@ -53,7 +53,7 @@ def decode_all(path):
         r"config in time_base: (\d+)/(\d+)|\] n: *\d+ pts: *(\S+) .* sar:(\d+)/(\d+) s:(\d+)x(\d+) .*", log
     )
     bases, frames = [item for item in shown if item[0]], [item for item in shown if not item[0]]
-    complaints = re.findall(r"\[(?:error|fatal)\] (.*)", log)
+    complaints = [line for line in re.findall(r"\[(?:error|fatal)\] (.*)", log) if "to muxer" not in line]
     if not frames or not pixels:
         return None
     assert len(set(bases)) == 1, bases
@@ -68,9 +68,9 @@ def decode_all(path):
     return Truth(block_levels(pictures), seconds, float(tick), width * square / height, complaints)
 
 
-def shown_numbers(truth):
-    """The numbers of the frames, counted from FIRST; None for an unreadable frame."""
+def shown_numbers(truth, first=0xB200):
+    """The numbers of the frames, counted from `first`; None for an unreadable frame."""
     bits = 1 << np.arange(15, -1, -1)
     clear = (np.abs(truth.levels - 128) > 40).all(axis=(1, 2))
-    numbers = ((truth.levels > 128).reshape(-1, 16) * bits).sum(axis=1) - FIRST
+    numbers = ((truth.levels > 128).reshape(-1, 16) * bits).sum(axis=1) - first
     return [int(number) if known else None for number, known in zip(numbers, clear, strict=True)]
