@@ -45,7 +45,7 @@ def block_levels(frames):
 
 
 def decode_all(path):
-    """The `Truth` about a file: every frame that ffmpeg puts out, upright, in order, at its own time; None: no frame."""
+    """The `Truth` about a file: every frame that ffmpeg puts out, upright, in order, at its own time; None: none."""
     out = ["-map", "0:V:0", "-vf", "showinfo=checksum=0", "-fps_mode", "passthrough"]
     out += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     _, pixels, log = ffmpeg("-threads", "1", "-copyts", "-i", path, *out)

@@ -172,13 +172,12 @@ H265 = {
     "repeated-headers": ":repeat-headers=1:aud=1",
     "hrd": ":hrd=1:vbv-maxrate=500:vbv-bufsize=500:bitrate=300",
     "recovery": ":idr-recovery-sei=1:open-gop=0",
-    "end-marks": ":eob=1:eos=1",
-    "field-flags": ":frame-dup=1:hrd=1:vbv-maxrate=900:vbv-bufsize=900:bitrate=300",
 }
 _product("hevc", H265, ("mp4", "mkv", "ts"), X265)
-_product("hevc", {"default": ""}, ("mov", "hevc", "nut", "avi", "flv", "m2ts", "mxf", "3gp"), X265)
+_product("hevc", {"default": ""}, ("mov", "hevc", "nut", "avi", "flv", "m2ts"), X265)
 _product("hevc", {"hvc1": " -tag:v hvc1", "fragments": " -movflags frag_keyframe+empty_moov"}, ("mp4",), X265)
-_product("hevc", {"kvazaar": "-c:v libkvazaar -kvazaar-params period=12"}, ("mp4", "mkv", "ts"), frames=40)
+KVAZAAR = "-c:v libkvazaar -pix_fmt yuv420p -kvazaar-params gop=8,period=16"
+_product("hevc", {"kvazaar": KVAZAAR}, ("mp4", "mkv", "ts"), frames=40)
 _product("vvc", {"default": "-c:v libvvenc -preset faster -g 16"}, ("mp4", "mkv", "ts", "vvc"), frames=40)
 
 VPX = "-g 20 -deadline realtime -cpu-used 8 -b:v 300k"
@@ -197,16 +196,16 @@ _product("vp8", VP8, ("webm", "mkv", "ivf", "avi", "nut", "ogv"), f"-c:v libvpx 
 _product("vp9", VP9, ("webm", "mp4", "ivf"), f"-c:v libvpx-vp9 {VPX}")
 _product("vp9", {"hidden": VP9["hidden"]}, ("mkv", "avi", "mov", "flv", "nut"), f"-c:v libvpx-vp9 {VPX}")
 AV1 = {
-    "svt": "-c:v libsvtav1 -preset 12 -g 20 -svtav1-params lp=1",
-    "svt-low-delay": "-c:v libsvtav1 -preset 12 -g 20 -svtav1-params pred-struct=1:lp=1",
-    "svt-open": "-c:v libsvtav1 -preset 12 -g 17 -svtav1-params irefresh-type=1:lp=1",
+    "svt": "-c:v libsvtav1 -preset 10 -crf 20 -pix_fmt yuv420p -g 20 -svtav1-params lp=1",
+    "svt-low-delay": "-c:v libsvtav1 -preset 10 -crf 20 -pix_fmt yuv420p -g 20 -svtav1-params pred-struct=1:lp=1",
+    "svt-open": "-c:v libsvtav1 -preset 10 -crf 20 -pix_fmt yuv420p -g 17 -svtav1-params irefresh-type=1:lp=1",
     "aom": "-c:v libaom-av1 -cpu-used 8 -g 20 -lag-in-frames 19",
-    "aom-realtime": "-c:v libaom-av1 -usage realtime -cpu-used 9 -g 20",
-    "aom-forward": "-c:v libaom-av1 -cpu-used 8 -g 20 -aom-params enable-fwd-kf=1:fwd-kf-dist=5",
+    "aom-realtime": "-c:v libaom-av1 -usage realtime -cpu-used 8 -g 20",
+    "aom-intra-refresh": "-c:v libaom-av1 -cpu-used 8 -g 20 -lag-in-frames 0 -error-resilience 1",
     "rav1e": "-c:v librav1e -speed 10 -g 20",
 }
 _product("av1", AV1, ("mp4", "mkv", "ivf", "obu"), frames=50)
-_product("av1", {"svt": AV1["svt"]}, ("webm", "ts", "mov", "avi", "flv", "nut"), frames=50)
+_product("av1", {"svt": AV1["svt"]}, ("webm", "ts", "avi", "flv", "nut", "avif"), frames=50)
 
 MPEG = {
     "b-frames": "-g 12 -bf 2",
@@ -230,16 +229,18 @@ _product("mpeg4", {"qpel": "-flags +qpel -bf 2", "partitioned": "-data_partition
 _product("mpeg4", {"xvid": "-g 12 -bf 2", "xvid-gmc": "-g 12 -bf 2 -gmc 1"}, ("avi", "mkv", "mp4"), "-c:v libxvid")
 
 CODECS = """
-mjpeg: avi mov mkv mp4 mjpeg asf nut; prores: mov mkv mxf; prores_ks: mov; dnxhd -profile:v dnxhr_lb: mov mxf mkv;
-ffv1 -g 1: mkv avi mov nut; ffv1 -g 12 -level 3 -slices 4: mkv; huffyuv: avi mkv mov; ffvhuff: avi nut; utvideo: avi
-mov mkv; magicyuv: avi mkv; gif: gif; apng: apng; libwebp_anim: webp; qtrle: mov mkv; rawvideo: avi mov mkv nut y4m;
-rawvideo -pix_fmt rgb24: avi nut mov; wrapped_avframe: y4m; png: mov mkv avi nut apng; snow: avi nut mkv; vc2: mov mkv
-ts drc; cfhd: mov mkv avi; h263: 3gp avi mov mkv flv h263; h263p: avi mkv; flv: flv avi mkv; flashsv: flv; flashsv2:
-flv; wmv1: wmv avi mkv; wmv2: wmv asf avi mkv; msmpeg4: avi asf wmv; msmpeg4v2: avi mkv; cinepak: avi mov; svq1: mov;
-rpza: mov; msvideo1: avi; msrle -pix_fmt pal8: avi; zmbv: avi mkv; zlib: avi; roqvideo: roq; rv10: rm mkv; rv20: rm
-mkv; asv2: avi; hap: mov; jpeg2000: mov mkv mxf avi; libopenjpeg: mkv; ljpeg: avi mkv; jpegls: avi mkv; tiff: mov;
-targa: mov; bmp: avi; speedhq: mkv nut; v210: mov avi; r210: mov; libtheora -g 12 -q:v 7: ogv mkv; liboapv: mp4 mkv;
-libjxl: mkv avi; cljr: avi; yuv4: mov; smc -pix_fmt pal8: mov; qoi: mkv; exr: mkv; libxavs2: ts mkv
+mjpeg: avi mov mkv mp4 mjpeg asf nut; prores: mov mkv mxf; prores_ks: mov; dnxhd -profile:v dnxhr_lb -pix_fmt yuv422p:
+mov mxf mkv; ffv1 -g 1: mkv avi mov nut; ffv1 -g 12 -level 3 -slices 4: mkv; huffyuv: avi mkv mov; ffvhuff: avi nut;
+utvideo: avi mov mkv; magicyuv: avi mkv; gif: gif; apng: apng; libwebp_anim: webp; qtrle: mov mkv; rawvideo: avi mov
+nut; rawvideo -pix_fmt yuv420p: y4m nut; rawvideo -allow_raw_vfw 1: mkv; rawvideo -pix_fmt rgb24: avi nut mov;
+libvpx-vp9 -pix_fmt yuva420p -g 12: webm mkv; prores_ks -pix_fmt yuva444p10le: mov; png: mov mkv avi nut apng; snow:
+avi nut mkv; vc2: mov mkv ts drc; cfhd: mov mkv avi; h263: 3gp avi mov mkv flv h263; h263p: avi mkv; flv: flv avi mkv;
+flashsv: flv; flashsv2: flv; wmv1: wmv avi mkv; wmv2: wmv asf avi mkv; msmpeg4: avi asf wmv; msmpeg4v2: avi mkv;
+cinepak: avi mov; svq1: mov; rpza: mov; msvideo1: avi; msrle -pix_fmt pal8: avi; zmbv: avi mkv; zlib: avi; roqvideo:
+roq; rv10: rm mkv; rv20: rm mkv; asv2: avi; hap: mov; jpeg2000: mov mkv mxf avi; libopenjpeg: mkv; ljpeg: avi mkv;
+jpegls: avi mkv; tiff: mov; targa: mov; bmp: avi; speedhq: mkv nut; v210: mov avi; r210: mov; libtheora -g 12 -q:v 7:
+ogv mkv; liboapv: mp4 mkv; libjxl: mkv avi; cljr: avi; yuv4: mov; smc -pix_fmt pal8: mov; qoi: mkv; exr: mkv;
+libxavs2: ts mkv
 """  # encoder and its options: containers
 SIZES = {"roqvideo": (128, 128)}
 for item in CODECS.replace("\n", " ").split(";"):
@@ -259,6 +260,11 @@ for codec, size, ext in (
 
 # -- times: rates, uneven times, offsets, sound, aspect ratios
 
+RED = "-f lavfi -i color=red:s=64x64:d=0.01"
+for container in ("mp4", "mov", "m4v"):
+    picture = f"{X264} -bf 2 -c:v:{{0}} png -disposition:v:{{0}} attached_pic"
+    _add(f"cover/last.{container}", encode, f"{RED} -map 0:v -map 1:v {picture.format(1)}")
+    _add(f"cover/first.{container}", encode, f"{RED} -map 1:v -map 0:v {picture.format(0)}")
 CLOCKS = {
     "30000/1001": 90,
     "24000/1001": 90,
@@ -287,7 +293,7 @@ UNEVEN = {
     "late": "(N*40+5000)/1000/TB",
 }
 for name, times in UNEVEN.items():
-    uneven = f"-vf settb=1/1000,setpts={times} -fps_mode passthrough -enc_time_base 1/1000"
+    uneven = f"-vf 'settb=1/1000,setpts={times}' -fps_mode passthrough -enc_time_base 1/1000"
     for container, codec in (
         ("mp4", X264),
         ("mkv", X264),
@@ -378,7 +384,7 @@ CUTS = {
     "below-zero": ("-ss 1.1 -copyts", "-output_ts_offset -2.5 -avoid_negative_ts disabled"),
 }
 CUT_SOURCES = {
-    "h264/open.mkv": "mp4 mkv ts mov flv avi",
+    "h264/open.mkv": "mp4 mkv ts mov flv",
     "h264/closed-pyramid.mp4": "mp4 mkv ts mov flv",
     "h264/open.ts": "mp4 ts mkv",
     "h264/intra-refresh-b.ts": "ts mkv mp4",
@@ -411,12 +417,12 @@ PARTS = {
     "theora": "-c:v libtheora -g 12 -q:v 7",
 }
 JOINS = {
-    "open": ("ts mp4 mkv h264 flv", "ts mp4 mkv mov"),  # containers of the parts, containers of the whole
-    "closed": ("ts mp4 mkv h264", "ts mp4 mkv"),
+    "open": ("ts mp4 mkv flv", "ts mp4 mkv mov"),  # containers of the parts, containers of the whole
+    "closed": ("ts mp4 mkv", "ts mp4 mkv"),
     "plain": ("ts mp4 flv", "ts mp4 flv"),
-    "hevc": ("ts mp4 hevc", "ts mp4 mkv"),
-    "mpeg2": ("ts mpg m2v", "ts mpg mkv"),
-    "mpeg4": ("avi m4v mp4", "avi mkv"),
+    "hevc": ("ts mp4", "ts mp4 mkv"),
+    "mpeg2": ("ts mpg", "ts mpg mkv"),
+    "mpeg4": ("avi mp4", "avi mkv"),
     "vp9": ("webm ivf", "webm mp4"),
     "av1": ("mp4 obu mkv", "mp4 mkv"),
     "theora": ("ogv", "ogv"),
@@ -429,6 +435,11 @@ for name, (parts, wholes) in JOINS.items():
         _add(f"appended/{name}.{container}", append, both)
         for whole in wholes.split():
             _add(f"joined/{name}-{container}.{whole}", join, [*both, both[0]])
+for name, container in (("open", "h264"), ("closed", "h264"), ("hevc", "hevc"), ("mpeg2", "m2v"), ("mpeg4", "m4v")):
+    raw = [f"raw/{name}-{part}.{container}" for part in (1, 2)]
+    _add(raw[0], encode, PARTS[name], frames=50)
+    _add(raw[1], encode, PARTS[name], frames=40, first=SECOND)
+    _add(f"appended/raw-{name}.{container}", append, raw)
 _add("parts/wide.ts", encode, PARTS["plain"], frames=40, first=SECOND, size=(64, 160))
 _add("parts/wide.mp4", encode, PARTS["plain"], frames=40, first=SECOND, size=(64, 160))
 _add("parts/fast.ts", encode, PARTS["plain"], frames=40, first=SECOND, fps="60000/1001")
@@ -492,7 +503,7 @@ FILTERS = {
         "no-slices": "filter_units=remove_types=1",
         "only-not-idr": "filter_units=pass_types=1|5|7|8",
         "aud": "h264_metadata=aud=insert",
-        "rate": "h264_metadata=tick_rate=30:fixed_frame_rate_flag=1",
+        "rate": "h264_metadata=tick_rate=30",
         "turned": "h264_metadata=display_orientation=insert:rotate=90",
         "flipped": "h264_metadata=display_orientation=insert:flip=horizontal",
         "cropped": "h264_metadata=crop_left=16:crop_top=8",
@@ -593,7 +604,7 @@ MP4_PATCHES |= {
 _add(
     "boxes/source.mp4",
     encode,
-    f"{X264} {OPEN264} -vf setsar=4/3 -color_primaries bt709 -colorspace bt709 -color_trc bt709",
+    f"{X264} {OPEN264} -vf setsar=4/3,setparams=color_primaries=bt709:colorspace=bt709:color_trc=bt709",
 )
 _add("boxes/hevc.mp4", encode, f"{X265} -vf setsar=4/3")
 _add("boxes/square.mov", encode, f"{X264} -bf 4")
@@ -630,7 +641,15 @@ MKV_PATCHES = {
     "one-backwards": blocks(lambda i, time, flags: (time - 900 * (i == 40), flags)),
     "cluster-time": ebml("E7", 0),
 }
-for source in ("h264/open.mkv", "hevc/leading.mkv", "vp9/hidden.webm", "mpeg4/b-frames.mkv", "av1/svt.mkv"):
+SOURCES = (
+    "h264/open.mkv",
+    "hevc/leading.mkv",
+    "vp9/hidden.webm",
+    "mpeg4/b-frames.mkv",
+    "av1/svt.mkv",
+    "aspect/4to3.mkv",
+)
+for source in SOURCES:
     for name, change in MKV_PATCHES.items():
         stem, container = source.replace("/", "-").split(".")
         _add(f"elements/{stem}-{name}.{container}", patch, source, change)
