@@ -26,7 +26,6 @@ class Truth:
     """(n, 4, 4): the mean brightness of the blocks of `draw_number`."""
     seconds: np.ndarray
     """(n,): when each frame is shown, the first one at 0."""
-    tick: float
     aspect: float
     """Width over height of the picture as shown."""
     complaints: list[str]
@@ -65,10 +64,10 @@ def decode_all(path):
     assert len(pictures) == len(frames), (path, len(pictures), len(frames))
     seconds = np.array([float((at - ticks[0]) * tick) for at in ticks])
     square = horizontal / vertical if horizontal and vertical else 1
-    return Truth(block_levels(pictures), seconds, float(tick), width * square / height, complaints)
+    return Truth(block_levels(pictures), seconds, width * square / height, complaints)
 
 
-def shown_numbers(truth, first=0xB200):
+def shown_numbers(truth, first):
     """The numbers of the frames, counted from `first`; None for an unreadable frame."""
     bits = 1 << np.arange(15, -1, -1)
     clear = (np.abs(truth.levels - 128) > 40).all(axis=(1, 2))

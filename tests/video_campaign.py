@@ -29,6 +29,7 @@ from video_patches import (
 FIRST = 0xB200  # its blocks look different however a frame is turned or mirrored
 SIZE = (96, 128)
 RECIPES = {}
+ENCODED = "h264 hevc vvc vp8 vp9 av1 mpeg1 mpeg2 mpeg4 codecs uneven sound aspect size".split()  # families of sources
 
 
 class CannotMake(Exception):
