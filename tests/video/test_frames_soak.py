@@ -50,7 +50,8 @@ def guessed(path, truth):
     """By how many seconds times may differ: by a few frames where ffmpeg only guesses, seen in times that go back."""
     steps = np.diff(truth.seconds)
     is_sure = path.suffix not in UNTIMED and bool((steps > 0).all())
-    return 1e-3 if is_sure else max(1e-3, 3 * float(np.median(steps)))
+    rounding = 1e-3 + 1e-7 * float(truth.seconds.max())  # times are float32 numbers, as in decord
+    return rounding if is_sure else max(rounding, 3 * float(np.median(steps)))
 
 
 def requests(truth):
