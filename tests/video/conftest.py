@@ -1,5 +1,9 @@
 """The clips that the tests of this folder read."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from video_factory import KINDS, encode_clip
 
@@ -15,3 +19,13 @@ def clips(tmp_path_factory):
         return paths[name]
 
     return make
+
+
+@pytest.fixture
+def cpu_load():
+    """Twice as many busy processes as there are processors."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    yield
+    for process in busy:
+        process.kill()
+        process.wait()

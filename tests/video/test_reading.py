@@ -1,10 +1,7 @@
 """Which frame came back? The clips of these tests show in frame i the number i."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import av
 import numpy as np
@@ -122,16 +119,6 @@ def test_windows_keep_the_files_numbers_and_times(clips, reader):
 
 LONG = {"numbers": range(9000), "fps": 15, "size": (64, 64), "keyframe_interval": 250}
 LONG["options"] = {"preset": "ultrafast", "x264-params": "scenecut=0:keyint=250:min-keyint=250:bframes=2"}
-
-
-@pytest.fixture
-def cpu_load():
-    """Twice as many busy processes as there are processors."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
-    yield
-    for process in busy:
-        process.kill()
-        process.wait()
 
 
 def test_ten_minutes_under_load_give_the_right_24_frames(clips, reader, cpu_load):
