@@ -19,10 +19,12 @@ FORMATS = (
     "matroska,webm",
     *("asf", "asf_o", "av1", "avi", "cavsvideo", "dirac", "dnxhd", "dv", "flic", "flv", "gif", "apng", "gxf", "h261"),
     *("h263", "h264", "hevc", "ivf", "kux", "live_flv", "m4v", "mjpeg", "mpeg", "mpegts", "mpegvideo", "mxf", "nsv"),
-    *("nut", "obu", "ogg", "rm", "swf", "vc1", "vc1test", "vvc", "wtv", "yuv4mpegpipe"),
+    *("nut", "obu", "ogg", "rm", "roq", "swf", "vc1", "vc1test", "vvc", "wtv", "yuv4mpegpipe"),
 )
 PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # of MP4 files that hold a picture
 DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own do not notice damage
+DECODING_TIMES_ONLY = ("avi", "asf", "asf_o", "mxf")
+GUESSED_DURATION = ("mpegts", "mpeg")  # formats of which FFmpeg takes the duration from the last packets
 TAIL_BYTES = 4096
 
 
@@ -72,11 +74,11 @@ class VideoFile:
 
     @property
     def has_presentation_times(self) -> bool:
-        """Whether the format stores them; otherwise FFmpeg guesses, rightly only if no frames are reordered."""
+        """Whether the format stores them for reordered frames, too; otherwise FFmpeg guesses, and wrongly."""
         import av
 
         stores_none = self._container.format.flags & av.format.Flags.no_timestamps.value  # type: ignore[operator]  # int
-        return self._container.format.name != "avi" and not stores_none
+        return self._container.format.name not in DECODING_TIMES_ONLY and not stores_none
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """All packets from the start, in decoding order; the last one is empty.
@@ -143,7 +145,7 @@ class VideoFile:
             return "its last frame is not whole"
         promised = (self._container.duration or 0) / 1e6
         allowance = min(1, promised / 10)
-        if promised - allowance > seconds:
+        if name not in GUESSED_DURATION and promised - allowance > seconds:
             with _open(self.path)[0] as again:  # another stream may last longer
                 ends = [float(_end(packet) * packet.time_base) for packet in again.demux() if packet.size]
             if promised - allowance > max(ends):
@@ -156,7 +158,7 @@ class VideoFile:
                 if not any(file.read()):
                     return "its end is nothing but zeros"
             if name == "gif" and last.pos is not None:
-                file.seek(last.pos + last.size)
+                file.seek(last.pos + last.size - 1)
                 return "" if b";" in file.read() else "it has no end mark"
         page = tail.rfind(b"OggS")
         return "it has no last page" if name == "ogg" and page >= 0 and not tail[page + 5] & 4 else ""
@@ -194,7 +196,8 @@ def _open_decoder(stream: VideoStream) -> VideoCodecContext:
 
     decoder = stream.codec_context
     codec = decoder.codec.canonical_name
-    if (name := DECODERS.get(codec)) in av.codecs_available:
+    has_8_bits = decoder.format is not None and decoder.format.components[0].bits == 8  # all that libvpx is built for
+    if has_8_bits and (name := DECODERS.get(codec)) in av.codecs_available:
         decoder = cast("VideoCodecContext", av.CodecContext.create(av.Codec(name, "r")))
         decoder.extradata = stream.codec_context.extradata
     decoder.options = {"err_detect": "crccheck+bitstream+buffer"}

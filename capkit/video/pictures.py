@@ -64,7 +64,9 @@ class VideoInfo:
         if self.orientation == UNKNOWN_ORIENTATION:
             notes.append("turned by something else than quarter turns: frames are as stored")
         if not has_possible_pixels(self.sample_aspect_ratio):
-            notes.append(f"given an impossible sample aspect ratio ({self.sample_aspect_ratio:g}): frames are as stored")
+            notes.append(
+                f"given an impossible sample aspect ratio ({self.sample_aspect_ratio:g}): frames are as stored"
+            )
         return notes
 
 

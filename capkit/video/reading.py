@@ -34,6 +34,7 @@ Choose = Callable[[Times, VideoInfo], list[int]]
 # Codecs whose packets show one frame each, apart from fields and hidden frames. All codecs without references do, too.
 ONE_FRAME_PER_PACKET = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video"))
 MAX_REORDERED = 16  # frames of H.264 and H.265 between decoding and showing
+MAX_CHECKED = 3000  # frames of a file that is decoded from start to end if its frames do not last equally long
 FRAMES_PER_SEEK = 8  # decoding so many costs about as much as a seek
 
 
@@ -95,7 +96,9 @@ def read_frames(
     """
     with _ffmpeg_errors(path):
         if listing := _list_packets(path):
-            for by_seeking in (True, False):
+            for by_seeking in (
+                (True, False) if listing.is_even or len(listing.timestamps_seconds) > MAX_CHECKED else (False,)
+            ):
                 with suppress(_NotAsListed):
                     return _read(listing, choose, memory_bytes, by_seeking)
         return _read(_list_by_decoding(path), choose, memory_bytes, by_seeking=False)
@@ -190,20 +193,29 @@ def _list_by_decoding(path: str) -> _Listing:
             raise VideoError(path, "holds no frames that can be decoded")
         if problem:
             raise VideoError(path, problem)
-        if video.has_presentation_times and None not in pts:
-            ticks = [time for time in pts if time is not None]
-            for i in range(len(ticks) - 1):
-                if ticks[i + 1] < ticks[i]:
-                    seconds = (ticks[i] - ticks[0]) * video.time_base
-                    back = (ticks[i] - ticks[i + 1]) * video.time_base
-                    problem = f"after frame {i} (at {float(seconds):.2f} s) they go back by {float(back):.2f} s"
-                    raise VideoError(path, f"its times contradict each other: {problem}")
-            return _listing(video, ticks, video.time_base, duration, [])
-        if len(dts) == len(pts):  # a frame is shown when a frame is decoded
-            return _listing(video, sorted(dts), video.time_base, 0, [], has_pts=False)
-        if rate := video.frame_rate:
-            return _listing(video, list(range(len(pts))), 1 / rate, 0, [], has_pts=False)
-        raise VideoError(path, "gives neither times for its frames nor a frame rate")
+        ticks = [time for time in pts if time is not None]
+        if not video.has_presentation_times:
+            return _listing_without_times(video, ticks, dts, len(pts))
+        if len(ticks) < len(pts):
+            raise VideoError(path, f"gives no time for {len(pts) - len(ticks)} of {len(pts)} frames")
+        for i in range(len(ticks) - 1):
+            if ticks[i + 1] < ticks[i]:
+                seconds = float((ticks[i] - ticks[0]) * video.time_base)
+                back = float((ticks[i] - ticks[i + 1]) * video.time_base)
+                problem = f"after frame {i} (at {seconds:.2f} s) they go back by {back:.2f} s"
+                raise VideoError(path, f"its times contradict each other: {problem}")
+        return _listing(video, ticks, video.time_base, duration, [])
+
+
+def _listing_without_times(video: VideoFile, pts: list[int], dts: list[int], num_frames: int) -> _Listing:
+    """From the times that FFmpeg guesses for frames and packets of a format that does not store them."""
+    if len(dts) == num_frames:  # a frame is shown when a frame is decoded
+        return _listing(video, sorted(dts), video.time_base, 0, [], has_pts=False)
+    if len(pts) == num_frames and pts == sorted(set(pts)):
+        return _listing(video, pts, video.time_base, 0, [], has_pts=False)
+    if not dts and video.frame_rate:
+        return _listing(video, list(range(num_frames)), 1 / video.frame_rate, 0, [], has_pts=False)
+    raise VideoError(video.path, f"gives no times: {len(dts)} packets for {num_frames} frames")
 
 
 def _listing(
@@ -245,10 +257,8 @@ class _Pictures:
         """Whether this frame is wanted and has not come yet."""
         return index in self._positions
 
-    def take(self, index: int, frame: VideoFrame, stream: VideoStream) -> None:
-        """Keep a frame, if it is wanted."""
-        if not (positions := self._positions.pop(index, [])):
-            return
+    def set_format(self, frame: VideoFrame, stream: VideoStream) -> None:
+        """Learn the format from the first frame that is decoded, a keyframe: not all others may tell it."""
         if self._format is None:
             self._format = PictureFormat.of(stream, frame)
             height, width, _ = shape = self._format.shape
@@ -258,8 +268,12 @@ class _Pictures:
                 problem = f"{self._num_frames} frames of {width} x {height} pixels take {sizes}; sample fewer frames"
                 raise VideoError(str(self._info.path), problem)
             self.frames = np.empty((self._num_frames, *shape), np.uint8)
-        self.frames[positions] = self._format.to_rgb(frame)
-        self._is_interlaced |= frame.interlaced_frame
+
+    def take(self, index: int, frame: VideoFrame) -> None:
+        """Keep a frame, if it is wanted."""
+        if self._format and (positions := self._positions.pop(index, [])):
+            self.frames[positions] = self._format.to_rgb(frame)
+            self._is_interlaced |= frame.interlaced_frame
 
     def describe(self) -> VideoInfo:
         """The video's facts, with what its frames told."""
@@ -283,7 +297,9 @@ def _read(
     indices = choose(listing.timestamps_seconds, listing.info)
     pictures = _Pictures(listing.info, indices, memory_bytes)
     with VideoFile(listing.path) as video:
-        for key, last in _groups(listing, sorted(set(indices))) if by_seeking else [(None, max(indices))]:
+        for key, last in (
+            _groups(listing, sorted(set(indices))) if by_seeking else [(None, listing.info.num_frames - 1)]
+        ):
             _decode(video, listing, key, last, pictures)
     for index in sorted(indices):
         if pictures.wants(index):
@@ -330,6 +346,7 @@ def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pi
                 raise
             frames, is_damaged = [], True  # decoders conceal errors, which persist until the next keyframe
         for frame in frames:
+            pictures.set_format(frame, video.stream)
             if key and frame.pts is not None and frame.pts < key.pts:
                 continue  # refers to frames before the keyframe
             is_key = frame.key_frame or video.codec in DECODERS
@@ -348,11 +365,11 @@ def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pi
                 raise not_as_listed  # fields may be packets of their own elsewhere
             if is_damaged and pictures.wants(index):
                 raise _damaged(listing, index)
-            pictures.take(index, frame, video.stream)
+            pictures.take(index, frame)
             index += 1
-            if index > last:
+            if index > last + frame.interlaced_frame:  # were fields packets of their own, the next frame tells
                 return
-    if not is_damaged:
+    if index <= last and not is_damaged:
         raise not_as_listed
 
 
