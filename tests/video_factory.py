@@ -91,6 +91,7 @@ def encode_clip(
     milliseconds=None,
     quarter_turns=0,
     audio=False,
+    sound_seconds=None,
     pix_fmt="yuv420p",
     container_options=None,
 ):
@@ -99,6 +100,7 @@ def encode_clip(
     `milliseconds`: when each frame is shown (variable frame rate); otherwise `fps` frames a second from 0.
     `quarter_turns`: store the frames turned this often clockwise, with a display matrix that turns them back.
     `size`: (height, width) as shown.
+    `sound_seconds`: None for as long as the pictures.
     """
     path = Path(path)
     time_base = Fraction(1, 1000) if milliseconds else 1 / Fraction(fps)
@@ -118,7 +120,7 @@ def encode_clip(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound is not None:
-            _mux_silence(container, sound, len(numbers) / fps)
+            _mux_silence(container, sound, sound_seconds or len(numbers) / fps)
     if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
         # As root, its encoder makes the calling thread a real-time one; busy children of it stop the machine.
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -153,10 +153,10 @@ class VideoFile:
         with open(self.path, "rb") as file:
             file.seek(max(size - TAIL_BYTES, 0))
             tail = file.read()
-            if size > TAIL_BYTES and not any(tail):
-                file.seek(size - max(size // 8, TAIL_BYTES))
+            if not any(tail[-size // 8 :]):
+                file.seek(-size // 8, os.SEEK_END)
                 if not any(file.read()):
-                    return "its end is nothing but zeros"
+                    return "the last eighth of it is nothing but zeros"
             if name == "gif" and last.pos is not None:
                 file.seek(last.pos + last.size - 1)
                 return "" if b";" in file.read() else "it has no end mark"

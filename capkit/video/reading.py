@@ -193,6 +193,8 @@ def _list_by_decoding(path: str) -> _Listing:
             raise VideoError(path, "holds no frames that can be decoded")
         if problem:
             raise VideoError(path, problem)
+        if len(pts) == 1 and video.codec in ("gif", "apng"):
+            raise VideoError(path, "a single picture, not a video")
         ticks = [time for time in pts if time is not None]
         if not video.has_presentation_times:
             return _listing_without_times(video, ticks, dts, len(pts))
