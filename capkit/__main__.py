@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,5 +212,15 @@ def _fail(code: int, error: Exception | str) -> int:
     return code
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of capkit's as a plain line, others as Python prints them."""
+    if Path(__file__).parent in Path(filename).parents:
+        return f"capkit: {message}\n"
+    return _format_python_warning(message, category, filename, lineno, line)
+
+
 if __name__ == "__main__":
+    _format_python_warning, warnings.formatwarning = warnings.formatwarning, _format_warning
     main()

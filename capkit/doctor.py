@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 DISTRIBUTION = "cogvlm2-capkit"
-DECORD_VERSION = "0.6.0"  # as in capkit.video.reading, which needs numpy
+DECORD_VERSION = "0.6.0"  # as in capkit.video.decord_frames, which needs numpy
 DECORD_IMPOSTORS = ("decord2", "eva-decord")  # imported under the name decord, too
 INSTALL = "pip install -c constraints.txt"
 REINSTALL_DECORD = f"pip install --force-reinstall --no-deps decord=={DECORD_VERSION}"

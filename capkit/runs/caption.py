@@ -11,10 +11,10 @@ from typing import Any
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
 from capkit.runs.clips import Item
-from capkit.runs.prefetch import Quarantine, memory_budget, read_ahead
+from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress
 from capkit.runs.store import CaptionStore, ModelIdentity, new_record, request_settings, sha256_if_there
-from capkit.video import Clip, FrameSampling, FrameSamplingLike
+from capkit.video import Clip, FrameSampling, FrameSamplingLike, memory_budget
 
 BATCHES_TO_CHOOSE_FROM = 4  # batches of clips held, to find those of similar length
 

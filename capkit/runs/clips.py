@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import fnmatch
 import glob
 import json
+import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .wmv .flv .3gp .ogv".split())
+# What FFmpeg reads and people have. Not here: suffixes that are mostly sound (.ogg) or pictures (.webp, .avif, .png).
+VIDEO_SUFFIXES = frozenset(
+    """
+    .mp4 .m4v .mov .qt .f4v .3gp .3g2 .mkv .mk3d .webm .ogv .ogm .avi .divx .wmv .asf .flv .rm .rmvb .gif .apng
+    .mpg .mpeg .mpe .m2p .m1v .m2v .vob .ts .mts .m2t .m2ts .tp .trp .wtv .mxf .dv .nut .ivf .obu .y4m
+    .h264 .264 .h265 .265 .hevc .mjpeg .mjpg
+    """.split()
+)
+TYPESCRIPT_SUFFIXES = frozenset((".ts", ".mts"))  # which are also MPEG transport streams
 MANIFEST_SUFFIXES = frozenset((".csv", ".jsonl"))
+NO_VIDEO = "not named like videos"
+LeftOut = defaultdict[str, Counter[str]]  # names or suffixes by reason
 COLUMNS = ("video", "prompt", "reference", "start", "end")
 DEMO_CLIPS = Path(__file__).parents[1] / "demo" / "clips"
 
@@ -35,42 +50,160 @@ class Item:
     end: float | None = None
 
 
-def find_clips(videos: str | Path | Sequence[Any], limit: int | None = None) -> list[Item]:
+def find_clips(videos: str | os.PathLike[str] | dict[str, Any] | Iterable[Any], limit: int | None = None) -> list[Item]:
     """Find the clips that a glob, a folder, a file, a manifest or a list of these names.
+
+    Folders and globs are searched alike. Links are followed, and each folder is searched once, under its name without
+    links if it has one: links in a circle do no harm, and two links to one folder give its clips once. Links to files
+    are clips under each of their names. Left out, and counted in a warning: names that begin with a dot or are
+    `__MACOSX`, unless the pattern says so itself (`clips/.cache/*.mp4`); files without the suffix of a video, unless
+    the pattern ends in theirs (`clips/*.bin`); `.ts` and `.mts` files that are text, such as TypeScript; links to
+    nowhere; folders that may not be read.
 
     Args:
         videos: "demo" for the clips that come with capkit; a pattern such as "clips/**/*.mp4"; a folder, searched with
             its subfolders; a video; a manifest (.csv or .jsonl) with a column `video` and optionally `prompt`,
-            `reference`, `start`, `end`, its paths relative to itself; or a list of these, or of dictionaries with
-            those keys.
+            `reference`, `start`, `end`, its paths relative to itself; a dictionary with those keys; or a list of these.
         limit: only the first so many.
 
     Returns:
         Items, sorted for globs and folders, in the given order for lists and manifests.
 
     Raises:
-        ValueError: no clips, a manifest that cannot be read or has no column `video`, or a limit below 1.
+        ValueError: no clips, an empty or unusable entry, a manifest that cannot be read or has no column `video`, or a
+            limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit!r}: must be at least 1, or None for all")
-    entries = [videos] if isinstance(videos, (str, Path)) else videos
-    items = [item for entry in entries for item in _items(entry)]
+    entries: list[Any] = [videos]
+    if isinstance(videos, Iterable) and not isinstance(videos, (str, os.PathLike, dict)):
+        entries = list(videos)
+    items: list[Item] = []
+    left_out: LeftOut = defaultdict(Counter)
+    for entry in entries:
+        found = _items(entry, left_out)
+        if not found and len(entries) > 1:
+            left_out["without videos"][str(entry)] += 1
+        items += found
     if not items:
-        raise ValueError(f"no videos found in {str(videos)!r}")
+        raise ValueError(f"no videos found in {str(videos)!r}: {_describe(left_out) or 'nothing is there'}")
+    if left_out:
+        warnings.warn(f"{entries[0] if len(entries) == 1 else 'videos'}: {_describe(left_out)}", stacklevel=2)
     return items[:limit]
 
 
-def _items(entry: str | Path | dict[str, Any]) -> list[Item]:
+def _items(entry: Any, left_out: LeftOut) -> list[Item]:
     if isinstance(entry, dict):
         return [_item(entry, Path(), repr(entry))]
+    if not isinstance(entry, (str, os.PathLike)):
+        raise ValueError(f"videos: {entry!r} must be a name, a pattern, or a dictionary with 'video'")
+    if not os.fspath(entry).strip():
+        raise ValueError('videos: a name is empty; name a folder, a video, ...; "." is the current folder')
     path = DEMO_CLIPS if entry == "demo" else Path(entry).expanduser()
-    if path.is_dir():
-        return [Item(str(file)) for file in sorted(path.rglob("*")) if file.suffix.lower() in VIDEO_SUFFIXES]
-    if path.suffix.lower() in MANIFEST_SUFFIXES and path.is_file():
+    folder, pattern = _split_pattern(path)
+    if os.path.isdir(path):
+        return [Item(file) for file in _search(folder, ["**"], left_out)]
+    if path.suffix.lower() in MANIFEST_SUFFIXES and os.path.isfile(path):
         return _read_manifest(path)
-    if not path.exists() and glob.has_magic(str(path)):
-        return [Item(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+    if pattern:
+        return [Item(file) for file in _search(folder, pattern, left_out)]
     return [Item(str(path))]  # a missing file gets a record with an error
+
+
+def _split_pattern(path: Path) -> tuple[str, list[str]]:
+    """Split off what precedes the first part with wildcards. A file or folder so named is itself: "take [1].mp4"."""
+    folder, parts = "", deque(path.parts)
+    while parts and (not glob.has_magic(parts[0]) or os.path.lexists(os.path.join(folder, parts[0]))):
+        folder = os.path.join(folder, parts.popleft())
+    return folder, [*parts]
+
+
+def _search(folder: str, pattern: list[str], left_out: LeftOut) -> list[str]:
+    """Find the videos below a folder that match a pattern, given in parts; sorted."""
+    named = os.path.splitext(pattern[-1])[1].lower()  # a suffix that the user asks for
+    suffixes = VIDEO_SUFFIXES | ({named} if named or not glob.has_magic(pattern[-1]) else set())
+    files = []
+    for path in _walk(folder, pattern, left_out):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix not in suffixes:
+            left_out[NO_VIDEO][suffix or "no suffix"] += 1
+        elif suffix in TYPESCRIPT_SUFFIXES and _is_text(path):
+            left_out["in plain text"][path] += 1
+        else:
+            files.append(path)
+    return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def _walk(start: str, pattern: list[str], left_out: LeftOut) -> Iterator[str]:
+    """The files below a folder that match a pattern, given in parts; "**" is any number of folders.
+
+    A folder is searched for several parts at once, its positions in the pattern, and never twice for the same.
+    """
+    pattern = [*pattern, "*"] if pattern[-1] == "**" else pattern
+    last = len(pattern) - 1
+    matchers = [re.compile(fnmatch.translate(os.path.normcase(part))).match for part in pattern]
+    searched: dict[tuple[int, int], set[int]] = defaultdict(set)  # positions by device and inode
+    folders, links = [(start, {0})], deque[tuple[str, set[int]]]()
+    while folders or links:  # links last, so that a file has its name without them if there is one
+        folder, positions = folders.pop() if folders else links.popleft()
+        for position in range(last):
+            if position in positions and pattern[position] == "**":
+                positions.add(position + 1)  # "**" may be no folder at all
+        try:
+            status = os.stat(folder or os.curdir)
+            positions -= searched[status.st_dev, status.st_ino]
+            if not positions:
+                left_out["folders reached before"][folder] += 1
+                continue
+            searched[status.st_dev, status.st_ino] |= positions
+            with os.scandir(folder or os.curdir) as entries:
+                children = sorted(entries, key=lambda child: child.name)
+        except OSError as error:
+            left_out["unreadable"][f"{folder}: {error.strerror}"] += 1
+            continue
+        for child in children:
+            path, name = os.path.join(folder, child.name), os.path.normcase(child.name)
+            matched = {position for position in positions if matchers[position](name)}
+            is_hidden = name[0] == "." or child.name == "__MACOSX"
+            visible = {p for p in matched if pattern[p][0] == name[0]} if is_hidden else matched
+            if _is(child.is_dir):
+                if below := {position + (pattern[position] != "**") for position in visible - {last}}:
+                    (links if child.is_symlink() else folders).append((path, below))
+                elif matched - {last}:
+                    left_out["hidden"][path] += 1
+            elif visible and not _is(child.is_file):
+                left_out["unreadable"][path] += 1  # a link to nowhere
+            elif last in visible:
+                yield path
+            elif last in matched and os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:  # do not speak of .DS_Store
+                left_out["hidden"][path] += 1
+
+
+def _is(test: Callable[[], bool]) -> bool:
+    try:
+        return test()
+    except OSError:  # links in a circle, or into a folder that may not be read
+        return False
+
+
+def _is_text(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
+    except (OSError, UnicodeDecodeError):
+        return False
+    return head != b"" and b"\0" not in head
+
+
+def _describe(left_out: LeftOut) -> str:
+    """Such as "left out 12 not named like videos (.txt 8, .jpg 4), 1 hidden (clips/.git)"; "" for nothing."""
+    parts = []
+    for reason, counts in left_out.items():
+        names = [f"{name} {n}" if reason == NO_VIDEO else name for name, n in counts.most_common(3)]
+        names += ["..."] if len(counts) > 3 else []
+        parts.append(f"{counts.total()} {reason} ({', '.join(names)})")
+    return f"left out {', '.join(parts)}" if parts else ""
 
 
 def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:

@@ -11,11 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from capkit.cogvlm2 import Prompt
 from capkit.files import append_line, now, read_lines
-from capkit.video import Clip, ClipReader, ReaderHung, ReaderLost, VideoError, load_clip
+from capkit.video import Clip, ClipReader, ReaderHung, ReaderLost, VideoError, load_clip, memory_budget
 
 
 def read_ahead(
@@ -122,11 +120,6 @@ def read_clip(
         return error
     except (VideoError, ValueError) as error:
         return error
-
-
-def memory_budget() -> int:
-    """Default memory for clips in bytes: half of what is free, at most 8 GiB."""
-    return min(psutil.virtual_memory().available // 2, 2**33)
 
 
 class Quarantine:

@@ -22,7 +22,7 @@ from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captio
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, loading
 from capkit.runs.caption import caption_batch_into, current_records, missing, plan_clips, prepare_clip
 from capkit.runs.clips import Item
-from capkit.runs.prefetch import Quarantine, memory_budget, read_clip
+from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
 from capkit.runs.shards import Shard, hold_shard, shard_stores, write_plan
 from capkit.runs.store import CaptionStore, ModelIdentity
@@ -147,7 +147,7 @@ def _stream(
 @functools.cache
 def _reader() -> ClipReader:
     """The clip reader of this worker process, which Ray reuses."""
-    return ClipReader(memory_budget())
+    return ClipReader()
 
 
 def _read(batch: dict[str, np.ndarray], folder: Path, timeout_seconds: float) -> dict[str, np.ndarray]:

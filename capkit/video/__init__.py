@@ -1,7 +1,8 @@
 """Frame sampling, and reading exactly the sampled frames. Imports no torch; decord and PyAV are used only here."""
 
-from capkit.video.clip import Clip, ClipReader, ReaderHung, ReaderLost, load_clip
-from capkit.video.reading import VideoError, VideoInfo
+from capkit.video.clip import Clip, ClipReader, ReaderHung, ReaderLost, load_clip, memory_budget
+from capkit.video.container import VideoError
+from capkit.video.pictures import VideoInfo
 from capkit.video.sampling import STRATEGIES, FrameSampling, FrameSamplingLike, finite_float
 from capkit.video.worker import WorkerProcess
 
@@ -18,4 +19,5 @@ __all__ = [
     "WorkerProcess",
     "finite_float",
     "load_clip",
+    "memory_budget",
 ]

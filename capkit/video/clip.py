@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import ArrayLike, NDArray
 
-from capkit.video.reading import VideoError, VideoInfo, read_frames
+from capkit.video.container import VideoError
+from capkit.video.decord_frames import decode_with_decord
+from capkit.video.pictures import VideoInfo
+from capkit.video.reading import read_frames
 from capkit.video.sampling import FrameSampling, FrameSamplingLike, check_window, positive
 from capkit.video.worker import WorkerProcess
 
@@ -84,23 +88,28 @@ def load_clip(
     end_seconds: float | None = None,
     timeout_seconds: float | None = 60.0,
     reader: "ClipReader | None" = None,
+    memory_bytes: int | None = None,
 ) -> Clip:
     """Read sampled frames of a video file, of which start_seconds <= time < end_seconds.
 
-    decord reads where it is exact, PyAV everything else: the same frames under the same indices.
+    A frame is known by its presentation time, and its index counts the frames that a player shows. Frames come upright
+    and with square pixels; `Clip.info` says how they were turned and stretched.
 
     Args:
         path: video file; `~` is expanded.
         frame_sampling: name of a strategy, a `FrameSampling` or a dict of its fields; counts from `start_seconds`.
         end_seconds: None: the end of the video.
-        timeout_seconds: a worker process reads and is killed after this time, because decord can loop endlessly, out of
-            reach of signals. None: read in this process, without a limit.
+        timeout_seconds: a worker process reads and is killed after this time. None: read in this process, without a
+            limit.
         reader: a `ClipReader`, to read many clips in one worker process; None: start one for this clip.
+        memory_bytes: the most memory that the clip may take, and the worker process (POSIX). None: `memory_budget()`,
+            or the limit of `reader`.
 
     Raises:
-        VideoError: the file cannot be read, not all sampled frames can be decoded, or no frame is in the window;
-            its subclass `ReaderLost` if the worker process crashed or took too long.
+        VideoError: the file cannot be read, not all sampled frames can be decoded, no frame is in the window, or the
+            clip takes too much memory; its subclass `ReaderLost` if the worker process crashed or took too long.
         ValueError: an argument out of range.
+        ImportError: decord is asked for and cannot be used.
     """
     sampling = FrameSampling.of(frame_sampling)
     check_window(start_seconds, end_seconds)
@@ -109,10 +118,23 @@ def load_clip(
     path = os.path.expanduser(os.fsdecode(path))
     _check_file(path)
     start_seconds, end_seconds = float(start_seconds), None if end_seconds is None else float(end_seconds)
-    if timeout_seconds is None:
-        return _read(path, sampling, start_seconds, end_seconds)
-    with ClipReader() if reader is None else nullcontext(reader) as reader:
-        return reader.read(path, sampling, start_seconds, end_seconds, timeout_seconds)
+    if memory_bytes is not None:
+        memory_bytes = int(positive("memory_bytes", memory_bytes))
+    try:
+        if timeout_seconds is None:
+            limit = memory_bytes or memory_budget()
+            return _read(path, sampling, start_seconds, end_seconds, limit)
+        with ClipReader(memory_bytes) if reader is None else nullcontext(reader) as reader:
+            limit = reader.memory_bytes
+            return reader.read(path, sampling, start_seconds, end_seconds, timeout_seconds)
+    except MemoryError:
+        problem = f"reading it takes more memory than {limit / 2**30:.1f} GiB (memory_bytes); sample fewer frames"
+        raise VideoError(path, problem) from None
+
+
+def memory_budget() -> int:
+    """Default memory for clips in bytes: half of what is free, at most 8 GiB."""
+    return min(psutil.virtual_memory().available // 2, 2**33)
 
 
 class ReaderLost(VideoError):
@@ -131,11 +153,12 @@ class ClipReader(WorkerProcess):
 
     Args:
         memory_bytes: limit for the memory that reading a clip takes (POSIX); a clip that needs more is a `VideoError`.
+            None: `memory_budget()`.
     """
 
     def __init__(self, memory_bytes: int | None = None) -> None:
-        super().__init__(__name__, "_read", memory_bytes)
-        self._memory_limit = "there is" if memory_bytes is None else f"{memory_bytes / 2**30:.1f} GiB"
+        self.memory_bytes = memory_budget() if memory_bytes is None else memory_bytes
+        super().__init__(__name__, "_read", self.memory_bytes)
 
     def read(
         self,
@@ -145,19 +168,26 @@ class ClipReader(WorkerProcess):
         end_seconds: float | None,
         timeout_seconds: float,
     ) -> Clip:
-        """Read a clip in the worker process; `load_clip` checks the arguments."""
+        """Read a clip in the worker process; `load_clip` checks the arguments.
+
+        Raises:
+            MemoryError: reading takes more than `memory_bytes`.
+        """
         try:
-            return self.call(path, sampling, start_seconds, end_seconds, timeout_seconds=timeout_seconds)
+            # The frames are in both processes for a moment.
+            limit = self.memory_bytes // 2
+            return self.call(path, sampling, start_seconds, end_seconds, limit, timeout_seconds=timeout_seconds)
         except TimeoutError as error:
             raise ReaderHung(path, f"reading {error} (timeout_seconds)") from None
-        except (ChildProcessError, MemoryError) as error:
-            if isinstance(error, ChildProcessError) and "bad_alloc" not in str(error):  # how decord runs out of memory
-                raise ReaderLost(path, f"the worker process {error}") from None
-            limit = self._memory_limit
-            raise VideoError(path, f"reading it takes more memory than {limit}; sample fewer frames") from None
+        except ChildProcessError as error:
+            if "bad_alloc" in str(error):  # how decord runs out of memory
+                raise MemoryError from None
+            raise ReaderLost(path, f"the worker process {error}") from None
 
 
-def _read(path: str, sampling: FrameSampling, start_seconds: float, end_seconds: float | None) -> Clip:
+def _read(
+    path: str, sampling: FrameSampling, start_seconds: float, end_seconds: float | None, memory_bytes: int
+) -> Clip:
     def choose(times: NDArray[np.float64], info: VideoInfo) -> list[int]:
         indices = sampling.frame_indices(times, info.average_fps, start_seconds, end_seconds)
         if not indices:
@@ -165,7 +195,9 @@ def _read(path: str, sampling: FrameSampling, start_seconds: float, end_seconds:
             raise VideoError(path, f"no frame starts between {window}; the video lasts {info.duration_seconds:g} s")
         return indices
 
-    frames, indices, times, info = read_frames(path, choose)
+    frames, indices, times, info = read_frames(path, choose, memory_bytes)
+    if sampling.decoder == "decord":
+        frames = decode_with_decord(path, indices, times, frames)
     return Clip(frames, indices, times, info, sampling, start_seconds, end_seconds)
 
 

@@ -1,92 +1,90 @@
-"""Reading exactly the wanted frames from a video file, with decord where it is exact and PyAV elsewhere.
+"""Reading exactly the wanted frames of a video file, with PyAV.
 
-Both give the same frames under the same indices. No other module uses decord or PyAV. Neither is imported before a file
-is read, and torch never, so that a worker process starts fast.
+A frame is known by the presentation time that the decoder gives it. A file's packets, which can be listed without
+decoding, promise frames at certain times; the stretches that are decoded must keep that promise, frame by frame.
+Otherwise, or if the packets promise nothing reliable, all frames are decoded once to learn their times.
+
+FFmpeg is not imported before a file is read, and torch never, so that a worker process starts fast.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import groupby
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capkit.video.bitstream import is_random_access_point, num_shown_frames
+from capkit.video.container import DECODERS, VideoError, VideoFile
+from capkit.video.pictures import PictureFormat, VideoInfo
+
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
-    from av.container import InputContainer
 
-DECORD_VERSION = "0.6.0"
 Frames = NDArray[np.uint8]
 Times = NDArray[np.float64]
+Choose = Callable[[Times, VideoInfo], list[int]]
 
-
-class VideoError(Exception):
-    """A video cannot be read: `path` is the file, `reason` says why and, where possible, what to do."""
-
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(path, reason)  # both, so that it can be pickled
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+# Codecs whose packets show one frame each, apart from fields and hidden frames. All codecs without references do, too.
+ONE_FRAME_PER_PACKET = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video"))
+MAX_REORDERED = 16  # frames of H.264 and H.265 between decoding and showing
+FRAMES_PER_SEEK = 8  # decoding so many costs about as much as a seek
 
 
 @dataclass(frozen=True)
-class VideoInfo:
-    """Facts about a video file, or about frames in memory."""
+class _Key:
+    """A packet flagged as a keyframe: its presentation and decoding time."""
 
-    path: str | None
-    """None for frames in memory."""
-    num_frames: int
-    """Number of frames that a player shows."""
-    average_fps: float
-    duration_seconds: float
-    """From the first frame's start to the last frame's end."""
-    height: int
-    """Height of the frames in pixels, after rotation."""
-    width: int
-    codec: str | None
-    """FFmpeg's name, such as "h264"."""
-
-
-class _Packet(NamedTuple):
-    """An encoded frame; times in the stream's time base."""
-
-    pts: int | None  # presentation time
-    duration: int
-    is_keyframe: bool
-    is_shown: bool
-    dts: int | None  # decoding time
+    pts: int
+    dts: int | None
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """The frames that a player shows, in that order, listed without decoding."""
+    """The frames that a player shows, in that order. Times are in the stream's time base."""
 
-    pts: list[int] | None  # presentation times; None where frames can only be counted
-    keyframe_pts: list[int]
+    pts: list[int] | None
+    """Presentation times; None if frames can only be counted."""
     timestamps_seconds: Times
-    info: VideoInfo  # height and width as stored, before rotation
-    decord_is_exact: bool
+    info: VideoInfo
+    """Height and width as stored."""
+    keys: list[_Key]
+    """In order of time, the first not later than the first frame; empty if the frames were listed by decoding."""
+
+    @property
+    def path(self) -> str:
+        return str(self.info.path)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all frames last about equally long."""
+        steps = np.diff(self.pts or [0])
+        return not steps.size or steps.max() < 1.5 * steps.min()
+
+
+class _NotAsListed(VideoError):
+    """Decoding gives other frames than were listed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "decoding does not give the frames that the file promises")
 
 
 def read_frames(
-    path: str, choose: Callable[[Times, VideoInfo], list[int]]
+    path: str, choose: Choose, memory_bytes: int | None = None
 ) -> tuple[Frames, list[int], Times, VideoInfo]:
     """Read the frames that `choose` picks.
 
     Args:
         path: video file.
-        choose: from timestamps_seconds, float64 (n,), and a `VideoInfo` to the indices of the wanted frames.
+        choose: from timestamps_seconds, float64 (n,), and a `VideoInfo` to the indices of the wanted frames. It is
+            called again if the file's packets promised frames that do not exist.
+        memory_bytes: the most that the frames may take; None: no limit.
 
     Returns:
         frames, uint8 RGB (T, H, W, 3); their indices; their timestamps_seconds, float64 (T,); the file's `VideoInfo`.
@@ -95,36 +93,24 @@ def read_frames(
         VideoError: the file cannot be read, or not all wanted frames can be decoded.
         MemoryError: not enough memory.
     """
-    readers: list[Future] = []
-    with _ffmpeg_errors(path):  # imports av first
-        decord = _import_decord(path)
-        with ThreadPoolExecutor(1) as pool:  # decord lists the packets too when it opens a file, so do both in parallel
-
-            def open_decord() -> None:
-                if decord:
-                    readers.append(pool.submit(decord.VideoReader, os.path.abspath(path)))
-
-            listing = _list_frames(path, open_decord)
-        times = listing.timestamps_seconds
-        indices = choose(times, listing.info)
-        frames = None
-        if decord and readers and listing.decord_is_exact:
-            frames = _frames_by_decord(decord, readers[0], listing, indices)
-        if frames is None:
-            frames = _frames_by_av(listing, indices)
-    return frames, indices, times[indices], replace(listing.info, height=frames.shape[1], width=frames.shape[2])
+    with _ffmpeg_errors(path):
+        if listing := _list_packets(path):
+            for by_seeking in (True, False):
+                with suppress(_NotAsListed):
+                    return _read(listing, choose, memory_bytes, by_seeking)
+        return _read(_list_by_decoding(path), choose, memory_bytes, by_seeking=False)
 
 
 def read_timestamps(path: str) -> tuple[Times, VideoInfo]:
-    """Start times in seconds, float64 (n,), of all frames of a file, and its `VideoInfo`, without decoding.
+    """Start times in seconds, float64 (n,), of all frames of a file, and its `VideoInfo`; if possible without decoding.
 
-    Height and width are as stored, before rotation.
+    Height and width are as stored.
 
     Raises:
         VideoError, MemoryError: as `read_frames`.
     """
     with _ffmpeg_errors(path):
-        listing = _list_frames(path)
+        listing = _list_packets(path) or _list_by_decoding(path)
     return listing.timestamps_seconds, listing.info
 
 
@@ -141,222 +127,235 @@ def _ffmpeg_errors(path: str) -> Iterator[None]:
         raise VideoError(path, f"damaged: reading it ends in {error.strerror!r}") from error
 
 
-def _open(path: str) -> tuple[InputContainer, VideoStream]:
-    """PyAV's container and its main video stream, the same as decord's."""
-    import av
-
-    try:  # absolute, because FFmpeg takes "a:b.mp4" for a protocol; tags need not be UTF-8
-        container = av.open(os.path.abspath(path), metadata_errors="replace")
-    except av.error.FFmpegError as error:
-        with open(path, "rb") as file:
-            is_mp4 = file.read(8)[4:] == b"ftyp"
-        cut_short = "an MP4 whose index cannot be read: the end of the file is probably missing (incomplete download?)"
-        raise VideoError(path, cut_short if is_mp4 else f"not a video that can be read ({error.strerror})") from error
-    stream = container.streams.best("video")
-    if not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:  # a cover
-        problem = "has no video stream, only sound" if container.streams.audio else "has no video stream"
-    elif stream.codec_context is None:
-        problem = "its video codec is not one that can be decoded here"
-    else:
-        stream.thread_type = av.codec.context.ThreadType.AUTO
-        return container, stream
-    container.close()
-    raise VideoError(path, problem)
+# ---- listing ---------------------------------------------------------------------------------------------------------
 
 
-def _list_frames(path: str, open_decord: Callable[[], None] = lambda: None) -> _Listing:
-    """List the frames from the packets alone, without decoding.
-
-    Args:
-        open_decord: called early if the container is one that decord may read exactly.
-
-    Raises:
-        VideoError: among others, the file was cut short.
-    """
-    import av
-
-    size, declared = os.path.getsize(path), _declared_size(path)
-    if declared > size + 1:  # some AVI writers count a padding byte
-        raise VideoError(path, f"cut short: it should have {declared} bytes and has {size} (incomplete download?)")
-    container, stream = _open(path)
-    with container:
-        codec, flags = stream.codec_context.codec.canonical_name, container.format.flags
-        is_mp4, is_matroska, is_avi = (name in container.format.name for name in ("mp4", "matroska", "avi"))
-        if is_mp4 or is_matroska:
-            open_decord()
-        packets = []  # in decoding order
-        for packet in container.demux(stream):
-            if packet.size:
-                # Not shown: frames outside the edit list, and VP8's alternate reference frames.
-                is_shown = not packet.is_discard and (codec != "vp8" or bool(bytes(packet)[0] & 0x10))
-                packets.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, is_shown, packet.dts))
-        if is_mp4:
-            # The index is exact, and includes the frames that edit lists hide. All video streams are checked, because
-            # FFmpeg chooses another main stream if the file's main one has lost its frames.
-            ends = [entry.pos + entry.size for video in container.streams.video for entry in video.index_entries]
-            num_present = sum(end <= size for end in ends)
-            if num_present < len(ends):
-                counts = f"its index promises {len(ends)} frames, the file holds {num_present}"
-                raise VideoError(path, f"cut short: {counts} (incomplete download?)")
-        rate = stream.average_rate or stream.guessed_rate or stream.base_rate
-        height, width = stream.codec_context.height, stream.codec_context.width
-        start, time_base = stream.start_time, float(stream.time_base or 0)
-
-    pts = [packet.pts for packet in packets if packet.pts is not None]
-    dts = [packet.dts for packet in packets if packet.dts is not None]
-    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe] or [0]
-    shown = [i for i, packet in enumerate(packets) if packet.is_shown and i >= keys[0]]  # before it, nothing decodes
-    # In containers that do not store presentation times FFmpeg guesses them, correctly only if nothing is reordered.
-    guessed = is_avi or bool(flags & av.format.Flags.no_timestamps.value)  # type: ignore[operator]  # wrong stub: int
-    timed = len(set(pts)) == len(packets) and (not guessed or pts == dts)
-    if timed:
-        shown = sorted((i for i in shown if pts[i] >= pts[keys[0]]), key=pts.__getitem__)
-    if not shown:
-        raise VideoError(path, "holds no frames")
-    # decord counts frames from a keyframe. It silently returns wrong frames if keyframes are not shown in the order in
-    # which they are stored (open groups of pictures), if packets are hidden, or if it seeks without an index.
-    decord_is_exact = (is_mp4 or is_matroska) and timed and len(shown) == len(packets)
-    decord_is_exact = decord_is_exact and all(shown[i] == i for i in keys)
-
-    if timed or len(dts) == len(packets):
-        ticks = sorted((pts if timed else dts)[i] for i in shown)
-    elif rate:
-        ticks, start, time_base = list(range(len(shown))), 0, 1 / float(rate)
-    else:
-        raise VideoError(path, "gives neither times for its frames nor a frame rate")
-    zero = start if decord_is_exact and start is not None else ticks[0]
-    # decord's arithmetic, in float32, so that ties are broken as in the original
-    times = (np.array(ticks, np.float32) - np.float32(zero)).astype(np.float64) * time_base
-    times = times.astype(np.float32).astype(np.float64)
-    span = (ticks[-1] - ticks[0]) * time_base
-    fps = float(rate or (len(ticks) - 1) / (span or 1) or 1)
-    last_duration = packets[shown[-1]].duration * time_base if timed else 0
-    duration = span + (last_duration or 1 / fps)
-    info = VideoInfo(path, len(shown), fps, duration, height, width, codec)
-    keyframe_pts = sorted(pts[i] for i in keys) if timed else []
-    return _Listing(ticks if timed else None, keyframe_pts, times, info, decord_is_exact)
-
-
-def _declared_size(path: str) -> int:
-    """The file's size in bytes according to its headers (MP4: up to the end of its index); 0 if they do not give it."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-        if head[:4] == b"RIFF":  # AVI
-            length = int.from_bytes(head[4:8], "little")
-            return 0 if length == 2**32 - 1 else 8 + length
-        if head[:4] == b"\x1aE\xdf\xa3":  # Matroska: everything is in one segment, whose length has variable width
-            at = head.find(b"\x18S\x80g", 0, -12) + 4
-            num_bytes = 9 - head[at].bit_length()
-            length = int.from_bytes(head[at : at + num_bytes], "big") % 2 ** (7 * num_bytes)
-            unknown = at < 4 or length == 2 ** (7 * num_bytes) - 1  # as in a live stream
-            return 0 if unknown else at + num_bytes + length
-        at = 0
-        while head[4:8] == b"ftyp":  # MP4: boxes. With part of an index FFmpeg would read only the streams in that part
-            file.seek(at)
-            box = file.read(16)
-            length = int.from_bytes(box[:4], "big")
-            length = int.from_bytes(box[8:], "big") if length == 1 else length
-            if len(box) < 8 or length < 8:
-                break
-            at += length
-            if box[4:8] == b"moov":
-                return at
-    return 0
-
-
-def _frames_by_decord(decord: ModuleType, opened: Future, listing: _Listing, indices: list[int]) -> Frames | None:
-    """uint8 (T, H, W, 3); None if decord fails: then PyAV reads them, or reports a clear error."""
-    try:
-        reader = opened.result()
-        if len(reader) != listing.info.num_frames:
+def _list_packets(path: str) -> _Listing | None:
+    """List the frames without decoding; None if the packets do not tell them reliably."""
+    with VideoFile(path) as video:
+        is_known = video.codec in ONE_FRAME_PER_PACKET or video.stream.codec_context.codec.intra_only
+        if not is_known or not video.has_presentation_times:
             return None
-        batch = reader.get_batch(indices)
-    except (decord.DECORDError, RuntimeError, AssertionError, UnicodeError):  # all that decord raises over a file
-        return None
-    return batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)  # the user may have set decord's bridge
+        pts: list[int] = []
+        keys: list[_Key] = []
+        last = duration = 0
+        for packet in video.packets():
+            if not packet.size:
+                continue
+            num_shown = num_shown_frames(video.codec, memoryview(packet))
+            if packet.pts is None or num_shown > 1:
+                return None
+            if packet.is_keyframe:
+                keys.append(_Key(packet.pts, packet.dts))
+            if not keys:  # not yet decodable
+                return None
+            if num_shown and not packet.is_discard:  # discarded: outside the edit list
+                pts.append(packet.pts)
+                if packet.pts >= last:
+                    last, duration = packet.pts, packet.duration or 0
+        if not pts:
+            raise VideoError(path, "holds no frames")
+        order = np.argsort(pts, kind="stable")
+        pts.sort()
+        are_keys_in_order = all(a.pts < b.pts for a, b in zip(keys, keys[1:], strict=False))
+        is_reordered_much = np.abs(order - np.arange(len(order))).max() > MAX_REORDERED
+        if len(set(pts)) < len(pts) or keys[0].pts > pts[0] or not are_keys_in_order or is_reordered_much:
+            return None
+        return _listing(video, pts, video.time_base, duration, keys)
 
 
-def _frames_by_av(listing: _Listing, indices: list[int]) -> Frames:
-    """uint8 (T, H, W, 3). Seeks to the keyframe before each wanted frame; frames missed that way are read in order."""
+def _list_by_decoding(path: str) -> _Listing:
+    """List the frames by decoding all of them."""
     import av
 
-    path, wanted = str(listing.info.path), set(indices)
-    decoded: dict[int, Frames] = {}
-    container, stream = _open(path)
-    with container:
-        if (pts := listing.pts) is not None:
-            keys = listing.keyframe_pts
-            for key_pts, group in groupby(sorted(wanted), lambda index: keys[bisect_right(keys, pts[index]) - 1]):
-                try:
-                    container.seek(key_pts, stream=stream)
-                except av.error.FFmpegError:
-                    break  # a format without seeking
-                decoded |= _decode(listing, container, stream, set(group), key_pts)
-    if missing := wanted - decoded.keys():
-        container, stream = _open(path)
-        with container:
-            decoded |= _decode(listing, container, stream, missing)
-    if missing := wanted - decoded.keys():
-        raise _damaged(listing, min(missing))
-    return np.stack([decoded[index] for index in indices])
+    with VideoFile(path) as video:
+        pts: list[int | None] = []
+        dts: list[int] = []
+        duration, problem = 0, ""
+        for packet in video.packets():
+            if packet.size and packet.dts is not None:
+                dts.append(packet.dts)
+            try:
+                frames = video.decode(packet)
+            except av.error.FFmpegError as error:
+                if isinstance(error, MemoryError):
+                    raise
+                if pts and not problem:  # before the first frame, references may be missing
+                    problem = f"damaged: after frame {len(pts) - 1}, decoding ends in {error.strerror!r}"
+                continue
+            for frame in frames:
+                pts.append(frame.pts)
+                duration = frame.duration
+        if not pts:
+            raise VideoError(path, "holds no frames that can be decoded")
+        if problem:
+            raise VideoError(path, problem)
+        if video.has_presentation_times and None not in pts:
+            ticks = [time for time in pts if time is not None]
+            for i in range(len(ticks) - 1):
+                if ticks[i + 1] < ticks[i]:
+                    seconds = (ticks[i] - ticks[0]) * video.time_base
+                    back = (ticks[i] - ticks[i + 1]) * video.time_base
+                    problem = f"after frame {i} (at {float(seconds):.2f} s) they go back by {float(back):.2f} s"
+                    raise VideoError(path, f"its times contradict each other: {problem}")
+            return _listing(video, ticks, video.time_base, duration, [])
+        if len(dts) == len(pts):  # a frame is shown when a frame is decoded
+            return _listing(video, sorted(dts), video.time_base, 0, [], has_pts=False)
+        if rate := video.frame_rate:
+            return _listing(video, list(range(len(pts))), 1 / rate, 0, [], has_pts=False)
+        raise VideoError(path, "gives neither times for its frames nor a frame rate")
 
 
-def _decode(
-    listing: _Listing, container: InputContainer, stream: VideoStream, wanted: set[int], key_pts: int | None = None
-) -> dict[int, Frames]:
-    """Decode from the keyframe with `key_pts` (None: from the start); returns those of the `wanted` frames that came.
+def _listing(
+    video: VideoFile, ticks: list[int], time_base: Fraction, duration: int, keys: list[_Key], has_pts: bool = True
+) -> _Listing:
+    """Frames at `ticks` of `time_base`, the last of which lasts `duration` (0: as long as others)."""
+    tick_seconds = float(time_base)
+    # Exact up to here; from here on in float32 as in decord, so that ties are broken as in the original.
+    relative = (np.array(ticks, np.int64) - ticks[0]).astype(np.float32).astype(np.float64)
+    times = (relative * tick_seconds).astype(np.float32).astype(np.float64)
+    span = (ticks[-1] - ticks[0]) * tick_seconds
+    fps = float(video.frame_rate or (len(ticks) - 1) / (span or 1) or 1)
+    codec = video.stream.codec_context
+    duration_seconds = span + (duration * tick_seconds or 1 / fps)
+    info = VideoInfo(video.path, len(ticks), fps, duration_seconds, codec.height, codec.width, video.codec)
+    return _Listing(ticks if has_pts else None, times, info, keys)
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+class _Pictures:
+    """The wanted frames: uint8 RGB, (T, H, W, 3), once all are there.
 
     Raises:
+        VideoError: they take more than `memory_bytes`.
+    """
+
+    def __init__(self, info: VideoInfo, indices: list[int], memory_bytes: int | None) -> None:
+        self._info, self._memory_bytes = info, memory_bytes
+        self._positions: dict[int, list[int]] = {}
+        for position, index in enumerate(indices):
+            self._positions.setdefault(index, []).append(position)
+        self._num_frames = len(indices)
+        self._format: PictureFormat | None = None
+        self._is_interlaced = False
+
+    def wants(self, index: int) -> bool:
+        """Whether this frame is wanted and has not come yet."""
+        return index in self._positions
+
+    def take(self, index: int, frame: VideoFrame, stream: VideoStream) -> None:
+        """Keep a frame, if it is wanted."""
+        if not (positions := self._positions.pop(index, [])):
+            return
+        if self._format is None:
+            self._format = PictureFormat.of(stream, frame)
+            height, width, _ = shape = self._format.shape
+            num_bytes = self._num_frames * height * width * 3
+            if self._memory_bytes is not None and num_bytes > self._memory_bytes:
+                sizes = f"{num_bytes / 2**30:.1f} GiB, {self._memory_bytes / 2**30:.1f} GiB are allowed (memory_bytes)"
+                problem = f"{self._num_frames} frames of {width} x {height} pixels take {sizes}; sample fewer frames"
+                raise VideoError(str(self._info.path), problem)
+            self.frames = np.empty((self._num_frames, *shape), np.uint8)
+        self.frames[positions] = self._format.to_rgb(frame)
+        self._is_interlaced |= frame.interlaced_frame
+
+    def describe(self) -> VideoInfo:
+        """The video's facts, with what its frames told."""
+        assert self._format
+        height, width, _ = self._format.shape
+        return replace(
+            self._info,
+            height=height,
+            width=width,
+            orientation=self._format.orientation,
+            sample_aspect_ratio=float(self._format.sample_aspect_ratio),
+            hdr=self._format.hdr,
+            interlaced=self._is_interlaced,
+        )
+
+
+def _read(
+    listing: _Listing, choose: Choose, memory_bytes: int | None, by_seeking: bool
+) -> tuple[Frames, list[int], Times, VideoInfo]:
+    """As `read_frames`, from keyframes before the wanted frames, or in order from the file's start."""
+    indices = choose(listing.timestamps_seconds, listing.info)
+    pictures = _Pictures(listing.info, indices, memory_bytes)
+    with VideoFile(listing.path) as video:
+        for key, last in _groups(listing, sorted(set(indices))) if by_seeking else [(None, max(indices))]:
+            _decode(video, listing, key, last, pictures)
+    for index in sorted(indices):
+        if pictures.wants(index):
+            raise _damaged(listing, index)
+    return pictures.frames, indices, listing.timestamps_seconds[indices], pictures.describe()
+
+
+def _groups(listing: _Listing, wanted: list[int]) -> list[tuple[_Key, int]]:
+    """Keyframes to seek to, each with the last wanted frame to decode from there."""
+    pts, key_pts = listing.pts or [], [key.pts for key in listing.keys]
+    groups: list[tuple[_Key, int]] = []
+    for index in wanted:
+        key = listing.keys[bisect_right(key_pts, pts[index]) - 1]
+        if groups and (key == groups[-1][0] or bisect_left(pts, key.pts) - groups[-1][1] <= FRAMES_PER_SEEK):
+            groups[-1] = (groups[-1][0], index)
+        else:
+            groups.append((key, index))
+    return groups
+
+
+def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pictures: _Pictures) -> None:
+    """Decode from a keyframe, or from the start, to the frame with the index `last`, taking the wanted frames.
+
+    Raises:
+        _NotAsListed: the keyframe is none, or other frames come than those listed.
         VideoError: a wanted frame is damaged.
     """
     import av
 
-    position: dict[int | None, int] = {listing.pts[index]: index for index in wanted} if listing.pts else {}
-    decoded: dict[int, Frames] = {}
-    started, damaged, count = key_pts is None, False, 0
-    for packet in container.demux(stream):
-        started = started or packet.pts == key_pts
+    pts, not_as_listed = listing.pts, _NotAsListed(listing.path)
+    index = 0 if key is None or pts is None else bisect_left(pts, key.pts)  # of the frame that must come next
+    is_at_key = key is not None and pts is not None and pts[index] == key.pts  # otherwise it is not shown
+    is_damaged, sound_keys = False, set()
+    for packet in video.packets() if key is None else video.packets_from(key.pts, key.dts):
+        extradata = video.stream.codec_context.extradata
+        if packet.is_keyframe and is_random_access_point(video.codec, bytes(packet), extradata):
+            sound_keys.add(packet.pts)
+        elif key and not sound_keys:
+            raise not_as_listed
         try:
-            frames = packet.decode() if started else []
-        except av.error.FFmpegError:
-            frames, damaged = [], True
+            frames = video.decode(packet)
+        except av.error.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            frames, is_damaged = [], True  # decoders conceal errors, which persist until the next keyframe
         for frame in frames:
-            if key_pts is not None and (frame.pts is None or frame.pts < key_pts):
-                continue  # depends on frames before the keyframe
-            if position and key_pts is None and frame.key_frame:
-                damaged = False
-            damaged = damaged or frame.is_corrupt
-            index = position.get(frame.pts) if position else count
-            count += 1
-            if index in wanted:
-                if damaged:  # errors that the decoder concealed persist until the next keyframe
-                    raise _damaged(listing, index)
-                decoded[index] = _to_rgb(frame, listing.info)
-                if wanted <= decoded.keys():
-                    return decoded
-    return decoded
+            if key and frame.pts is not None and frame.pts < key.pts:
+                continue  # refers to frames before the keyframe
+            is_key = frame.key_frame or video.codec in DECODERS
+            if is_at_key and not is_key:
+                raise not_as_listed
+            is_at_key = False
+            if pts is not None and (index == len(pts) or frame.pts != pts[index]):
+                found = bisect_left(pts, frame.pts, index) if frame.pts is not None else len(pts)
+                if not is_damaged or found == len(pts) or pts[found] != frame.pts:
+                    raise not_as_listed
+                index = found  # damaged frames did not come
+            if is_key and frame.pts in sound_keys:
+                is_damaged = False
+            is_damaged = is_damaged or frame.is_corrupt
+            if listing.keys and frame.interlaced_frame and not listing.is_even:
+                raise not_as_listed  # fields may be packets of their own elsewhere
+            if is_damaged and pictures.wants(index):
+                raise _damaged(listing, index)
+            pictures.take(index, frame, video.stream)
+            index += 1
+            if index > last:
+                return
+    if not is_damaged:
+        raise not_as_listed
 
 
 def _damaged(listing: _Listing, index: int) -> VideoError:
-    info, seconds = listing.info, listing.timestamps_seconds[index]
-    reason = f"damaged: frame {index} of {info.num_frames} (at {seconds:.2f} s) cannot be decoded"
-    return VideoError(str(info.path), reason)
-
-
-def _to_rgb(frame: VideoFrame, info: VideoInfo) -> Frames:
-    # As decord does: at the declared size, should it change within the file; POINT is nearest to its 10-bit colours.
-    pixels = frame.to_ndarray(format="rgb24", width=info.width, height=info.height, interpolation="POINT")
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-
-
-def _import_decord(path: str) -> ModuleType | None:
-    """decord 0.6.0, or None where it cannot be imported."""
-    try:
-        import decord
-    except (ImportError, OSError, RuntimeError):  # no wheel for this machine, or one that does not load: PyAV reads all
-        return None
-    if decord.__version__ != DECORD_VERSION:
-        problem = f"not read, because decord {decord.__version__} may silently return wrong frames, as decord2 does"
-        remedy = f"pip uninstall decord2, then pip install --force-reinstall decord=={DECORD_VERSION}"
-        raise VideoError(path, f"{problem}: {remedy}")
-    return decord
+    place = f"frame {index} of {listing.info.num_frames} (at {listing.timestamps_seconds[index]:.2f} s)"
+    return VideoError(listing.path, f"damaged: {place} cannot be decoded")

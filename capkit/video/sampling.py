@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 STRATEGIES = ("chat", "base", "uniform", "fps")
+DECODERS = ("pyav", "decord")
 BASE_SECONDS = 60  # "base" samples the first minute (CogVideo tools/caption)
 
 
@@ -97,10 +98,15 @@ class FrameSampling:
     """At most this many frames."""
     frames_per_second: float | None = None
     """For "fps" only."""
+    decoder: str = "pyav"
+    """ "decord": the same frames decoded by decord 0.6.0, to equal the original tool to the last bit; a file from which
+    decord gives other frames is a `VideoError`."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"unknown frame sampling {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
         object.__setattr__(self, "num_frames", _at_least_one("num_frames", self.num_frames))
         if self.strategy == "fps":
             object.__setattr__(self, "frames_per_second", positive("frames_per_second", self.frames_per_second))
@@ -122,8 +128,11 @@ class FrameSampling:
         return cls(frame_sampling)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values; `FrameSampling.of` reads them back."""
-        return asdict(self)
+        """The fields as plain JSON values; `FrameSampling.of` reads them back. `decoder` only if it is not PyAV."""
+        values = asdict(self)
+        if self.decoder == "pyav":
+            del values["decoder"]  # requests of stores written before it existed stay equal
+        return values
 
     def frame_indices(
         self,

@@ -14,7 +14,7 @@ import threading
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
-from capkit.video.reading import VideoError
+from capkit.video.container import VideoError
 
 if TYPE_CHECKING:
     from typing_extensions import Self

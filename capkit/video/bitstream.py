@@ -1,0 +1,118 @@
+"""What encoded packets say of themselves: how many frames a packet shows, and whether decoding can start at it."""
+
+from collections.abc import Iterator
+
+
+def num_shown_frames(codec: str, packet: memoryview) -> int:
+    """How many frames a packet shows: 0 for hidden reference frames of VP8, VP9 and AV1, 1 for codecs without such.
+
+    Sources: RFC 6386, 9.1; VP9 bitstream specification 0.7, 6.2 and annex B; AV1 bitstream specification, 5.3 and 5.9.
+
+    Args:
+        codec: FFmpeg's name.
+        packet: its bytes, at least one.
+    """
+    if codec == "vp8":
+        return packet[0] >> 4 & 1
+    if codec == "vp9":
+        return sum(_vp9_header(frame) & 10 > 0 for frame in _vp9_frames(packet))
+    if codec == "av1":
+        return sum(
+            payload[0] & 0x90 > 0  # show_existing_frame, show_frame
+            for kind, payload in _av1_units(packet)
+            if kind in (3, 6) and payload
+        )
+    return 1
+
+
+def is_random_access_point(codec: str, packet: bytes, extradata: bytes | None) -> bool:
+    """Whether all later frames can be decoded from this packet on, which is flagged as a keyframe.
+
+    Checked where decoders do not tell, or not rightly; True for other codecs. H.264 needs an IDR picture, or a recovery
+    point at this very picture, as files and FFmpeg also take other I pictures for keyframes.
+
+    Sources: ITU-T H.264, 7.4.1.2.4 and D.2.8; and those of `num_shown_frames`.
+    """
+    if codec == "vp8":
+        return not packet[0] & 1
+    if codec == "vp9":
+        return not _vp9_header(next(_vp9_frames(memoryview(packet)))) & 4
+    if codec != "h264":
+        return True
+    for unit in _h264_units(packet, extradata):
+        kind = unit[0] & 31
+        if kind == 5:
+            return True
+        if kind == 6 and any(number == 6 and payload[0] & 0x80 for number, payload in _h264_messages(unit)):
+            return True  # recovery_frame_cnt is an Exp-Golomb number: a first bit of 1 is the number 0
+    return False
+
+
+def _vp9_frames(packet: memoryview) -> Iterator[memoryview]:
+    """The frames of a superframe, or the packet itself."""
+    marker, at = packet[-1], 0
+    num_frames, num_bytes = (marker & 7) + 1, (marker >> 3 & 3) + 1
+    index = len(packet) - 2 - num_frames * num_bytes
+    if marker >> 5 != 6 or index < 0 or packet[index] != marker:
+        yield packet
+        return
+    for i in range(num_frames):
+        size = int.from_bytes(packet[index + 1 + i * num_bytes :][:num_bytes], "little")
+        if size:
+            yield packet[at : at + size]
+        at += size
+
+
+def _vp9_header(frame: memoryview) -> int:
+    """First byte of a frame: show_existing_frame is its bit 8, frame_type (0 for a keyframe) 4, show_frame 2."""
+    return frame[0] << 1 if frame[0] >> 4 & 3 == 3 else frame[0]  # profile 3 has one more bit in front
+
+
+def _av1_units(packet: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Type and payload of each open bitstream unit."""
+    at = 0
+    while at < len(packet):
+        header, size = packet[at], len(packet)
+        at += 2 if header & 4 else 1
+        if header & 2:
+            size = 0
+            for i in range(8):  # LEB128
+                if at >= len(packet):
+                    return
+                size |= (packet[at] & 127) << 7 * i
+                at += 1
+                if packet[at - 1] < 128:
+                    break
+        yield header >> 3 & 15, packet[at : at + size]
+        at += size
+
+
+def _h264_units(packet: bytes, extradata: bytes | None) -> Iterator[bytes]:
+    """Network abstraction layer units, not empty: after start codes, or after their lengths as in MP4 and Matroska."""
+    if not extradata or extradata[0] != 1:
+        yield from (unit for unit in packet.split(b"\0\0\1")[1:] if unit)
+        return
+    num_bytes, at = (extradata[4] & 3) + 1, 0
+    while at < len(packet):
+        size = int.from_bytes(packet[at : at + num_bytes], "big")
+        if unit := packet[at + num_bytes : at + num_bytes + size]:
+            yield unit
+        at += num_bytes + size
+
+
+def _h264_messages(unit: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and payload, not empty, of each supplemental enhancement information message."""
+    data, at = unit[1:].replace(b"\0\0\3", b"\0\0"), 0
+    while at < len(data) - 2:
+        numbers = []
+        for _ in range(2):  # type, then size, each as a sum that ends with a byte below 255
+            number = 0
+            while at < len(data) and data[at] == 255:
+                number, at = number + 255, at + 1
+            if at >= len(data):
+                return
+            numbers.append(number + data[at])
+            at += 1
+        if payload := data[at : at + numbers[1]]:
+            yield numbers[0], payload
+        at += numbers[1]

@@ -1,0 +1,236 @@
+"""An open video file: which formats are videos, its main stream and decoder, and whether it was cut short."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from av import Packet, VideoCodecContext, VideoFrame, VideoStream
+    from av.container import InputContainer
+    from typing_extensions import Self
+
+# FFmpeg's demuxers of videos. Others draw text, open single pictures, or read lists of other files and addresses.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2",
+    "matroska,webm",
+    *("asf", "asf_o", "av1", "avi", "cavsvideo", "dirac", "dnxhd", "dv", "flic", "flv", "gif", "apng", "gxf", "h261"),
+    *("h263", "h264", "hevc", "ivf", "kux", "live_flv", "m4v", "mjpeg", "mpeg", "mpegts", "mpegvideo", "mxf", "nsv"),
+    *("nut", "obu", "ogg", "rm", "swf", "vc1", "vc1test", "vvc", "wtv", "yuv4mpegpipe"),
+)
+PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # of MP4 files that hold a picture
+DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own do not notice damage
+TAIL_BYTES = 4096
+
+
+class VideoError(Exception):
+    """A video cannot be read: `path` is the file, `reason` says why and, where possible, what to do."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(path, reason)  # both, so that it can be pickled
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class VideoFile:
+    """An open video file. Errors of FFmpeg come as they are.
+
+    Attributes:
+        stream: PyAV's main video stream.
+        codec: FFmpeg's name, such as "h264".
+        time_base: seconds, the unit of all times.
+
+    Raises:
+        VideoError: the file is no video, its codec is unknown, or it was cut short.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        size, declared = os.path.getsize(path), _declared_size(path)
+        if declared > size + 1:  # some AVI writers count a padding byte
+            raise VideoError(path, f"cut short: it should have {declared} bytes and has {size} (incomplete download?)")
+        self._container, self.stream = _open(path)
+        self.codec = self.stream.codec_context.codec.canonical_name
+        self.time_base = self.stream.time_base or Fraction(0)
+        self._decoder = _open_decoder(self.stream)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._container.close()
+
+    @property
+    def frame_rate(self) -> Fraction | None:
+        """Average frames per second, as far as the file tells."""
+        return self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
+
+    @property
+    def has_presentation_times(self) -> bool:
+        """Whether the format stores them; otherwise FFmpeg guesses, rightly only if no frames are reordered."""
+        import av
+
+        stores_none = self._container.format.flags & av.format.Flags.no_timestamps.value  # type: ignore[operator]  # int
+        return self._container.format.name != "avi" and not stores_none
+
+    def packets(self) -> Iterator[Packet[VideoStream]]:
+        """All packets from the start, in decoding order; the last one is empty.
+
+        Raises:
+            VideoError: at the end, if the file turns out to be cut short.
+        """
+        last, end = None, 0
+        for packet in self._container.demux(self.stream):
+            if packet.size:
+                last, end = packet, max(end, _end(packet))
+            yield packet
+        if last is not None and (problem := self._find_what_is_missing(last, float(end * self.time_base))):
+            raise VideoError(self.path, f"cut short: {problem} (incomplete download?)")
+
+    def packets_from(self, pts: int, dts: int | None) -> Iterator[Packet[VideoStream]]:
+        """The packets from the one with these times on. Nothing, if it cannot be found by seeking."""
+        import av
+
+        for target in (pts, dts):  # the index of a file has the one, that of FFmpeg the other
+            if target is None:
+                continue
+            with suppress(av.error.FFmpegError):  # a format without seeking
+                self._container.seek(target, stream=self.stream)
+                if self._decoder.is_open:
+                    self._decoder.flush_buffers()
+                packets = self._container.demux(self.stream)
+                for packet in packets:
+                    if packet.pts == pts and packet.dts == dts:
+                        yield packet
+                        yield from packets
+                        return
+                    if packet.dts is not None and dts is not None and packet.dts > dts:
+                        break
+
+    def decode(self, packet: Packet[VideoStream]) -> list[VideoFrame]:
+        """The frames that a packet completes, in the order of showing; those of an empty packet are the last ones.
+
+        Raises:
+            FFmpegError: the packet is damaged.
+            MemoryError: not enough memory.
+        """
+        import av
+
+        try:
+            return self._decoder.decode(packet)
+        except av.error.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            bytearray(16 * self._decoder.width * self._decoder.height)  # a MemoryError, if that was the cause
+            raise
+
+    def _find_what_is_missing(self, last: Packet[VideoStream], seconds: float) -> str:
+        """Why the file must have been cut short, or ""; `last` is the last packet, `seconds` the latest time."""
+        size, name = os.path.getsize(self.path), self._container.format.name
+        if "mp4" in name:
+            # The index is exact, and includes the frames that edit lists hide. All video streams are checked, because
+            # FFmpeg chooses another main stream if the file's main one has lost its frames.
+            entries = [entry for video in self._container.streams.video for entry in video.index_entries]
+            num_present = sum(entry.pos + entry.size <= size for entry in entries)
+            is_cut = num_present < len(entries)
+            return f"its index promises {len(entries)} frames, the file holds {num_present}" if is_cut else ""
+        if last.is_corrupt:
+            return "its last frame is not whole"
+        promised = (self._container.duration or 0) / 1e6
+        allowance = min(1, promised / 10)
+        if promised - allowance > seconds:
+            with _open(self.path)[0] as again:  # another stream may last longer
+                ends = [float(_end(packet) * packet.time_base) for packet in again.demux() if packet.size]
+            if promised - allowance > max(ends):
+                return f"it should last {promised:.2f} s and lasts {max(ends):.2f} s"
+        with open(self.path, "rb") as file:
+            file.seek(max(size - TAIL_BYTES, 0))
+            tail = file.read()
+            if size > TAIL_BYTES and not any(tail):
+                file.seek(size - max(size // 8, TAIL_BYTES))
+                if not any(file.read()):
+                    return "its end is nothing but zeros"
+            if name == "gif" and last.pos is not None:
+                file.seek(last.pos + last.size)
+                return "" if b";" in file.read() else "it has no end mark"
+        page = tail.rfind(b"OggS")
+        return "it has no last page" if name == "ogg" and page >= 0 and not tail[page + 5] & 4 else ""
+
+
+def _open(path: str) -> tuple[InputContainer, VideoStream]:
+    import av
+
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
+    try:  # absolute, because FFmpeg takes "a:b.mp4" for a protocol; tags need not be UTF-8
+        container = av.open(os.path.abspath(path), container_options=options, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
+        with open(path, "rb") as file:
+            is_mp4 = file.read(8)[4:] == b"ftyp"
+        cut_short = "an MP4 whose index cannot be read: the end of the file is probably missing (incomplete download?)"
+        raise VideoError(path, cut_short if is_mp4 else f"not a video that can be read ({error.strerror})") from error
+    stream = container.streams.best("video")
+    if container.metadata.get("major_brand") in PICTURE_BRANDS:
+        problem = "a picture, not a video"
+    elif not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:  # a cover
+        problem = "has no video stream, only sound" if container.streams.audio else "has no video stream"
+    elif stream.codec_context is None:
+        problem = "its video codec is not one that can be decoded here"
+    else:
+        return container, stream
+    container.close()
+    raise VideoError(path, problem)
+
+
+def _open_decoder(stream: VideoStream) -> VideoCodecContext:
+    """A decoder that reports damage: as an error, or by frames that are marked as corrupt."""
+    import av
+
+    decoder = stream.codec_context
+    codec = decoder.codec.canonical_name
+    if (name := DECODERS.get(codec)) in av.codecs_available:
+        decoder = cast("VideoCodecContext", av.CodecContext.create(av.Codec(name, "r")))
+        decoder.extradata = stream.codec_context.extradata
+    decoder.options = {"err_detect": "crccheck+bitstream+buffer"}
+    if codec == "av1":
+        decoder.options |= {"strict": "strict"}  # checks the padding after the symbols
+    decoder.thread_type = av.codec.context.ThreadType.AUTO
+    return decoder
+
+
+def _end(packet: Packet[Any]) -> int:
+    """When a packet ends, in its time base; 0 if it does not say."""
+    return max((time for time in (packet.pts, packet.dts) if time is not None), default=0) + (packet.duration or 0)
+
+
+def _declared_size(path: str) -> int:
+    """The file's size in bytes according to its headers (MP4: up to the end of its index); 0 if they do not give it."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        if head[:4] == b"RIFF":  # AVI
+            length = int.from_bytes(head[4:8], "little")
+            return 0 if length == 2**32 - 1 else 8 + length
+        if head[:4] == b"\x1aE\xdf\xa3":  # Matroska: everything is in one segment, whose length has variable width
+            at = head.find(b"\x18S\x80g", 0, -12) + 4
+            num_bytes = 9 - head[at].bit_length()
+            length = int.from_bytes(head[at : at + num_bytes], "big") % 2 ** (7 * num_bytes)
+            unknown = at < 4 or length == 2 ** (7 * num_bytes) - 1  # as in a live stream
+            return 0 if unknown else at + num_bytes + length
+        at = 0
+        while head[4:8] == b"ftyp":  # MP4: boxes. With part of an index FFmpeg would read only the streams in that part
+            file.seek(at)
+            box = file.read(16)
+            length = int.from_bytes(box[:4], "big")
+            length = int.from_bytes(box[8:], "big") if length == 1 else length
+            if len(box) < 8 or length < 8:
+                break
+            at += length
+            if box[4:8] == b"moov":
+                return at
+    return 0

@@ -1,0 +1,140 @@
+"""From a decoded frame to RGB pixels: upright, and with square pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from av import VideoFrame, VideoStream
+
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics in ITU-T H.273
+WIDEST_PIXEL = 10  # a pixel more than this many times as wide as high, or as high as wide, is taken for an error
+# How a display matrix ((a, b), (c, d)) turns a stored picture, by the signs of (a, b, c, d) (ISO/IEC 14496-12, 6.2.2).
+ORIENTATIONS = {
+    (1, 0, 0, 1): "upright",
+    (0, 1, -1, 0): "rotated by 90 degrees clockwise",
+    (-1, 0, 0, -1): "rotated by 180 degrees",
+    (0, -1, 1, 0): "rotated by 90 degrees counterclockwise",
+    (-1, 0, 0, 1): "mirrored",
+    (0, 1, 1, 0): "rotated by 90 degrees clockwise, then mirrored",
+    (1, 0, 0, -1): "rotated by 180 degrees, then mirrored",
+    (0, -1, -1, 0): "rotated by 90 degrees counterclockwise, then mirrored",
+}
+UNKNOWN_ORIENTATION = "unknown, shown as stored"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Facts about a video file, or about frames in memory."""
+
+    path: str | None
+    """None for frames in memory."""
+    num_frames: int
+    """Number of frames that a player shows."""
+    average_fps: float
+    duration_seconds: float
+    """From the first frame's start to the last frame's end."""
+    height: int
+    """Of the frames in pixels, upright and square, as `width`."""
+    width: int
+    codec: str | None
+    """FFmpeg's name, such as "h264"."""
+    orientation: str = "upright"
+    """How the stored frames were turned to be upright."""
+    sample_aspect_ratio: float = 1.0
+    """Width of a stored pixel divided by its height; frames are scaled to square pixels."""
+    hdr: str | None = None
+    """ "PQ" or "HLG" for a high dynamic range, which frames keep as FFmpeg decodes it."""
+    interlaced: bool = False
+    """Whether frames are woven of two fields."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What may make the frames look other than in a player; empty for most videos."""
+        notes = []
+        if self.hdr:
+            notes.append(f"HDR ({self.hdr}): colours are not mapped to standard dynamic range and look pale")
+        if self.interlaced:
+            notes.append("interlaced: where things move, frames show combs")
+        if self.orientation == UNKNOWN_ORIENTATION:
+            notes.append("its display matrix is no quarter turn and was ignored")
+        if not has_possible_pixels(self.sample_aspect_ratio):
+            notes.append(f"its sample aspect ratio of {self.sample_aspect_ratio:g} is impossible and was ignored")
+        return notes
+
+
+def has_possible_pixels(sample_aspect_ratio: float | Fraction) -> bool:
+    """Whether a video can have this sample aspect ratio."""
+    return 1 <= WIDEST_PIXEL * sample_aspect_ratio <= WIDEST_PIXEL**2
+
+
+@dataclass(frozen=True)
+class PictureFormat:
+    """How the decoded frames of a video become pictures.
+
+    Attributes:
+        stored_height, stored_width: of the decoded frames, in pixels.
+        sample_aspect_ratio: width of a stored pixel divided by its height, 1 where the file does not say.
+        matrix: signs of the display matrix, a key of `ORIENTATIONS`; None for a matrix that is none of them.
+        hdr: "PQ", "HLG" or None.
+    """
+
+    stored_height: int
+    stored_width: int
+    sample_aspect_ratio: Fraction
+    matrix: tuple[int, int, int, int] | None
+    hdr: str | None
+
+    @classmethod
+    def of(cls, stream: VideoStream, frame: VideoFrame) -> PictureFormat:
+        """The format of a stream and of `frame`, the first one decoded from it."""
+        codec = stream.codec_context
+        ratio = Fraction(stream.sample_aspect_ratio or codec.sample_aspect_ratio or 1)
+        hdr = HDR_TRANSFERS.get(frame.color_trc) or HDR_TRANSFERS.get(codec.color_trc)
+        return cls(codec.height, codec.width, ratio, _display_matrix(frame), hdr)
+
+    @property
+    def orientation(self) -> str:
+        """How the stored picture was turned to be upright."""
+        return ORIENTATIONS[self.matrix] if self.matrix else UNKNOWN_ORIENTATION
+
+    @property
+    def square_width(self) -> int:
+        """Width in square pixels, before turning; the height stays."""
+        ratio = self.sample_aspect_ratio
+        return max(round(self.stored_width * (ratio if has_possible_pixels(ratio) else 1)), 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, 3) of the pictures."""
+        is_turned = self.matrix is not None and self.matrix[0] == 0
+        size = (self.stored_height, self.square_width)
+        return (*(size[::-1] if is_turned else size), 3)
+
+    def to_rgb(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        """uint8, of `shape`."""
+        width, height = self.square_width, self.stored_height  # even should the size change within the file, as decord
+        is_scaled = (frame.width, frame.height) != (width, height)
+        # Without scaling, POINT is nearest to decord's 10-bit colours.
+        method = "BICUBIC" if is_scaled else "POINT"
+        pixels: NDArray[Any] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=method)
+        if self.matrix:
+            a, b, c, d = self.matrix
+            pixels = pixels if a else pixels.transpose(1, 0, 2)
+            pixels = pixels[:: b + d, :: a + c]
+        return pixels
+
+
+def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
+    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return (1, 0, 0, 1)
+    parts = np.frombuffer(side_data, np.int32)[[0, 1, 3, 4]].astype(float)
+    largest = np.abs(parts).max()
+    a, b, c, d = (np.sign(parts) * (np.abs(parts) > 0.02 * largest)).astype(int).tolist()  # a degree is rounding
+    return (a, b, c, d) if (a, b, c, d) in ORIENTATIONS else None
