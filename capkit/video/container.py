@@ -23,6 +23,7 @@ FORMATS = (
 )
 PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # of MP4 files that hold a picture
 DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own do not notice damage
+EXPLODING = ("hevc", "mjpeg", "mpeg1video", "mpeg2video")  # H.264 would refuse good files after a seek
 DECODING_TIMES_ONLY = ("avi", "asf", "asf_o", "mxf")
 GUESSED_DURATION = ("mpegts", "mpeg")  # formats of which FFmpeg takes the duration from the last packets
 TAIL_BYTES = 4096
@@ -200,7 +201,7 @@ def _open_decoder(stream: VideoStream) -> VideoCodecContext:
     if has_8_bits and (name := DECODERS.get(codec)) in av.codecs_available:
         decoder = cast("VideoCodecContext", av.CodecContext.create(av.Codec(name, "r")))
         decoder.extradata = stream.codec_context.extradata
-    decoder.options = {"err_detect": "crccheck+bitstream+buffer"}
+    decoder.options = {"err_detect": "crccheck+bitstream+buffer" + ("+explode" if codec in EXPLODING else "")}
     if codec == "av1":
         decoder.options |= {"strict": "strict"}  # checks the padding after the symbols
     decoder.thread_type = av.codec.context.ThreadType.AUTO

@@ -44,13 +44,13 @@ FORMATS = {
     "h264-cavlc.mkv": ({"options": {"bf": "2", "coder": "0", "threads": "1"}}, 0.05),
     "h264.ts": ({"options": X264}, 0.05),
     "h264.flv": ({"options": {"bf": "2", "threads": "1"}}, 0.05),
-    "hevc.mp4": ({"codec": "libx265", "options": {"x265-params": "log-level=none"}}, 0.36),
+    "hevc.mp4": ({"codec": "libx265", "options": {"x265-params": "log-level=none"}}, 0.33),
     "vp9.webm": ({"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "5"}}, 0.05),
     "vp8.webm": ({"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}, 0.33),
     "av1.mkv": ({"codec": "libsvtav1", "options": {"preset": "10"}}, 0.05),
     "mpeg4.avi": ({"codec": "mpeg4", "options": {"bf": "2"}}, 0.06),
     "mpeg2.mpg": ({"codec": "mpeg2video", "options": {"bf": "2"}}, 0.05),
-    "motion-jpeg.avi": ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, 0.35),
+    "motion-jpeg.avi": ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, 0.12),
     "palette.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, 0.55),
 }
 
