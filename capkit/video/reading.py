@@ -266,7 +266,9 @@ class _Pictures:
             height, width, _ = shape = self._format.shape
             num_bytes = self._num_frames * height * width * 3
             if self._memory_bytes is not None and num_bytes > self._memory_bytes:
-                sizes = f"{num_bytes / 2**30:.1f} GiB, {self._memory_bytes / 2**30:.1f} GiB are allowed (memory_bytes)"
+                sizes = (
+                    f"{num_bytes / 2**30:.1f} GiB, memory_bytes leaves {self._memory_bytes / 2**30:.1f} GiB for them"
+                )
                 problem = f"{self._num_frames} frames of {width} x {height} pixels take {sizes}; sample fewer frames"
                 raise VideoError(str(self._info.path), problem)
             self.frames = np.empty((self._num_frames, *shape), np.uint8)
