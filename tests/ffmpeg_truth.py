@@ -43,11 +43,13 @@ def block_levels(frames):
     return levels
 
 
-def decode_all(path):
+def decode_all(path, upright=True):
     """The `Truth` about a file: every frame that ffmpeg puts out, upright, in order, at its own time; None: none."""
-    out = ["-map", "0:V:0", "-vf", "showinfo=checksum=0", "-fps_mode", "passthrough"]
+    stream = "0:V:1" if path.suffix == ".avif" else "0:V:0"  # the first one of an animation is a still picture
+    out = ["-map", stream, "-vf", "showinfo=checksum=0", "-fps_mode", "passthrough"]
     out += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    _, pixels, log = ffmpeg("-threads", "1", "-copyts", "-i", path, *out)
+    turn = [] if upright else ["-noautorotate"]
+    _, pixels, log = ffmpeg("-threads", "1", "-copyts", *turn, "-i", path, *out)
     shown = re.findall(
         r"config in time_base: (\d+)/(\d+)|\] n: *\d+ pts: *(\S+) .* sar:(\d+)/(\d+) s:(\d+)x(\d+) .*", log
     )

@@ -1,4 +1,4 @@
-"""What encoded packets say of themselves: how many frames a packet shows, and whether decoding can start at it."""
+"""What encoded packets say of themselves: how many frames they show, and whether decoding can start at them."""
 
 from collections.abc import Iterator
 
@@ -31,21 +31,39 @@ def is_random_access_point(codec: str, packet: bytes, extradata: bytes | None) -
     Checked where decoders do not tell, or not rightly; True for other codecs. H.264 needs an IDR picture, or a recovery
     point at this very picture, as files and FFmpeg also take other I pictures for keyframes.
 
-    Sources: ITU-T H.264, 7.4.1.2.4 and D.2.8; and those of `num_shown_frames`.
+    Sources: ITU-T H.264, 7.4.1.2.4 and D.2.8; ITU-T H.265, table 7-1; and those of `num_shown_frames`.
     """
     if codec == "vp8":
         return not packet[0] & 1
     if codec == "vp9":
         return not _vp9_header(next(_vp9_frames(memoryview(packet)))) & 4
+    if codec == "hevc":
+        return any(16 <= kind <= 23 for kind, _ in _units(codec, packet, extradata))
     if codec != "h264":
         return True
-    for unit in _h264_units(packet, extradata):
-        kind = unit[0] & 31
-        if kind == 5:
-            return True
-        if kind == 6 and any(number == 6 and payload[0] & 0x80 for number, payload in _h264_messages(unit)):
-            return True  # recovery_frame_cnt is an Exp-Golomb number: a first bit of 1 is the number 0
-    return False
+    return any(kind == 5 for kind, _ in _units(codec, packet, extradata)) or any(
+        number == 6 and payload[0] & 0x80  # recovery_frame_cnt, an Exp-Golomb number, is 0 where its first bit is 1
+        for number, payload in _messages(codec, packet, extradata)
+    )
+
+
+def is_picture(codec: str, packet: memoryview) -> bool:
+    """Whether a packet of MPEG-1 or 2 holds a picture header; decoders skip others silently. True for other codecs.
+
+    Source: ITU-T H.262, table 6-1.
+    """
+    return codec not in ("mpeg1video", "mpeg2video") or b"\0\0\1\0" in bytes(packet)
+
+
+def has_display_orientation(codec: str, packet: bytes, extradata: bytes | None) -> bool:
+    """Whether a packet of H.264 or H.265 says how to turn its picture and, mostly, those after it.
+
+    Sources: ITU-T H.264, D.2.27; ITU-T H.265, D.3.17.
+    """
+    return codec in ("h264", "hevc") and any(
+        number == 47 and not payload[0] & 0x80  # display_orientation_cancel_flag
+        for number, payload in _messages(codec, packet, extradata)
+    )
 
 
 def _vp9_frames(packet: memoryview) -> Iterator[memoryview]:
@@ -87,12 +105,22 @@ def _av1_units(packet: memoryview) -> Iterator[tuple[int, memoryview]]:
         at += size
 
 
-def _h264_units(packet: bytes, extradata: bytes | None) -> Iterator[bytes]:
-    """Network abstraction layer units, not empty: after start codes, or after their lengths as in MP4 and Matroska."""
-    if not extradata or extradata[0] != 1:
+def _units(codec: str, packet: bytes, extradata: bytes | None) -> Iterator[tuple[int, bytes]]:
+    """Type and content of each network abstraction layer unit of H.264 or H.265.
+
+    They stand after start codes, or after their lengths as in MP4 and Matroska.
+    """
+    is_hevc = codec == "hevc"
+    for unit in _split(packet, extradata, 21 if is_hevc else 4):
+        yield (unit[0] >> 1 & 63, unit[2:]) if is_hevc else (unit[0] & 31, unit[1:])
+
+
+def _split(packet: bytes, extradata: bytes | None, at_length: int) -> Iterator[bytes]:
+    """Units that are not empty; `extradata` tells the width of their lengths at `at_length`."""
+    if not extradata or len(extradata) <= at_length or extradata.startswith((b"\0\0\1", b"\0\0\0\1")):
         yield from (unit for unit in packet.split(b"\0\0\1")[1:] if unit)
         return
-    num_bytes, at = (extradata[4] & 3) + 1, 0
+    num_bytes, at = (extradata[at_length] & 3) + 1, 0
     while at < len(packet):
         size = int.from_bytes(packet[at : at + num_bytes], "big")
         if unit := packet[at + num_bytes : at + num_bytes + size]:
@@ -100,9 +128,15 @@ def _h264_units(packet: bytes, extradata: bytes | None) -> Iterator[bytes]:
         at += num_bytes + size
 
 
-def _h264_messages(unit: bytes) -> Iterator[tuple[int, bytes]]:
-    """Number and payload, not empty, of each supplemental enhancement information message."""
-    data, at = unit[1:].replace(b"\0\0\3", b"\0\0"), 0
+def _messages(codec: str, packet: bytes, extradata: bytes | None) -> Iterator[tuple[int, bytes]]:
+    """Number and payload, not empty, of each supplemental enhancement information message of H.264 or H.265."""
+    for kind, content in _units(codec, packet, extradata):
+        if kind == (39 if codec == "hevc" else 6):
+            yield from _split_messages(content.replace(b"\0\0\3", b"\0\0"))
+
+
+def _split_messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
     while at < len(data) - 2:
         numbers = []
         for _ in range(2):  # type, then size, each as a sum that ends with a byte below 255

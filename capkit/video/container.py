@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska,webm",
-    *("asf", "asf_o", "av1", "avi", "cavsvideo", "dirac", "dnxhd", "dv", "flic", "flv", "gif", "apng", "gxf", "h261"),
+    *("asf", "asf_o", "av1", "avi", "cavsvideo", "dnxhd", "dv", "flic", "flv", "gif", "apng", "gxf", "h261"),
     *("h263", "h264", "hevc", "ivf", "kux", "live_flv", "m4v", "mjpeg", "mpeg", "mpegts", "mpegvideo", "mxf", "nsv"),
     *("nut", "obu", "ogg", "rm", "roq", "swf", "vc1", "vc1test", "vvc", "wtv", "yuv4mpegpipe"),
 )

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from capkit.video.bitstream import is_random_access_point, num_shown_frames
+from capkit.video.bitstream import has_display_orientation, is_picture, is_random_access_point, num_shown_frames
 from capkit.video.container import DECODERS, VideoError, VideoFile
 from capkit.video.pictures import PictureFormat, VideoInfo
 
 if TYPE_CHECKING:
-    from av import VideoFrame, VideoStream
+    from av import Packet, VideoFrame, VideoStream
 
 Frames = NDArray[np.uint8]
 Times = NDArray[np.float64]
@@ -146,12 +146,12 @@ def _list_packets(path: str) -> _Listing | None:
             if not packet.size:
                 continue
             num_shown = num_shown_frames(video.codec, memoryview(packet))
-            if packet.pts is None or num_shown > 1:
+            if packet.pts is None or num_shown > 1 or not is_picture(video.codec, memoryview(packet)):
+                return None
+            if not keys and not _starts_alike(video, packet):
                 return None
             if packet.is_keyframe:
                 keys.append(_Key(packet.pts, packet.dts))
-            if not keys:  # not yet decodable
-                return None
             if num_shown and not packet.is_discard:  # discarded: outside the edit list
                 pts.append(packet.pts)
                 if packet.pts >= last:
@@ -167,6 +167,16 @@ def _list_packets(path: str) -> _Listing | None:
         return _listing(video, pts, video.time_base, duration, keys)
 
 
+def _starts_alike(video: VideoFile, packet: Packet[VideoStream]) -> bool:
+    """Whether the file's first packet can be decoded, and shown like those after later keyframes."""
+    data, extradata = bytes(packet), video.stream.codec_context.extradata
+    return (
+        packet.is_keyframe
+        and is_random_access_point(video.codec, data, extradata)
+        and not has_display_orientation(video.codec, data, extradata)
+    )
+
+
 def _list_by_decoding(path: str) -> _Listing:
     """List the frames by decoding all of them."""
     import av
@@ -178,6 +188,8 @@ def _list_by_decoding(path: str) -> _Listing:
         for packet in video.packets():
             if packet.size and packet.dts is not None:
                 dts.append(packet.dts)
+            if pts and packet.size and not problem and not is_picture(video.codec, memoryview(packet)):
+                problem = f"damaged: after frame {len(pts) - 1}, it goes on without pictures of its codec {video.codec}"
             try:
                 frames = video.decode(packet)
             except av.error.FFmpegError as error:
