@@ -18,7 +18,22 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska,webm",
     *("asf", "asf_o", "av1", "avi", "cavsvideo", "dnxhd", "dv", "flic", "flv", "gif", "apng", "gxf", "h261"),
-    *("h263", "h264", "hevc", "ivf", "kux", "live_flv", "m4v", "mjpeg", "mpeg", "mpegts", "mpegvideo", "mxf", "nsv"),
+    *(
+        "h263",
+        "h264",
+        "hevc",
+        "ivf",
+        "jpeg_pipe",
+        "kux",
+        "live_flv",
+        "m4v",
+        "mjpeg",
+        "mpeg",
+        "mpegts",
+        "mpegvideo",
+        "mxf",
+        "nsv",
+    ),
     *("nut", "obu", "ogg", "rm", "roq", "swf", "vc1", "vc1test", "vvc", "wtv", "yuv4mpegpipe"),
 )
 PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # of MP4 files that hold a picture
@@ -72,6 +87,11 @@ class VideoFile:
     def frame_rate(self) -> Fraction | None:
         """Average frames per second, as far as the file tells."""
         return self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
+
+    @property
+    def has_picture_format(self) -> bool:
+        """Whether files of this format are often single pictures."""
+        return self._container.format.name in ("gif", "apng", "jpeg_pipe")
 
     @property
     def has_presentation_times(self) -> bool:

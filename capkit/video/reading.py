@@ -205,8 +205,6 @@ def _list_by_decoding(path: str) -> _Listing:
             raise VideoError(path, "holds no frames that can be decoded")
         if problem:
             raise VideoError(path, problem)
-        if len(pts) == 1 and video.codec in ("gif", "apng"):
-            raise VideoError(path, "a single picture, not a video")
         ticks = [time for time in pts if time is not None]
         if not video.has_presentation_times:
             return _listing_without_times(video, ticks, dts, len(pts))
@@ -236,6 +234,8 @@ def _listing(
     video: VideoFile, ticks: list[int], time_base: Fraction, duration: int, keys: list[_Key], has_pts: bool = True
 ) -> _Listing:
     """Frames at `ticks` of `time_base`, the last of which lasts `duration` (0: as long as others)."""
+    if len(ticks) == 1 and video.has_picture_format:
+        raise VideoError(video.path, "a single picture, not a video")
     tick_seconds = float(time_base)
     # Exact up to here; from here on in float32 as in decord, so that ties are broken as in the original.
     relative = (np.array(ticks, np.int64) - ticks[0]).astype(np.float32).astype(np.float64)
