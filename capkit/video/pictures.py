@@ -133,7 +133,10 @@ class PictureFormat:
 
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
-    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV knows no Exif data, and then tells nothing but the angle
+        return (1, 0, 0, 1) if frame.rotation == 0 else None
     if side_data is None:
         return (1, 0, 0, 1)
     parts = np.frombuffer(side_data, np.int32)[[0, 1, 3, 4]].astype(float)

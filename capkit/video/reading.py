@@ -136,8 +136,8 @@ def _ffmpeg_errors(path: str) -> Iterator[None]:
 def _list_packets(path: str) -> _Listing | None:
     """List the frames without decoding; None if the packets do not tell them reliably."""
     with VideoFile(path) as video:
-        is_known = video.codec in ONE_FRAME_PER_PACKET or video.stream.codec_context.codec.intra_only
-        if not is_known or not video.has_presentation_times:
+        is_known = video.codec in ONE_FRAME_PER_PACKET and video.has_presentation_times
+        if not is_known and not video.stream.codec_context.codec.intra_only:
             return None
         pts: list[int] = []
         keys: list[_Key] = []
