@@ -16,10 +16,11 @@ UNTIMED = (".avi", ".h264", ".264", ".hevc", ".vvc", ".m2v", ".h263", ".drc", ".
 FPS = FrameSampling("fps", num_frames=60, frames_per_second=4)
 QUICK = (
     "h264/open-pyramid.mp4 h264/intra-refresh-b.ts h264/open.avi hevc/leading.mkv vp9/hidden.webm "
-    "mpeg2/b-frames.mpg filtered/vp9-hidden-webm-split.webm filtered/av1-aom-mkv-split.mkv codecs/tiff.mov uneven/growing.mp4 "
-    "offset/-0.5.mkv cut/h264-open.mkv-fast.mp4 joined/open-ts.ts appended/mixed-size.ts "
-    "boxes/source-edit-middle.mp4 boxes/source-renamed-ctts.mp4 boxes/source-turn-6.mp4 boxes/source-nonsense-4.mp4 "
-    "filtered/h264-closed-pyramid-mkv-flipped.mkv filtered/hevc-interlaced-ts-no-idr.mkv joined/mixed-codec-2-ts.mkv"
+    "mpeg2/b-frames.mpg filtered/vp9-hidden-webm-split.webm filtered/av1-aom-mkv-split.mkv codecs/tiff.mov "
+    "uneven/growing.mp4 offset/-0.5.mkv cut/h264-open.mkv-fast.mp4 joined/open-ts.ts appended/mixed-size.ts "
+    "boxes/source-edit-middle.mp4 boxes/source-renamed-ctts.mp4 boxes/source-turn-6.mp4 "
+    "boxes/source-nonsense-4.mp4 filtered/h264-closed-pyramid-mkv-flipped.mkv "
+    "filtered/hevc-interlaced-ts-no-idr.mkv joined/mixed-codec-2-ts.mkv"
 ).split()
 
 
