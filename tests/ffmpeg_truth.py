@@ -13,7 +13,14 @@ def ffmpeg(*args, stdin=None, log_level="info"):
     """Run the ffmpeg program; its exit status, stdout and log."""
     import imageio_ffmpeg
 
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", f"level+{log_level}", "-y", *map(str, args)]
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-hide_banner",
+        "-loglevel",
+        f"level+{log_level}",
+        "-y",
+        *map(str, args),
+    ]
     done = subprocess.run(command, input=stdin, capture_output=True, timeout=120)
     return done.returncode, done.stdout, done.stderr.decode(errors="replace")
 
