@@ -91,14 +91,17 @@ def encode_clip(
     milliseconds=None,
     quarter_turns=0,
     audio=False,
+    sound_seconds=None,
     pix_fmt="yuv420p",
     container_options=None,
+    draw=draw_number,
 ):
     """Write a clip with one frame for each of `numbers`; returns its path.
 
     `milliseconds`: when each frame is shown (variable frame rate); otherwise `fps` frames a second from 0.
     `quarter_turns`: store the frames turned this often clockwise, with a display matrix that turns them back.
-    `size`: (height, width) as shown.
+    `sound_seconds`: None for as long as the pictures.
+    `size`: (height, width) as shown. `draw(number, height, width)`: the picture, uint8 (height, width, 3).
     """
     path = Path(path)
     time_base = Fraction(1, 1000) if milliseconds else 1 / Fraction(fps)
@@ -112,13 +115,13 @@ def encode_clip(
             stream.set_display_rotation(90 * quarter_turns)
         sound = container.add_stream("aac", rate=8000, layout="mono") if audio else None
         for position, number in enumerate(numbers):
-            pixels = np.ascontiguousarray(np.rot90(draw_number(number, *size), -quarter_turns))
+            pixels = np.ascontiguousarray(np.rot90(draw(number, *size), -quarter_turns))
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = (milliseconds[position] if milliseconds else position), time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound is not None:
-            _mux_silence(container, sound, len(numbers) / fps)
+            _mux_silence(container, sound, sound_seconds or len(numbers) / fps)
     if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
         # As root, its encoder makes the calling thread a real-time one; busy children of it stop the machine.
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

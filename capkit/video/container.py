@@ -18,11 +18,27 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska,webm",
     *("asf", "asf_o", "av1", "avi", "cavsvideo", "dnxhd", "dv", "flic", "flv", "gif", "apng", "gxf", "h261"),
-    *("h263", "h264", "hevc", "ivf", "kux", "live_flv", "m4v", "mjpeg", "mpeg", "mpegts", "mpegvideo", "mxf", "nsv"),
+    *(
+        "h263",
+        "h264",
+        "hevc",
+        "ivf",
+        "jpeg_pipe",
+        "kux",
+        "live_flv",
+        "m4v",
+        "mjpeg",
+        "mpeg",
+        "mpegts",
+        "mpegvideo",
+        "mxf",
+        "nsv",
+    ),
     *("nut", "obu", "ogg", "rm", "roq", "swf", "vc1", "vc1test", "vvc", "wtv", "yuv4mpegpipe"),
 )
 PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # of MP4 files that hold a picture
 DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own do not notice damage
+EXPLODING = ("hevc", "mjpeg", "mpeg1video", "mpeg2video")  # H.264 would refuse good files after a seek
 DECODING_TIMES_ONLY = ("avi", "asf", "asf_o", "mxf")
 GUESSED_DURATION = ("mpegts", "mpeg")  # formats of which FFmpeg takes the duration from the last packets
 TAIL_BYTES = 4096
@@ -71,6 +87,11 @@ class VideoFile:
     def frame_rate(self) -> Fraction | None:
         """Average frames per second, as far as the file tells."""
         return self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
+
+    @property
+    def has_picture_format(self) -> bool:
+        """Whether files of this format are often single pictures."""
+        return self._container.format.name in ("gif", "apng", "jpeg_pipe")
 
     @property
     def has_presentation_times(self) -> bool:
@@ -153,10 +174,10 @@ class VideoFile:
         with open(self.path, "rb") as file:
             file.seek(max(size - TAIL_BYTES, 0))
             tail = file.read()
-            if size > TAIL_BYTES and not any(tail):
-                file.seek(size - max(size // 8, TAIL_BYTES))
+            if not any(tail[-size // 8 :]):
+                file.seek(-size // 8, os.SEEK_END)
                 if not any(file.read()):
-                    return "its end is nothing but zeros"
+                    return "the last eighth of it is nothing but zeros"
             if name == "gif" and last.pos is not None:
                 file.seek(last.pos + last.size - 1)
                 return "" if b";" in file.read() else "it has no end mark"
@@ -200,7 +221,7 @@ def _open_decoder(stream: VideoStream) -> VideoCodecContext:
     if has_8_bits and (name := DECODERS.get(codec)) in av.codecs_available:
         decoder = cast("VideoCodecContext", av.CodecContext.create(av.Codec(name, "r")))
         decoder.extradata = stream.codec_context.extradata
-    decoder.options = {"err_detect": "crccheck+bitstream+buffer"}
+    decoder.options = {"err_detect": "crccheck+bitstream+buffer" + ("+explode" if codec in EXPLODING else "")}
     if codec == "av1":
         decoder.options |= {"strict": "strict"}  # checks the padding after the symbols
     decoder.thread_type = av.codec.context.ThreadType.AUTO

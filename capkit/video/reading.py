@@ -235,6 +235,8 @@ def _listing(
     video: VideoFile, ticks: list[int], time_base: Fraction, duration: int, keys: list[_Key], has_pts: bool = True
 ) -> _Listing:
     """Frames at `ticks` of `time_base`, the last of which lasts `duration` (0: as long as others)."""
+    if len(ticks) == 1 and video.has_picture_format:
+        raise VideoError(video.path, "a single picture, not a video")
     tick_seconds = float(time_base)
     # Exact up to here; from here on in float32 as in decord, so that ties are broken as in the original.
     relative = (np.array(ticks, np.int64) - ticks[0]).astype(np.float32).astype(np.float64)
@@ -277,7 +279,9 @@ class _Pictures:
             height, width, _ = shape = self._format.shape
             num_bytes = self._num_frames * height * width * 3
             if self._memory_bytes is not None and num_bytes > self._memory_bytes:
-                sizes = f"{num_bytes / 2**30:.1f} GiB, {self._memory_bytes / 2**30:.1f} GiB are allowed (memory_bytes)"
+                sizes = (
+                    f"{num_bytes / 2**30:.1f} GiB, memory_bytes leaves {self._memory_bytes / 2**30:.1f} GiB for them"
+                )
                 problem = f"{self._num_frames} frames of {width} x {height} pixels take {sizes}; sample fewer frames"
                 raise VideoError(str(self._info.path), problem)
             self.frames = np.empty((self._num_frames, *shape), np.uint8)

@@ -1,0 +1,147 @@
+"""Pictures upright, in square pixels, and told where they look other than in a player. Frame i shows the number i."""
+
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from video_factory import encode_clip, read_numbers
+
+from capkit.video import FrameSampling, load_clip
+
+ONE = 0x10000
+# Display matrix (a, b, c, d), how numpy makes the upright picture from the stored one, and what is told.
+ORIENTATIONS = {
+    "upright": ((1, 0, 0, 1), lambda x: x),
+    "rotated by 90 degrees clockwise": ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+    "rotated by 180 degrees": ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+    "rotated by 90 degrees counterclockwise": ((0, -1, 1, 0), lambda x: np.rot90(x, 1)),
+    "mirrored": ((-1, 0, 0, 1), np.fliplr),
+    "rotated by 90 degrees clockwise, then mirrored": ((0, 1, 1, 0), lambda x: np.fliplr(np.rot90(x, -1))),
+    "rotated by 180 degrees, then mirrored": ((1, 0, 0, -1), np.flipud),
+    "rotated by 90 degrees counterclockwise, then mirrored": ((0, -1, -1, 0), lambda x: np.fliplr(np.rot90(x, 1))),
+}
+
+
+def corners(height=96, width=128):
+    """A picture with another colour in each quarter."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    colours = ((230, 20, 20), (20, 230, 20), (20, 20, 230), (230, 230, 20))
+    for i, colour in enumerate(colours):
+        rows = slice(0, height // 2) if i < 2 else slice(height // 2, None)
+        columns = slice(0, width // 2) if i % 2 == 0 else slice(width // 2, None)
+        picture[rows, columns] = colour
+    return picture
+
+
+def write(path, picture, num_frames=5, aspect=None, **colours):
+    """A clip of one picture; `colours`: attributes of the codec context; returns its path."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width = picture.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        if aspect:
+            stream.sample_aspect_ratio = Fraction(aspect)
+        for name, value in colours.items():
+            setattr(stream.codec_context, name, value)
+        for number in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def set_matrix(path, a, b, c, d):
+    """Rewrite the display matrix of an MP4's track; parts are multiples of 1, as 16.16 numbers."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    struct.pack_into(
+        ">9i", data, at, *(round(x * ONE) for x in (a, b)), 0, round(c * ONE), round(d * ONE), *[0] * 3, 1 << 30
+    )
+    path.write_bytes(data)
+
+
+def one_frame(path):
+    clip = load_clip(path, FrameSampling("uniform", 1), timeout_seconds=None)
+    return clip.frames[0], clip.info
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_all_eight_orientations(tmp_path, orientation):
+    matrix, turn = ORIENTATIONS[orientation]
+    path = write(tmp_path / "turned.mp4", corners())
+    set_matrix(path, *matrix)
+    frame, info = one_frame(path)
+    expected = turn(corners())
+    assert frame.shape == expected.shape == (info.height, info.width, 3)
+    assert np.abs(frame.astype(int) - expected).mean() < 20
+    assert (info.orientation, info.notes) == (orientation, [])
+
+
+@pytest.mark.parametrize("matrix", [(0.8, 0.6, -0.6, 0.8), (1, 0.3, 0.3, 1), (1, 1, 1, 1)])
+def test_a_matrix_that_is_no_quarter_turn(tmp_path, matrix):
+    path = write(tmp_path / "askew.mp4", corners())
+    set_matrix(path, *matrix)
+    frame, info = one_frame(path)
+    assert np.abs(frame.astype(int) - corners()).mean() < 20
+    assert info.orientation == "unknown, shown as stored" and "turned by something else" in info.notes[0]
+
+
+def test_the_turn_is_the_same_from_whichever_frame_is_read(tmp_path):
+    """Of H.264, only keyframes may tell it."""
+    path = encode_clip(tmp_path / "turned.h264.mp4", quarter_turns=1, size=(64, 96), keyframe_interval=20)
+    for start in (0, 0.2, 1.0, 1.4):
+        clip = load_clip(path, FrameSampling("uniform", 3), start, timeout_seconds=None)
+        assert read_numbers(clip.frames) == clip.frame_indices
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
+@pytest.mark.parametrize("aspect, width", [("2/1", 256), ("1/2", 64), ("16/11", 186), ("1/1", 128)])
+def test_pixels_are_made_square(tmp_path, suffix, aspect, width):
+    path = write(tmp_path / f"wide.{suffix}", corners(), aspect=aspect)
+    frame, info = one_frame(path)
+    assert frame.shape == (96, width, 3) == (info.height, info.width, 3)
+    assert info.sample_aspect_ratio == pytest.approx(float(Fraction(aspect))) and info.notes == []
+    columns = np.arange(width) * 128 // width
+    assert np.abs(frame.astype(int) - corners()[:, columns]).mean() < 20
+
+
+def test_wide_pixels_of_a_turned_video(tmp_path):
+    """They are wide as stored, so that the upright picture is high."""
+    path = write(tmp_path / "turned.mp4", corners(), aspect="2/1")
+    set_matrix(path, 0, 1, -1, 0)
+    frame, info = one_frame(path)
+    assert frame.shape == (256, 96, 3) and (info.height, info.width) == (256, 96)
+    assert frame[10, 10].argmax() == 2 and frame[10, -10].argmax() == 0  # blue was below, red above
+
+
+def test_pixels_that_cannot_be(tmp_path):
+    frame, info = one_frame(write(tmp_path / "mad.mp4", corners(), aspect="30/1"))
+    assert frame.shape == (96, 128, 3) and "impossible sample aspect ratio" in info.notes[0]
+
+
+@pytest.mark.parametrize("transfer, hdr", [(16, "PQ"), (18, "HLG"), (1, None)])
+def test_hdr_is_told(tmp_path, transfer, hdr):
+    path = write(tmp_path / "hdr.mp4", corners(), color_trc=transfer, color_primaries=9 if hdr else 1, colorspace=1)
+    _, info = one_frame(path)
+    assert info.hdr == hdr and [note[:8] for note in info.notes] == ([f"HDR ({hdr})"[:8]] if hdr else [])
+    assert ("hdr='" in repr(info)) == bool(hdr)
+
+
+@pytest.mark.parametrize("codec, suffix", [("libx264", "mp4"), ("libx264", "ts"), ("mpeg2video", "mpg")])
+def test_interlaced_video_is_told(tmp_path, codec, suffix):
+    options = {"flags": "+ildct+ilme", "x264-params": "tff=1"} if codec == "libx264" else {"flags": "+ildct+ilme"}
+    path = encode_clip(tmp_path / f"fields.{suffix}", codec=codec, options=options, keyframe_interval=12)
+    clip = load_clip(path, "uniform", timeout_seconds=None)
+    assert read_numbers(clip.frames) == clip.frame_indices
+    assert clip.info.interlaced and "interlaced" in clip.info.notes[0]
+    plain = encode_clip(tmp_path / f"plain.{suffix}", codec=codec, keyframe_interval=12)
+    assert not load_clip(plain, "uniform", timeout_seconds=None).info.interlaced
+
+
+def test_the_notes_come_through_the_worker_process(tmp_path):
+    path = write(tmp_path / "hdr.mp4", corners(), color_trc=16, color_primaries=9, colorspace=1)
+    apart, here = (load_clip(path, timeout_seconds=limit).info for limit in (60, None))
+    assert apart == here and apart.hdr == "PQ"
