@@ -9,11 +9,18 @@ from fractions import Fraction
 import numpy as np
 
 
-def ffmpeg(*args, stdin=None):
+def ffmpeg(*args, stdin=None, log_level="info"):
     """Run the ffmpeg program; its exit status, stdout and log."""
     import imageio_ffmpeg
 
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "level+info", "-y", *map(str, args)]
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-hide_banner",
+        "-loglevel",
+        f"level+{log_level}",
+        "-y",
+        *map(str, args),
+    ]
     done = subprocess.run(command, input=stdin, capture_output=True, timeout=120)
     return done.returncode, done.stdout, done.stderr.decode(errors="replace")
 
@@ -46,15 +53,16 @@ def block_levels(frames):
 def decode_all(path, upright=True):
     """The `Truth` about a file: every frame that ffmpeg puts out, upright, in order, at its own time; None: none."""
     stream = "0:V:1" if path.suffix == ".avif" else "0:V:0"  # the first one of an animation is a still picture
-    out = ["-map", stream, "-vf", "showinfo=checksum=0", "-fps_mode", "passthrough"]
-    out += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    turn = [] if upright else ["-noautorotate"]
-    _, pixels, log = ffmpeg("-threads", "1", "-copyts", *turn, "-i", path, *out)
+    source = ["-threads", "1", "-copyts", *([] if upright else ["-noautorotate"]), "-i", path, "-map", stream]
+    raw = ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    _, pixels, log = ffmpeg(*source, "-vf", "showinfo=checksum=0", *raw)
+    # Errors of its own: showinfo writes a line in parts, and a line between them loses its level.
+    _, _, errors = ffmpeg(*source, *raw, log_level="error")
     shown = re.findall(
         r"config in time_base: (\d+)/(\d+)|\] n: *\d+ pts: *(\S+) .* sar:(\d+)/(\d+) s:(\d+)x(\d+) .*", log
     )
     bases, frames = [item for item in shown if item[0]], [item for item in shown if not item[0]]
-    complaints = [line for line in re.findall(r"\[(?:error|fatal)\] (.*)", log) if "to muxer" not in line]
+    complaints = [line for line in re.findall(r"\[(?:error|fatal)\] (.*)", errors) if "to muxer" not in line]
     if not frames or not pixels:
         return None
     assert len(set(bases)) == 1, bases

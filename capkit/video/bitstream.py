@@ -2,15 +2,21 @@
 
 from collections.abc import Iterator
 
+SMALL_PACKET = 256  # bytes; those without a slice are smaller, and few with a slice are
 
-def num_shown_frames(codec: str, packet: memoryview) -> int:
+
+def num_shown_frames(codec: str, packet: memoryview, extradata: bytes | None) -> int:
     """How many frames a packet shows: 0 for hidden reference frames of VP8, VP9 and AV1, 1 for codecs without such.
 
-    Sources: RFC 6386, 9.1; VP9 bitstream specification 0.7, 6.2 and annex B; AV1 bitstream specification, 5.3 and 5.9.
+    Also 0 for a small packet of H.265 without a slice, which decoders skip silently: its pictures were filtered out.
+
+    Sources: RFC 6386, 9.1; VP9 bitstream specification 0.7, 6.2 and annex B; AV1 bitstream specification, 5.3 and 5.9;
+    ITU-T H.265, table 7-1.
 
     Args:
         codec: FFmpeg's name.
         packet: its bytes, at least one.
+        extradata: the stream's headers.
     """
     if codec == "vp8":
         return packet[0] >> 4 & 1
@@ -22,6 +28,8 @@ def num_shown_frames(codec: str, packet: memoryview) -> int:
             for kind, payload in _av1_units(packet)
             if kind in (3, 6) and payload
         )
+    if codec == "hevc" and len(packet) < SMALL_PACKET:
+        return int(any(kind < 32 for kind, _ in _units(codec, bytes(packet), extradata)))
     return 1
 
 

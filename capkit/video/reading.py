@@ -139,13 +139,14 @@ def _list_packets(path: str) -> _Listing | None:
         is_known = video.codec in ONE_FRAME_PER_PACKET and video.has_presentation_times
         if not is_known and not video.stream.codec_context.codec.intra_only:
             return None
+        extradata = video.stream.codec_context.extradata
         pts: list[int] = []
         keys: list[_Key] = []
         last = duration = 0
         for packet in video.packets():
             if not packet.size:
                 continue
-            num_shown = num_shown_frames(video.codec, memoryview(packet))
+            num_shown = num_shown_frames(video.codec, memoryview(packet), extradata)
             if packet.pts is None or num_shown > 1 or not is_picture(video.codec, memoryview(packet)):
                 return None
             if not keys and not _starts_alike(video, packet):

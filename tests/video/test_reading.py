@@ -5,9 +5,11 @@ import random
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from video_factory import (
     KINDS,
     cut,
+    draw_number,
     encode_clip,
     encode_sound,
     packets,
@@ -99,6 +101,26 @@ def test_pictures_that_are_never_shown_are_not_counted(clips, tmp_path, reader, 
     assert read_numbers(clip.frames) == [*range(31), *range(32, 60)] and clip.info.num_frames == 59
     pick(monkeypatch, [30, 31, 50])
     assert read_numbers(reader(path).frames) == [30, 32, 51]
+
+
+@pytest.mark.parametrize(
+    "tag, orientation, turn",
+    [
+        (1, "upright", lambda picture: picture),
+        (3, "rotated by 180 degrees", lambda picture: np.rot90(picture, 2)),
+        (6, "rotated by 90 degrees clockwise", lambda picture: np.rot90(picture)),
+    ],
+)
+def test_motion_jpeg_with_exif_tags(tmp_path, reader, tag, orientation, turn):
+    """FFmpeg gives the tags as data of a kind that PyAV does not know, and turns the picture by them."""
+    path, exif = tmp_path / "tagged.mjpeg", Image.Exif()
+    exif[0x112] = tag
+    with path.open("wb") as file:
+        for number in range(10):
+            Image.fromarray(np.ascontiguousarray(turn(draw_number(number)))).save(file, "JPEG", exif=exif)
+    clip = reader(path, EVERY_FRAME)
+    assert clip.info.orientation == orientation
+    assert read_numbers(clip.frames) == list(range(10))
 
 
 def test_windows_keep_the_files_numbers_and_times(clips, reader):
