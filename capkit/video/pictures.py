@@ -133,13 +133,21 @@ class PictureFormat:
 
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
-    try:
-        side_data: Any = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV knows no Exif data, and then tells nothing but the angle
-        return (1, 0, 0, 1) if frame.rotation == 0 else None
+    from av.sidedata.sidedata import Type
+
+    # PyAV knows fewer kinds of data than FFmpeg, and fails at the others, such as EXIF tags in Motion JPEG.
+    Type._missing_ = classmethod(_unknown_kind)  # type: ignore[assignment, method-assign]
+    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return (1, 0, 0, 1)
     parts = np.frombuffer(side_data, np.int32)[[0, 1, 3, 4]].astype(float)
     largest = np.abs(parts).max()
     a, b, c, d = (np.sign(parts) * (np.abs(parts) > 0.02 * largest)).astype(int).tolist()  # a degree is rounding
     return (a, b, c, d) if (a, b, c, d) in ORIENTATIONS else None
+
+
+def _unknown_kind(kinds: type[Any], value: object) -> Any:
+    """A member for a value that the enumeration `kinds` does not know."""
+    kind = object.__new__(kinds)
+    kind._name_, kind._value_ = f"UNKNOWN_{value}", value
+    return kind
