@@ -73,6 +73,9 @@ class VideoFile:
         if declared > size + 1:  # some AVI writers count a padding byte
             raise VideoError(path, f"cut short: it should have {declared} bytes and has {size} (incomplete download?)")
         self._container, self.stream = _open(path)
+        if "mp4" in self._container.format.name and self.stream.frames > size:  # listing them could take all memory
+            counts = f"its index promises {self.stream.frames} frames, the file holds {size} bytes"
+            raise VideoError(path, f"cut short: {counts} (incomplete download?)")
         self.codec = self.stream.codec_context.codec.canonical_name
         self.time_base = self.stream.time_base or Fraction(0)
         self._decoder = _open_decoder(self.stream)
@@ -158,10 +161,12 @@ class VideoFile:
         if "mp4" in name:
             # The index is exact, and includes the frames that edit lists hide. All video streams are checked, because
             # FFmpeg chooses another main stream if the file's main one has lost its frames.
-            entries = [entry for video in self._container.streams.video for entry in video.index_entries]
-            num_present = sum(entry.pos + entry.size <= size for entry in entries)
-            is_cut = num_present < len(entries)
-            return f"its index promises {len(entries)} frames, the file holds {num_present}" if is_cut else ""
+            num_promised = num_present = 0
+            for video in self._container.streams.video:
+                num_promised += len(video.index_entries)
+                num_present += sum(entry.pos + entry.size <= size for entry in video.index_entries)
+            is_cut = num_present < num_promised
+            return f"its index promises {num_promised} frames, the file holds {num_present}" if is_cut else ""
         if last.is_corrupt:
             return "its last frame is not whole"
         promised = (self._container.duration or 0) / 1e6

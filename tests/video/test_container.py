@@ -162,3 +162,17 @@ def test_limits_of_memory_are_checked(clips):
         load_clip(clips("plain.mp4"), FrameSampling("uniform", 60), memory_bytes=1000, **HERE)
     clip = load_clip(clips("plain.mp4"), memory_bytes=2**28)
     assert read_numbers(clip.frames) == clip.frame_indices
+
+
+def test_an_index_that_claims_millions_of_frames(clips, tmp_path):
+    data = bytearray(clips("plain.mp4").read_bytes())
+    claimed = (33_000_000).to_bytes(4, "big")
+    for box, at in ((b"stsz", 8), (b"stts", 8), (b"stsc", 12)):  # number of samples, of equal durations, in a chunk
+        place = data.index(box) + 4 + at
+        data[place : place + 4] = claimed
+    place = data.index(b"stsz") + 8
+    data[place : place + 4] = (1).to_bytes(4, "big")  # a byte each
+    path = tmp_path / "claims.mp4"
+    path.write_bytes(data)
+    for memory_bytes in (None, 2**29):  # FFmpeg alone takes more than the latter
+        assert "cut short: its index promises 33000000 frames" in reason(load_clip, path, memory_bytes=memory_bytes)
