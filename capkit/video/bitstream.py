@@ -8,10 +8,9 @@ SMALL_PACKET = 256  # bytes; those without a slice are smaller, and few with a s
 def num_shown_frames(codec: str, packet: memoryview, extradata: bytes | None) -> int:
     """How many frames a packet shows: 0 for hidden reference frames of VP8, VP9 and AV1, 1 for codecs without such.
 
-    Also 0 for a small packet of H.265 without a slice, which decoders skip silently: its pictures were filtered out.
+    Also 0 for a small packet of H.264 or H.265 without a slice.
 
-    Sources: RFC 6386, 9.1; VP9 bitstream specification 0.7, 6.2 and annex B; AV1 bitstream specification, 5.3 and 5.9;
-    ITU-T H.265, table 7-1.
+    Sources: RFC 6386, 9.1; VP9 bitstream specification 0.7, 6.2 and annex B; AV1 bitstream specification, 5.3 and 5.9.
 
     Args:
         codec: FFmpeg's name.
@@ -28,9 +27,21 @@ def num_shown_frames(codec: str, packet: memoryview, extradata: bytes | None) ->
             for kind, payload in _av1_units(packet)
             if kind in (3, 6) and payload
         )
-    if codec == "hevc" and len(packet) < SMALL_PACKET:
-        return int(any(kind < 32 for kind, _ in _units(codec, bytes(packet), extradata)))
-    return 1
+    return int(has_slice(codec, packet, extradata))
+
+
+def has_slice(codec: str, packet: memoryview, extradata: bytes | None) -> bool:
+    """Whether a packet of H.264 or H.265 is large or holds more than headers; True for other codecs.
+
+    Some recorders write headers as packets of their own, and filters leave such packets behind.
+
+    Sources: ITU-T H.264, table 7-1; ITU-T H.265, table 7-1.
+    """
+    if codec not in ("h264", "hevc") or len(packet) >= SMALL_PACKET:
+        return True
+    headers = range(32, 41) if codec == "hevc" else range(6, 13)
+    kinds = {kind for kind, _ in _units(codec, bytes(packet), extradata)}
+    return not kinds or not kinds.issubset(headers)
 
 
 def is_random_access_point(codec: str, packet: bytes, extradata: bytes | None) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from capkit.video.bitstream import has_slice
 
 if TYPE_CHECKING:
     from av import Packet, VideoCodecContext, VideoFrame, VideoStream
@@ -62,6 +65,7 @@ class VideoFile:
         stream: PyAV's main video stream.
         codec: FFmpeg's name, such as "h264".
         time_base: seconds, the unit of all times.
+        cropping: pixels at the (top, bottom, left, right) of the decoded pictures that the file's headers cut away.
 
     Raises:
         VideoError: the file is no video, its codec is unknown, or it was cut short.
@@ -78,7 +82,10 @@ class VideoFile:
             raise VideoError(path, f"cut short: {counts} (incomplete download?)")
         self.codec = self.stream.codec_context.codec.canonical_name
         self.time_base = self.stream.time_base or Fraction(0)
-        self._decoder = _open_decoder(self.stream)
+        side_data = _side_data(self._container, self.stream)
+        self.cropping = side_data.cropping
+        self._decoder = _open_decoder(self.stream, side_data.is_turned)
+        self._headers = b""
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +134,7 @@ class VideoFile:
                 continue
             with suppress(av.error.FFmpegError):  # a format without seeking
                 self._container.seek(target, stream=self.stream)
+                self._headers = b""
                 if self._decoder.is_open:
                     self._decoder.flush_buffers()
                 packets = self._container.demux(self.stream)
@@ -147,6 +155,11 @@ class VideoFile:
         """
         import av
 
+        if packet.size and not has_slice(self.codec, memoryview(packet), self.stream.codec_context.extradata):
+            self._headers += bytes(packet)  # go with the next picture; alone, FFmpeg takes them for damage
+            return []
+        if self._headers and packet.size and not packet.is_discard:  # which cannot be set
+            packet, self._headers = _prepend(self._headers, packet), b""
         try:
             return self._decoder.decode(packet)
         except av.error.FFmpegError as error:
@@ -216,14 +229,42 @@ def _open(path: str) -> tuple[InputContainer, VideoStream]:
     raise VideoError(path, problem)
 
 
-def _open_decoder(stream: VideoStream) -> VideoCodecContext:
-    """A decoder that reports damage: as an error, or by frames that are marked as corrupt."""
+class _SideData(NamedTuple):
+    """What the headers of a stream say besides its codec's settings."""
+
+    cropping: tuple[int, int, int, int]
+    is_turned: bool
+    """Whether there is a display matrix."""
+
+
+def _side_data(container: InputContainer, stream: VideoStream) -> _SideData:
+    """Read from FFmpeg's description of the file, because PyAV gives it in no other way."""
+    import av
+
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)  # the description is a log message
+    try:
+        text: str = container.dumps_format()  # type: ignore[attr-defined]  # missing in PyAV's annotations
+    finally:
+        av.logging.set_level(level)
+    lines = re.split(rf"^ +Stream #0:{stream.index}\b", text, flags=re.MULTILINE)[-1].split("\n  Stream #")[0]
+    cropping = re.search(r"^ +frame cropping: (\d+)/(\d+)/(\d+)/(\d+)$", lines, re.MULTILINE | re.IGNORECASE)
+    left, right, top, bottom = map(int, cropping.groups()) if cropping else (0, 0, 0, 0)
+    is_turned = re.search("^ +display ?matrix: ", lines, re.MULTILINE | re.IGNORECASE) is not None
+    return _SideData((top, bottom, left, right), is_turned)
+
+
+def _open_decoder(stream: VideoStream, is_turned: bool) -> VideoCodecContext:
+    """A decoder that reports damage: as an error, or by frames that are marked as corrupt.
+
+    Only the stream's own one tells of a display matrix (`is_turned`).
+    """
     import av
 
     decoder = stream.codec_context
     codec = decoder.codec.canonical_name
     has_8_bits = decoder.format is not None and decoder.format.components[0].bits == 8  # all that libvpx is built for
-    if has_8_bits and (name := DECODERS.get(codec)) in av.codecs_available:
+    if has_8_bits and not is_turned and (name := DECODERS.get(codec)) in av.codecs_available:
         decoder = cast("VideoCodecContext", av.CodecContext.create(av.Codec(name, "r")))
         decoder.extradata = stream.codec_context.extradata
     decoder.options = {"err_detect": "crccheck+bitstream+buffer" + ("+explode" if codec in EXPLODING else "")}
@@ -231,6 +272,17 @@ def _open_decoder(stream: VideoStream) -> VideoCodecContext:
         decoder.options |= {"strict": "strict"}  # checks the padding after the symbols
     decoder.thread_type = av.codec.context.ThreadType.AUTO
     return decoder
+
+
+def _prepend(headers: bytes, packet: Packet[VideoStream]) -> Packet[VideoStream]:
+    import av
+
+    longer = cast("Packet[VideoStream]", av.Packet(headers + bytes(packet)))
+    longer.pts, longer.dts, longer.duration = packet.pts, packet.dts, packet.duration
+    longer.time_base, longer.is_keyframe = packet.time_base, packet.is_keyframe
+    for data in packet.iter_sidedata():
+        longer.set_sidedata(data)
+    return longer
 
 
 def _end(packet: Packet[Any]) -> int:

@@ -82,6 +82,7 @@ class PictureFormat:
     Attributes:
         stored_height, stored_width: of the decoded frames, in pixels.
         sample_aspect_ratio: width of a stored pixel divided by its height, 1 where the file does not say.
+        cropping: pixels at the (top, bottom, left, right) of a stored picture that are not shown.
         matrix: signs of the display matrix, a key of `ORIENTATIONS`; None for a matrix that is none of them.
         hdr: "PQ", "HLG" or None.
     """
@@ -89,16 +90,17 @@ class PictureFormat:
     stored_height: int
     stored_width: int
     sample_aspect_ratio: Fraction
+    cropping: tuple[int, int, int, int]
     matrix: tuple[int, int, int, int] | None
     hdr: str | None
 
     @classmethod
-    def of(cls, stream: VideoStream, frame: VideoFrame) -> PictureFormat:
-        """The format of a stream and of `frame`, the first one decoded from it."""
+    def of(cls, stream: VideoStream, cropping: tuple[int, int, int, int], frame: VideoFrame) -> PictureFormat:
+        """The format of a stream with this `cropping`, and of `frame`, the first one decoded from it."""
         codec = stream.codec_context
         ratio = Fraction(stream.sample_aspect_ratio or codec.sample_aspect_ratio or 1)
         hdr = HDR_TRANSFERS.get(frame.color_trc) or HDR_TRANSFERS.get(codec.color_trc)
-        return cls(codec.height, codec.width, ratio, _display_matrix(frame), hdr)
+        return cls(codec.height, codec.width, ratio, cropping, _display_matrix(frame), hdr)
 
     @property
     def orientation(self) -> str:
@@ -107,15 +109,24 @@ class PictureFormat:
 
     @property
     def square_width(self) -> int:
-        """Width in square pixels, before turning; the height stays."""
+        """Width in square pixels, before cropping and turning; the height stays."""
         ratio = self.sample_aspect_ratio
         return max(round(self.stored_width * (ratio if has_possible_pixels(ratio) else 1)), 1)
+
+    @property
+    def shown(self) -> tuple[slice, slice]:
+        """The rows and columns that are shown, before turning."""
+        top, bottom, left, right = self.cropping
+        scale = self.square_width / self.stored_width
+        columns = slice(round(left * scale), self.square_width - round(right * scale))
+        return slice(top, self.stored_height - bottom), columns
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(height, width, 3) of the pictures."""
         is_turned = self.matrix is not None and self.matrix[0] == 0
-        size = (self.stored_height, self.square_width)
+        rows, columns = self.shown
+        size = (rows.stop - rows.start, columns.stop - columns.start)
         return (*(size[::-1] if is_turned else size), 3)
 
     def to_rgb(self, frame: VideoFrame) -> NDArray[np.uint8]:
@@ -125,6 +136,7 @@ class PictureFormat:
         # Without scaling, POINT is nearest to decord's 10-bit colours.
         method = "BICUBIC" if is_scaled else "POINT"
         pixels: NDArray[Any] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=method)
+        pixels = pixels[self.shown]
         if self.matrix:
             a, b, c, d = self.matrix
             pixels = pixels if a else pixels.transpose(1, 0, 2)

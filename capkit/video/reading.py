@@ -272,11 +272,13 @@ class _Pictures:
         """Whether this frame is wanted and has not come yet."""
         return index in self._positions
 
-    def set_format(self, frame: VideoFrame, stream: VideoStream) -> None:
+    def set_format(self, frame: VideoFrame, video: VideoFile) -> None:
         """Learn the format from the first frame that is decoded, a keyframe: not all others may tell it."""
         if self._format is None:
-            self._format = PictureFormat.of(stream, frame)
+            self._format = PictureFormat.of(video.stream, video.cropping, frame)
             height, width, _ = shape = self._format.shape
+            if min(shape) < 1:
+                raise VideoError(video.path, f"its headers crop the whole picture away, by {video.cropping}")
             num_bytes = self._num_frames * height * width * 3
             if self._memory_bytes is not None and num_bytes > self._memory_bytes:
                 sizes = (
@@ -363,7 +365,7 @@ def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pi
                 raise
             frames, is_damaged = [], True  # decoders conceal errors, which persist until the next keyframe
         for frame in frames:
-            pictures.set_format(frame, video.stream)
+            pictures.set_format(frame, video)
             if key and frame.pts is not None and frame.pts < key.pts:
                 continue  # refers to frames before the keyframe
             is_key = frame.key_frame or video.codec in DECODERS

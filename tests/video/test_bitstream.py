@@ -50,6 +50,36 @@ def test_keyframe_flags_that_are_wrong(tmp_path, codec, options, flag):
     assert read_numbers(clip.frames) == clip.frame_indices == [0, 25, 50]
 
 
+HEADERS = {
+    "a message": b"\6\5\x11" + bytes(range(16)) + b"\1\x80",
+    "a delimiter": b"\x09\xf0",
+    "an end of sequence": b"\x0a",
+    "filler": b"\x0c\xff\xff\x80",
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_packets_of_headers_alone_are_no_frames_and_no_damage(tmp_path, kind, suffix):
+    """Cameras write them, each with a time of its own, here in the place of frames 33 and 35."""
+    source = encode_clip(tmp_path / "right.mp4", options={"bf": "0", "x264-params": "scenecut=0"}, keyframe_interval=20)
+    path, tick = tmp_path / f"headers.{suffix}", 512
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream, late = new.add_stream_from_template(old.streams.video[0]), 0
+        for number, packet in enumerate(packet for packet in old.demux(video=0) if packet.size):
+            if number in (33, 34):
+                headers = av.Packet(len(HEADERS[kind]).to_bytes(4, "big") + HEADERS[kind])
+                headers.pts = headers.dts = packet.pts + late
+                headers.stream, headers.time_base, headers.duration = stream, packet.time_base, tick
+                new.mux(headers)
+                late += tick
+            packet.pts, packet.dts, packet.stream = packet.pts + late, packet.dts + late, stream
+            new.mux(packet)
+    assert shown(path) == (list(range(60)), list(range(60)))
+    clip = load_clip(path, FrameSampling("uniform", 2), 2.0, timeout_seconds=None)  # read from the last keyframe
+    assert read_numbers(clip.frames) == clip.frame_indices == [48, 59] and clip.info.num_frames == 60
+
+
 @pytest.mark.parametrize("interval", [1, 12])
 def test_recovery_points_that_recover_gradually(tmp_path, interval):
     """With intra refresh, packets flagged as keyframes only begin to replace the picture."""

@@ -6,6 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from ffmpeg_truth import ffmpeg
 from video_factory import encode_clip, read_numbers
 
 from capkit.video import FrameSampling, load_clip
@@ -63,6 +64,18 @@ def set_matrix(path, a, b, c, d):
     path.write_bytes(data)
 
 
+def crop_in_headers(path, width, height, right, down):
+    """Let an MP4 or MOV show a part of its pictures, whose centre lies `right` and `down` of theirs."""
+    data = bytearray(path.read_bytes())
+    clean_aperture = struct.pack(">I4s4IiIiI", 40, b"clap", width, 1, height, 1, right, 1, down, 1)
+    at = data.index(b"pasp") - 4  # among the boxes of the sample description
+    for box in ("moov", "trak", "mdia", "minf", "stbl", "stsd", "avc1"):
+        start = data.index(box.encode(), data.index(b"moov")) - 4
+        struct.pack_into(">I", data, start, struct.unpack_from(">I", data, start)[0] + len(clean_aperture))
+    data[at:at] = clean_aperture
+    path.write_bytes(data)
+
+
 def one_frame(path):
     clip = load_clip(path, FrameSampling("uniform", 1), timeout_seconds=None)
     return clip.frames[0], clip.info
@@ -95,6 +108,30 @@ def test_the_turn_is_the_same_from_whichever_frame_is_read(tmp_path):
     for start in (0, 0.2, 1.0, 1.4):
         clip = load_clip(path, FrameSampling("uniform", 3), start, timeout_seconds=None)
         assert read_numbers(clip.frames) == clip.frame_indices
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_turned_vp8_and_vp9(tmp_path, codec):
+    """Of these, only FFmpeg's own decoders tell it."""
+    path = encode_clip(tmp_path / "turned.mkv", codec=codec, quarter_turns=1, size=(64, 96), keyframe_interval=20)
+    clip = load_clip(path, "uniform", timeout_seconds=None)
+    assert read_numbers(clip.frames) == clip.frame_indices and clip.frames.shape[1:3] == (64, 96)
+    assert clip.info.orientation == "rotated by 90 degrees counterclockwise"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_what_the_headers_crop_away_is_not_shown(tmp_path, suffix):
+    """As the "clean aperture" of QuickTime: here 64 x 60 of 128 x 96 pixels, from column 48 and row 12 on."""
+    source = path = write(tmp_path / "cropped.mp4", corners(), aspect="2/1")
+    crop_in_headers(path, 64, 60, right=16, down=-6)
+    set_matrix(path, 0, 1, -1, 0)
+    if suffix != "mp4":
+        path = tmp_path / f"cropped.{suffix}"
+        assert ffmpeg("-i", source, "-c", "copy", path)[0] == 0
+    frame, info = one_frame(path)
+    expected = np.rot90(np.repeat(corners()[12:72, 48:112], 2, axis=1), -1)
+    assert frame.shape == expected.shape == (128, 60, 3) == (info.height, info.width, 3)
+    assert np.abs(frame.astype(int) - expected).mean() < 20
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
