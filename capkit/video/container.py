@@ -99,6 +99,13 @@ class VideoFile:
         return self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
 
     @property
+    def sample_aspect_ratio(self) -> Fraction:
+        """Width of a pixel divided by its height: of the file, or of the latest frame in formats that store none."""
+        codec = self.stream.codec_context.sample_aspect_ratio
+        stores_none = self._container.format.name in ("mpegts", "mpeg")
+        return Fraction((not stores_none and self.stream.sample_aspect_ratio) or codec or 1)
+
+    @property
     def has_picture_format(self) -> bool:
         """Whether files of this format are often single pictures."""
         return self._container.format.name in ("gif", "apng", "jpeg_pipe")

@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from av import VideoFrame, VideoStream
+    from av import VideoFrame
 
+    from capkit.video.container import VideoFile
+
+Matrix = tuple[int, int, int, int]
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics in ITU-T H.273
 WIDEST_PIXEL = 10  # a pixel more than this many times as wide as high, or as high as wide, is taken for an error
 # How a display matrix ((a, b), (c, d)) turns a stored picture, by the signs of (a, b, c, d) (ISO/IEC 14496-12, 6.2.2).
@@ -52,6 +55,8 @@ class VideoInfo:
     """ "PQ" or "HLG" for a high dynamic range, which frames keep as FFmpeg decodes it."""
     interlaced: bool = False
     """Whether frames are woven of two fields."""
+    changes_shape: bool = False
+    """Whether stored frames differ in size, aspect ratio or orientation; all are stretched and turned as the first."""
 
     @property
     def notes(self) -> list[str]:
@@ -61,6 +66,8 @@ class VideoInfo:
             notes.append(f"HDR ({self.hdr}): its colours are not mapped to the standard range and look pale")
         if self.interlaced:
             notes.append("interlaced: where things move, frames show combs")
+        if self.changes_shape:
+            notes.append("changing its size, aspect ratio or orientation: some frames are stretched or turned wrongly")
         if self.orientation == UNKNOWN_ORIENTATION:
             notes.append("turned by something else than quarter turns: frames are as stored")
         if not has_possible_pixels(self.sample_aspect_ratio):
@@ -91,16 +98,21 @@ class PictureFormat:
     stored_width: int
     sample_aspect_ratio: Fraction
     cropping: tuple[int, int, int, int]
-    matrix: tuple[int, int, int, int] | None
+    matrix: Matrix | None
     hdr: str | None
 
     @classmethod
-    def of(cls, stream: VideoStream, cropping: tuple[int, int, int, int], frame: VideoFrame) -> PictureFormat:
-        """The format of a stream with this `cropping`, and of `frame`, the first one decoded from it."""
-        codec = stream.codec_context
-        ratio = Fraction(stream.sample_aspect_ratio or codec.sample_aspect_ratio or 1)
-        hdr = HDR_TRANSFERS.get(frame.color_trc) or HDR_TRANSFERS.get(codec.color_trc)
-        return cls(codec.height, codec.width, ratio, cropping, _display_matrix(frame), hdr)
+    def of(cls, video: VideoFile, frame: VideoFrame) -> PictureFormat:
+        """The format of a file, of which `frame` is the first one decoded."""
+        hdr = HDR_TRANSFERS.get(frame.color_trc) or HDR_TRANSFERS.get(video.stream.codec_context.color_trc)
+        ratio = video.sample_aspect_ratio
+        return cls(frame.height, frame.width, ratio, video.cropping, _display_matrix(frame), hdr)
+
+    def is_of(self, video: VideoFile, frame: VideoFrame) -> bool:
+        """Whether a later frame of the file has the same size, aspect ratio and, if it tells it, orientation."""
+        shape = (frame.height, frame.width, video.sample_aspect_ratio)
+        is_alike = shape == (self.stored_height, self.stored_width, self.sample_aspect_ratio)
+        return is_alike and _display_matrix(frame, self.matrix) == self.matrix
 
     @property
     def orientation(self) -> str:
@@ -144,14 +156,14 @@ class PictureFormat:
         return pixels
 
 
-def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
+def _display_matrix(frame: VideoFrame, default: Matrix | None = (1, 0, 0, 1)) -> Matrix | None:
     from av.sidedata.sidedata import Type
 
     # PyAV knows fewer kinds of data than FFmpeg, and fails at the others, such as EXIF tags in Motion JPEG.
     Type._missing_ = classmethod(_unknown_kind)  # type: ignore[assignment, method-assign]
     side_data: Any = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
-        return (1, 0, 0, 1)
+        return default
     parts = np.frombuffer(side_data, np.int32)[[0, 1, 3, 4]].astype(float)
     largest = np.abs(parts).max()
     a, b, c, d = (np.sign(parts) * (np.abs(parts) > 0.02 * largest)).astype(int).tolist()  # a degree is rounding

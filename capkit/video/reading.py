@@ -266,7 +266,7 @@ class _Pictures:
             self._positions.setdefault(index, []).append(position)
         self._num_frames = len(indices)
         self._format: PictureFormat | None = None
-        self._is_interlaced = False
+        self._is_interlaced = self._changes_shape = False
 
     def wants(self, index: int) -> bool:
         """Whether this frame is wanted and has not come yet."""
@@ -275,7 +275,7 @@ class _Pictures:
     def set_format(self, frame: VideoFrame, video: VideoFile) -> None:
         """Learn the format from the first frame that is decoded, a keyframe: not all others may tell it."""
         if self._format is None:
-            self._format = PictureFormat.of(video.stream, video.cropping, frame)
+            self._format = PictureFormat.of(video, frame)
             height, width, _ = shape = self._format.shape
             if min(shape) < 1:
                 raise VideoError(video.path, f"its headers crop the whole picture away, by {video.cropping}")
@@ -288,11 +288,12 @@ class _Pictures:
                 raise VideoError(str(self._info.path), problem)
             self.frames = np.empty((self._num_frames, *shape), np.uint8)
 
-    def take(self, index: int, frame: VideoFrame) -> None:
+    def take(self, index: int, frame: VideoFrame, video: VideoFile) -> None:
         """Keep a frame, if it is wanted."""
         if self._format and (positions := self._positions.pop(index, [])):
             self.frames[positions] = self._format.to_rgb(frame)
             self._is_interlaced |= frame.interlaced_frame
+            self._changes_shape |= not self._format.is_of(video, frame)
 
     def describe(self) -> VideoInfo:
         """The video's facts, with what its frames told."""
@@ -306,6 +307,7 @@ class _Pictures:
             sample_aspect_ratio=float(self._format.sample_aspect_ratio),
             hdr=self._format.hdr,
             interlaced=self._is_interlaced,
+            changes_shape=self._changes_shape,
         )
 
 
@@ -384,7 +386,7 @@ def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pi
                 raise not_as_listed  # fields may be packets of their own elsewhere
             if is_damaged and pictures.wants(index):
                 raise _damaged(listing, index)
-            pictures.take(index, frame)
+            pictures.take(index, frame, video)
             index += 1
             if index > last + frame.interlaced_frame:  # were fields packets of their own, the next frame tells
                 return

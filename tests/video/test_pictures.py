@@ -110,6 +110,48 @@ def test_the_turn_is_the_same_from_whichever_frame_is_read(tmp_path):
         assert read_numbers(clip.frames) == clip.frame_indices
 
 
+def join(path, *parts):
+    """One after the other, without encoding again; returns the path."""
+    listing = path.with_suffix(".list")
+    listing.write_text("".join(f"file '{part}'\n" for part in parts))
+    assert ffmpeg("-f", "concat", "-safe", "0", "-i", listing, "-c", "copy", path)[0] == 0
+    return path
+
+
+@pytest.mark.parametrize("change", ["size", "aspect ratio", "orientation"])
+def test_a_change_within_the_file_is_told(tmp_path, change):
+    suffix = "ts" if change == "aspect ratio" else "mkv"
+    aspect = {"aspect ratio": "2/1"}.get(change)
+    first = write(tmp_path / f"first.{suffix}", corners(), 50)
+    second = write(tmp_path / f"second.{suffix}", corners(*((64, 160) if change == "size" else (96, 128))), 50, aspect)
+    if change == "orientation":
+        upright, second = second, tmp_path / "turned.mkv"
+        turn = ("-bsf:v", "h264_metadata=display_orientation=insert:rotate=180")
+        assert ffmpeg("-i", upright, "-c", "copy", *turn, second)[0] == 0
+    path = join(tmp_path / f"both.{suffix}", first, second)
+    clip = load_clip(path, "chat", timeout_seconds=None)
+    assert (
+        clip.frames.shape == (5, 96, 128, 3) and clip.info.changes_shape and "changing its size" in clip.info.notes[0]
+    )
+    assert not load_clip(path, "chat", 0, 1.9, timeout_seconds=None).info.notes
+    later = load_clip(path, "chat", 3, timeout_seconds=None)
+    assert not later.info.notes
+    expected = {"size": corners(64, 160), "orientation": np.rot90(corners(), 2)}
+    wanted = expected.get(change, np.repeat(corners(), 2, axis=1))
+    assert later.frames[0].shape == wanted.shape and np.abs(later.frames[0].astype(int) - wanted).mean() < 20
+
+
+def test_vp8_of_another_size_than_its_container_says(tmp_path):
+    """As browsers record it."""
+    path = encode_clip(tmp_path / "lies.webm", codec="libvpx")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xb0\x81\x80", data.index(bytes.fromhex("1654AE6B")))  # PixelWidth 128
+    data[at + 2] = 64
+    path.write_bytes(data)
+    clip = load_clip(path, "uniform", timeout_seconds=None)
+    assert clip.frames.shape[1:] == (96, 128, 3) and read_numbers(clip.frames) == clip.frame_indices
+
+
 @pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
 def test_turned_vp8_and_vp9(tmp_path, codec):
     """Of these, only FFmpeg's own decoders tell it."""
