@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from video_factory import encode_clip, read_numbers, reason
+from video_factory import cut, encode_clip, read_numbers, reason
 
 from capkit.video import ClipReader, FrameSampling, VideoError, load_clip
 
@@ -176,3 +176,13 @@ def test_an_index_that_claims_millions_of_frames(clips, tmp_path):
     path.write_bytes(data)
     for memory_bytes in (None, 2**29):  # FFmpeg alone takes more than the latter
         assert "cut short: its index promises 33000000 frames" in reason(load_clip, path, memory_bytes=memory_bytes)
+
+
+@pytest.mark.parametrize("codec, suffix", [("flv", "flv"), ("wmv2", "wmv"), ("rv20", "rm")])
+def test_whole_files_with_few_frames_a_second_are_not_cut_short(tmp_path, codec, suffix):
+    """Their packets do not say how long the last frame lasts."""
+    for count, fps in ((1, 25), (2, 25), (5, 1), (12, "1/2")):
+        path = encode_clip(tmp_path / f"slow.{suffix}", range(count), codec=codec, fps=fps)
+        clip = load_clip(path, "uniform", **HERE)
+        assert read_numbers(clip.frames) == list(range(count))
+    assert "cut short" in reason(load_clip, cut(path, tmp_path / f"cut.{suffix}", 0.6), **HERE)
