@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ EXPLODING = ("hevc", "mjpeg", "mpeg1video", "mpeg2video")  # H.264 would refuse 
 DECODING_TIMES_ONLY = ("avi", "asf", "asf_o", "mxf")
 GUESSED_DURATION = ("mpegts", "mpeg")  # formats of which FFmpeg takes the duration from the last packets
 TAIL_BYTES = 4096
+OUT_OF_MEMORY = (errno.ENOMEM, errno.EAGAIN)  # the latter where a thread cannot start
 
 
 class VideoError(Exception):
@@ -170,8 +172,8 @@ class VideoFile:
         try:
             return self._decoder.decode(packet)
         except av.error.FFmpegError as error:
-            if isinstance(error, MemoryError):
-                raise
+            if error.errno in OUT_OF_MEMORY:
+                raise MemoryError from error
             bytearray(16 * self._decoder.width * self._decoder.height)  # a MemoryError, if that was the cause
             raise
 
@@ -221,8 +223,8 @@ def _open(path: str) -> tuple[InputContainer, VideoStream]:
     try:  # absolute, because FFmpeg takes "a:b.mp4" for a protocol; tags need not be UTF-8
         container = av.open(os.path.abspath(path), container_options=options, metadata_errors="replace")
     except av.error.FFmpegError as error:
-        if isinstance(error, MemoryError):
-            raise
+        if error.errno in OUT_OF_MEMORY:
+            raise MemoryError from error
         with open(path, "rb") as file:
             is_mp4 = file.read(8)[4:] == b"ftyp"
         cut_short = "an MP4 whose index cannot be read: the end of the file is probably missing (incomplete download?)"

@@ -9,7 +9,6 @@ FFmpeg is not imported before a file is read, and torch never, so that a worker 
 
 from __future__ import annotations
 
-import errno
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capkit.video.bitstream import has_display_orientation, is_picture, is_random_access_point, num_shown_frames
-from capkit.video.container import DECODERS, VideoError, VideoFile
+from capkit.video.container import DECODERS, OUT_OF_MEMORY, VideoError, VideoFile
 from capkit.video.pictures import PictureFormat, VideoInfo
 
 if TYPE_CHECKING:
@@ -120,14 +119,19 @@ def read_timestamps(path: str) -> tuple[Times, VideoInfo]:
 @contextmanager
 def _ffmpeg_errors(path: str) -> Iterator[None]:
     """Raise a VideoError or a MemoryError in place of an error of FFmpeg."""
-    import av
-
     try:
-        yield
-    except av.error.FFmpegError as error:
-        if error.errno == errno.ENOMEM:
+        import av
+
+        try:
+            yield
+        except av.error.FFmpegError as error:
+            if error.errno in OUT_OF_MEMORY:
+                raise MemoryError from error
+            raise VideoError(path, f"damaged: reading it ends in {error.strerror!r}") from error
+    except ImportError as error:
+        if "failed to map segment" in str(error):  # for lack of memory
             raise MemoryError from error
-        raise VideoError(path, f"damaged: reading it ends in {error.strerror!r}") from error
+        raise
 
 
 # ---- listing ---------------------------------------------------------------------------------------------------------
@@ -194,8 +198,6 @@ def _list_by_decoding(path: str) -> _Listing:
             try:
                 frames = video.decode(packet)
             except av.error.FFmpegError as error:
-                if isinstance(error, MemoryError):
-                    raise
                 if pts and not problem:  # before the first frame, references may be missing
                     problem = f"damaged: after frame {len(pts) - 1}, decoding ends in {error.strerror!r}"
                 continue
@@ -362,9 +364,7 @@ def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pi
             raise not_as_listed
         try:
             frames = video.decode(packet)
-        except av.error.FFmpegError as error:
-            if isinstance(error, MemoryError):
-                raise
+        except av.error.FFmpegError:
             frames, is_damaged = [], True  # decoders conceal errors, which persist until the next keyframe
         for frame in frames:
             pictures.set_format(frame, video)

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 STRATEGIES = ("chat", "base", "uniform", "fps")
 DECODERS = ("pyav", "decord")
+MAX_RATE = 1e9  # no frames are nearer to each other, and ticks of a higher rate would be rounded to the same time
 BASE_SECONDS = 60  # "base" samples the first minute (CogVideo tools/caption)
 
 
@@ -67,7 +68,8 @@ def fps_indices(timestamps_seconds: ArrayLike, frames_per_second: float, num_fra
         ValueError: as `chat_indices`, or `frames_per_second` not positive and finite.
     """
     times = _times(timestamps_seconds)
-    rate, limit = positive("frames_per_second", frames_per_second), _at_least_one("num_frames", num_frames)
+    rate = min(positive("frames_per_second", frames_per_second), MAX_RATE)
+    limit = _at_least_one("num_frames", num_frames)
     indices: list[int] = []
     tick, last = 0, times.max() + 1e-6  # a rounding error must not exclude the tick of the last frame
     while len(indices) < limit and tick / rate <= last:

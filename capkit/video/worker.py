@@ -19,6 +19,7 @@ from capkit.video.container import VideoError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+MAX_SECONDS = 1e9  # more than timers take
 ORPHAN_SECONDS = 5  # a worker whose parent was killed during a call ends this long after the call's timeout
 MAIN = (
     "import pickle, sys; sys.path[:], *task = pickle.load(sys.stdin.buffer); "
@@ -72,6 +73,7 @@ class WorkerProcess:
             expired.set()
             process.kill()
 
+        timeout_seconds = min(timeout_seconds, MAX_SECONDS)
         timer = threading.Timer(timeout_seconds, expire)
         timer.daemon = True
         timer.start()

@@ -47,6 +47,7 @@ def test_fps_takes_one_frame_a_tick():
     assert fps_indices(times, 1) == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
     assert fps_indices(times, 0.25) == [0, 40, 80]
     assert fps_indices(times, 1e12, num_frames=4) == [0, 1, 2, 3]  # faster than the video: each frame once, and soon
+    assert fps_indices(times, 1e300) == list(range(24))
     assert fps_indices([0.0, 3.0, 3.5], 1) == [0, 1]  # ticks 0, 1 and 2, 3: no repeats
     assert fps_indices([7.0], 1) == [0]
 

@@ -87,6 +87,10 @@ def test_the_worker_gives_the_same_clip(clips):
     assert "not a video" in reason(load_clip, __file__)
 
 
+def test_a_timeout_of_more_than_a_lifetime(clips):
+    assert len(load_clip(clips("plain.mp4"), timeout_seconds=1e300)) == 3
+
+
 def test_a_hang_is_ended(clips, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(fake_decord(tmp_path, HANG))
     assert "reading took more than 2 seconds" in reason(load_clip, clips("plain.mp4"), BY_DECORD, timeout_seconds=2)
