@@ -118,7 +118,7 @@ def read_timestamps(path: str) -> tuple[Times, VideoInfo]:
 
 @contextmanager
 def _ffmpeg_errors(path: str) -> Iterator[None]:
-    """Raise a VideoError or a MemoryError in place of an error of FFmpeg."""
+    """Raise a VideoError or a MemoryError in place of an error of FFmpeg or of the file system."""
     try:
         import av
 
@@ -128,6 +128,8 @@ def _ffmpeg_errors(path: str) -> Iterator[None]:
             if error.errno in OUT_OF_MEMORY:
                 raise MemoryError from error
             raise VideoError(path, f"damaged: reading it ends in {error.strerror!r}") from error
+        except OSError as error:  # it has vanished, or the disk fails
+            raise VideoError(path, f"cannot be read: {error.strerror}") from error
     except ImportError as error:
         if "failed to map segment" in str(error):  # for lack of memory
             raise MemoryError from error

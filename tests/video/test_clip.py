@@ -72,6 +72,13 @@ def test_a_video_error_survives_pickling():
     assert (error.path, error.reason, str(error)) == ("a.mp4", "no such file", "a.mp4: no such file")
 
 
+def test_a_file_that_vanishes_is_an_error_of_that_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("capkit.video.clip._check_file", lambda path: None)  # it was there when this was checked
+    for limit in (60, None):
+        words = reason(load_clip, tmp_path / "gone.mp4", timeout_seconds=limit)
+        assert words == "cannot be read: No such file or directory"
+
+
 def test_no_file_a_folder_an_empty_file(tmp_path):
     assert reason(load_clip, tmp_path / "gone.mp4") == "no such file"
     assert "folder" in reason(load_clip, tmp_path)
