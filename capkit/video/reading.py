@@ -149,7 +149,7 @@ def _list_packets(path: str) -> _Listing | None:
             num_shown = num_shown_frames(video.codec, memoryview(packet), extradata)
             if packet.pts is None or num_shown > 1 or not is_picture(video.codec, memoryview(packet)):
                 return None
-            if not keys and not _starts_alike(video, packet):
+            if not keys and not _is_ordinary_start(video, packet):
                 return None
             if packet.is_keyframe:
                 keys.append(_Key(packet.pts, packet.dts))
@@ -168,8 +168,8 @@ def _list_packets(path: str) -> _Listing | None:
         return _listing(video, pts, video.time_base, duration, keys)
 
 
-def _starts_alike(video: VideoFile, packet: Packet[VideoStream]) -> bool:
-    """Whether the file's first packet can be decoded, and shown like those after later keyframes."""
+def _is_ordinary_start(video: VideoFile, packet: Packet[VideoStream]) -> bool:
+    """Whether decoding can start at a file's first packet, and it tells no turn that would be missed after a seek."""
     data, extradata = bytes(packet), video.stream.codec_context.extradata
     return (
         packet.is_keyframe
