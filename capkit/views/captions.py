@@ -264,10 +264,9 @@ def heading(record: dict[str, Any], with_prompt: bool = True) -> str:
 
 
 def facts_line(record: dict[str, Any]) -> str:
-    """Length, finish reason, probability, duration and notes on the video as HTML; "" for an error or a text."""
+    """Length, finish reason, probability and duration as HTML; "" for an error or a text."""
     facts = "" if record.get("status") == "error" else caption_facts(record, with_probability=True)
-    notes = "".join(f"<br>The video is {escape(note)}." for note in record.get("video_notes") or [])
-    return facts and f'<div style="{MUTED}">{facts}{notes}</div>'
+    return facts and f'<div style="{MUTED}">{facts}</div>'
 
 
 def caption_frames(record: dict[str, Any], clip: Clip, grounding: Grounding | None = None) -> str:
