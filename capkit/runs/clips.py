@@ -51,14 +51,15 @@ class Item:
 
 
 def find_clips(videos: str | os.PathLike[str] | dict[str, Any] | Iterable[Any], limit: int | None = None) -> list[Item]:
-    """Find the clips that a glob, a folder, a file, a manifest or a list of these names.
+    """Find the clips named by a glob, a folder, a file, a manifest, or a list of these.
 
-    Folders and globs are searched alike. Links are followed, and each folder is searched once, under its name without
-    links if it has one: links in a circle do no harm, and two links to one folder give its clips once. Links to files
-    are clips under each of their names. Left out, and counted in a warning: names that begin with a dot or are
-    `__MACOSX`, unless the pattern says so itself (`clips/.cache/*.mp4`); files without the suffix of a video, unless
-    the pattern ends in theirs (`clips/*.bin`); `.ts` and `.mts` files that are text, such as TypeScript; links to
-    nowhere; folders that may not be read.
+    Links are followed. Each folder is searched once, even if links form a circle or several lead to it; a link to a
+    file is a clip of its own. A warning counts what a folder or a glob leaves out:
+
+    - hidden files and folders, unless the pattern names them (`clips/.cache/*.mp4`), and `__MACOSX`;
+    - files without the suffix of a video, unless the pattern ends in theirs (`clips/*.bin`);
+    - `.ts` and `.mts` files that are text, such as TypeScript;
+    - links to nowhere, and folders that may not be read.
 
     Args:
         videos: "demo" for the clips that come with capkit; a pattern such as "clips/**/*.mp4"; a folder, searched with
@@ -107,11 +108,15 @@ def _items(entry: Any, left_out: LeftOut) -> list[Item]:
         return _read_manifest(path)
     if pattern:
         return [Item(file) for file in _search(folder, pattern, left_out)]
+    if isinstance(entry, str) and "://" in entry:
+        raise ValueError(f"videos: {entry!r} is an address; download it first")
+    if not os.path.lexists(path) and (path.suffix.lower() in MANIFEST_SUFFIXES or str(entry).endswith(os.sep)):
+        raise ValueError(f"videos: {str(entry)!r}: there is no such {'folder' if str(entry)[-1] == os.sep else 'file'}")
     return [Item(str(path))]  # a missing file gets a record with an error
 
 
 def _split_pattern(path: Path) -> tuple[str, list[str]]:
-    """Split off what precedes the first part with wildcards. A file or folder so named is itself: "take [1].mp4"."""
+    """Split off what precedes the first part with wildcards. An existing "take [1].mp4" is taken literally."""
     folder, parts = "", deque(path.parts)
     while parts and (not glob.has_magic(parts[0]) or os.path.lexists(os.path.join(folder, parts[0]))):
         folder = os.path.join(folder, parts.popleft())
@@ -153,7 +158,7 @@ def _walk(start: str, pattern: list[str], left_out: LeftOut) -> Iterator[str]:
             status = os.stat(folder or os.curdir)
             positions -= searched[status.st_dev, status.st_ino]
             if not positions:
-                left_out["folders reached before"][folder] += 1
+                left_out["folders already searched"][folder] += 1
                 continue
             searched[status.st_dev, status.st_ino] |= positions
             with os.scandir(folder or os.curdir) as entries:

@@ -19,14 +19,21 @@ from capkit.video.worker import WorkerProcess
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames of a video, with their times and where they come from."""
+    """Frames of a video, with their times and where they come from.
+
+    Attributes:
+        frames: uint8 RGB, shape (T, H, W, 3).
+        frame_indices: T indices into the file's frames in the order of showing; the first frame is 0.
+        timestamps_seconds: float64, shape (T,): start of each frame, counted from the file's first frame, also if only
+            a window was read.
+        info: facts about the file; `info.notes` is what may make frames look different from a player's.
+        frame_sampling: None for frames in memory.
+        start_seconds, end_seconds: the window that was sampled; end None for the end of the video.
+    """
 
     frames: NDArray[np.uint8]
-    """uint8 RGB, shape (T, H, W, 3)."""
     frame_indices: list[int]
-    """T indices into the file's frames in presentation order; the first frame is 0."""
     timestamps_seconds: NDArray[np.float64]
-    """float64, shape (T,): start of each frame in the file's time, also if only a window of the file was read."""
     info: VideoInfo
     frame_sampling: FrameSampling | None = None
     start_seconds: float = 0.0
@@ -71,13 +78,15 @@ class Clip:
         return len(self.frames)
 
     def __repr__(self) -> str:
-        sampling = f", {self.frame_sampling}" if self.frame_sampling else ""
-        times = f"{self.timestamps_seconds[0]:.2f} to {self.timestamps_seconds[-1]:.2f} s"
-        return f"Clip(frames: {self.frames.dtype} {self.frames.shape}, {times}{sampling}, {self.info})"
+        facts = [f"frames: {self.frames.dtype} {self.frames.shape}"]
+        facts.append(f"{self.timestamps_seconds[0]:.2f} to {self.timestamps_seconds[-1]:.2f} s")
+        facts += [self.frame_sampling.strategy] if self.frame_sampling else []
+        facts += [repr(self.info.path)] if self.info.path else []
+        return f"Clip({', '.join(facts + self.info.notes)})"
 
     @property
     def one_frame_a_second(self) -> bool:
-        """Whether frame i is from second i of the window: then the frame numbers in the prompt are seconds."""
+        """Whether frame i is nearest to second i of the window: then the frame numbers in the prompt are seconds."""
         return [round(time - self.start_seconds) for time in self.timestamps_seconds] == list(range(len(self)))
 
 
@@ -90,20 +99,20 @@ def load_clip(
     reader: "ClipReader | None" = None,
     memory_bytes: int | None = None,
 ) -> Clip:
-    """Read sampled frames of a video file, of which start_seconds <= time < end_seconds.
+    """Read the sampled frames of a video, or of its window start_seconds <= time < end_seconds.
 
-    A frame is known by its presentation time, and its index counts the frames that a player shows. Frames come upright
-    and with square pixels; `Clip.info` says how they were turned and stretched.
+    Times are presentation times, counted from the first frame; indices count the frames that a player shows, from 0.
+    Frames come upright and with square pixels; `Clip.info` tells how they were turned and scaled.
 
     Args:
         path: video file; `~` is expanded.
         frame_sampling: name of a strategy, a `FrameSampling` or a dict of its fields; counts from `start_seconds`.
-        end_seconds: None: the end of the video.
+        start_seconds, end_seconds: the window; end None: the end of the video.
         timeout_seconds: a worker process reads and is killed after this time. None: read in this process, without a
             limit.
-        reader: a `ClipReader`, to read many clips in one worker process; None: start one for this clip.
-        memory_bytes: the most memory that the clip may take, and the worker process (POSIX). None: `memory_budget()`,
-            or the limit of `reader`.
+        reader: a `capkit.video.ClipReader`, to read many clips in one worker process; None: start one for this clip.
+        memory_bytes: limit for the clip's frames; on POSIX for all memory of the worker process, which itself needs 100
+            MB. None: half of the free memory, at most 8 GiB; with `reader`, its limit.
 
     Raises:
         VideoError: the file cannot be read, not all sampled frames can be decoded, no frame is in the window, or the
@@ -128,7 +137,8 @@ def load_clip(
             limit = reader.memory_bytes
             return reader.read(path, sampling, start_seconds, end_seconds, timeout_seconds)
     except MemoryError:
-        problem = f"reading it takes more memory than {limit / 2**30:.1f} GiB (memory_bytes); sample fewer frames"
+        limits = f"{limit / 2**30:.1f} GiB (memory_bytes)"
+        problem = f"reading it takes more memory than {limits}; sample fewer frames, or allow more"
         raise VideoError(path, problem) from None
 
 
@@ -178,7 +188,11 @@ class ClipReader(WorkerProcess):
             limit = self.memory_bytes // 2
             return self.call(path, sampling, start_seconds, end_seconds, limit, timeout_seconds=timeout_seconds)
         except TimeoutError as error:
-            raise ReaderHung(path, f"reading {error} (timeout_seconds)") from None
+            raise ReaderHung(path, f"reading {error}; raise timeout_seconds if it is a long video") from None
+        except ImportError as error:
+            if "failed to map segment" in str(error):  # a library for which there was no room
+                raise MemoryError from None
+            raise
         except ChildProcessError as error:
             if "bad_alloc" in str(error):  # how decord runs out of memory
                 raise MemoryError from None
@@ -203,7 +217,9 @@ def _read(
 
 def _check_file(path: str) -> None:
     if not os.path.exists(path):
-        raise VideoError(path, "no such file")
+        is_pattern = any(character in path for character in "*?[")
+        hint = "; a pattern is for capkit.find_clips" if is_pattern else ""
+        raise VideoError(path, "an address, not a file: download it first" if "://" in path else f"no such file{hint}")
     if not os.path.isfile(path):
         raise VideoError(path, "is a folder, not a video" if os.path.isdir(path) else "is not a regular file")
     if not os.access(path, os.R_OK):

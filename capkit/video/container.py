@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from typing_extensions import Self
 
-# FFmpeg's demuxers of videos. Others draw text, open single pictures, or read lists of other files and addresses.
+# FFmpeg's demuxers of videos. All others are shut out: some draw text, open single pictures, other files or addresses.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska,webm",
@@ -226,12 +226,21 @@ def _open(path: str) -> tuple[InputContainer, VideoStream]:
         if error.errno in OUT_OF_MEMORY:
             raise MemoryError from error
         with open(path, "rb") as file:
-            is_mp4 = file.read(8)[4:] == b"ftyp"
-        cut_short = "an MP4 whose index cannot be read: the end of the file is probably missing (incomplete download?)"
-        raise VideoError(path, cut_short if is_mp4 else f"not a video that can be read ({error.strerror})") from error
+            head = file.read(1024)
+        is_mp4 = head[4:8] == b"ftyp"
+        problem = f"not a video that can be read ({error.strerror})"
+        if is_mp4:
+            problem = (
+                "an MP4 whose index cannot be read: the end of the file is probably missing (incomplete download?)"
+            )
+        elif _is_text(head):
+            problem = "not a video but text (a list of files, or the page of a failed download?)"
+        elif error.errno == errno.EINVAL:  # FFmpeg knows a format that is not among `FORMATS`
+            problem = "not a video but a picture, or of a format that is not supported"
+        raise VideoError(path, problem) from error
     stream = container.streams.best("video")
     if container.metadata.get("major_brand") in PICTURE_BRANDS:
-        problem = "a picture, not a video"
+        problem = "a single picture, not a video"
     elif not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:  # a cover
         problem = "has no video stream, only sound" if container.streams.audio else "has no video stream"
     elif stream.codec_context is None:
@@ -240,6 +249,11 @@ def _open(path: str) -> tuple[InputContainer, VideoStream]:
         return container, stream
     container.close()
     raise VideoError(path, problem)
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the first bytes of a file are text without control characters other than white space and escape."""
+    return not set(head) & ({*range(32)} - {9, 10, 13, 27})
 
 
 class _SideData(NamedTuple):

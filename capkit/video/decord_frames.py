@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from capkit.video.container import VideoError
 
 DECORD_VERSION = "0.6.0"
-MAX_DIFFERENCE = 2  # mean over a frame, of 255: colours of 10 bits differ by less than 0.1, another frame by more
+BLOCK_PIXELS = 16
+MAX_DIFFERENCE = 6  # mean over a block, of 255. Colours of 10 bits differ by less than 1; what has moved, by more
 MAX_TIME_DIFFERENCE_SECONDS = 0.001
 
 
@@ -21,11 +23,11 @@ def decode_with_decord(
 
     Args:
         path: video file.
-        timestamps_seconds, frames: what PyAV gives, which decord has to agree with: it silently returns other frames
-            from files with open groups of pictures, hidden frames, wrong keyframe flags and the like.
+        timestamps_seconds, frames: PyAV's, to check decord's: it silently returns wrong frames from files with open
+            groups of pictures, hidden frames, wrong keyframe flags and the like.
 
     Raises:
-        VideoError: decord cannot read the file, or gives other frames or times.
+        VideoError: decord cannot read the file, or gives other frames.
         ImportError: decord is missing, or has another version.
     """
     decord = _import_decord()
@@ -34,18 +36,36 @@ def decode_with_decord(
         times = reader.get_frame_timestamp(indices)[:, 0] if max(indices) < len(reader) else np.inf
         decoded = reader.get_batch(indices)
     except (decord.DECORDError, RuntimeError, AssertionError, UnicodeError, IndexError) as error:
-        raise VideoError(path, f"decord cannot read it ({error}); leave decoder at its default") from None
+        message = str(error).strip().splitlines()[-1:] or [repr(error)]
+        raise VideoError(path, f'decord cannot read it ({message[0]}); decoder="pyav" can') from None
     pixels: NDArray[np.uint8] = decoded.asnumpy() if hasattr(decoded, "asnumpy") else np.asarray(decoded)  # set_bridge
-    same = pixels.shape == frames.shape and bool(np.all(abs(times - timestamps_seconds) <= MAX_TIME_DIFFERENCE_SECONDS))
-    if not same or any(
-        np.abs(ours.astype(np.int16) - theirs).mean() > MAX_DIFFERENCE
-        for ours, theirs in zip(frames, pixels, strict=True)
-    ):
-        raise VideoError(path, "decord gives other frames than the file shows; leave decoder at its default")
+    difference = ""
+    if pixels.shape != frames.shape:
+        (height, width), (their_height, their_width) = frames.shape[1:3], pixels.shape[1:3]
+        difference = f"pictures of {their_width} x {their_height} instead of {width} x {height} pixels"
+    elif np.any(abs(times - timestamps_seconds) > MAX_TIME_DIFFERENCE_SECONDS):
+        difference = "frames of other times"
+    else:
+        for index, ours, theirs in zip(indices, frames, pixels, strict=True):
+            if _largest_difference(ours, theirs) > MAX_DIFFERENCE:
+                difference = f"another picture for frame {index}"
+                break
+    if difference:
+        raise VideoError(path, f'decord gives {difference}; decoder="pyav" reads it right')
     return pixels
 
 
-def _import_decord():  # type: ignore[no-untyped-def]
+def _largest_difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Between two pictures, (H, W, 3): the largest mean difference of a block of `BLOCK_PIXELS` squared."""
+    differences = np.abs(one.astype(np.int16) - other).mean(axis=2)
+    for axis in (0, 1):
+        starts = np.arange(0, differences.shape[axis], BLOCK_PIXELS)
+        sizes = np.diff([*starts, differences.shape[axis]])
+        differences = np.add.reduceat(differences, starts, axis=axis) / np.expand_dims(sizes, 1 - axis)
+    return float(differences.max())
+
+
+def _import_decord() -> ModuleType:
     try:
         import decord
     except (ImportError, OSError, RuntimeError) as error:  # no wheel for this machine, or one that does not load
@@ -53,4 +73,5 @@ def _import_decord():  # type: ignore[no-untyped-def]
     if decord.__version__ != DECORD_VERSION:
         remedy = f"pip uninstall decord2, then pip install --force-reinstall decord=={DECORD_VERSION}"
         raise ImportError(f'decoder="decord" needs decord {DECORD_VERSION}, not {decord.__version__}: {remedy}')
-    return decord
+    module: ModuleType = decord
+    return module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -33,43 +33,53 @@ UNKNOWN_ORIENTATION = "unknown, shown as stored"
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Facts about a video file, or about frames in memory."""
+    """Facts about a video file, or about frames in memory.
+
+    Attributes:
+        path: None for frames in memory.
+        num_frames: number of frames that a player shows.
+        average_fps: frames per second, as the file says; uneven frame times may have another average.
+        duration_seconds: from the first frame's start to the last frame's end.
+        height, width: of the frames in `Clip.frames`, in pixels.
+        codec: FFmpeg's name, such as "h264".
+        orientation: how the stored frames were turned to be upright.
+        sample_aspect_ratio: width of a stored pixel divided by its height; frames are scaled to square pixels.
+        hdr: "PQ" or "HLG" for high dynamic range; frames are not tone-mapped.
+        interlaced: whether frames are woven from two fields; they are not deinterlaced.
+        changes_shape: whether stored frames differ in size, aspect ratio or orientation; they are all stretched and
+            turned as the first one.
+    """
 
     path: str | None
-    """None for frames in memory."""
     num_frames: int
-    """Number of frames that a player shows."""
     average_fps: float
     duration_seconds: float
-    """From the first frame's start to the last frame's end."""
     height: int
-    """Of the frames in pixels, upright and square, as `width`."""
     width: int
     codec: str | None
-    """FFmpeg's name, such as "h264"."""
     orientation: str = "upright"
-    """How the stored frames were turned to be upright."""
     sample_aspect_ratio: float = 1.0
-    """Width of a stored pixel divided by its height; frames are scaled to square pixels."""
     hdr: str | None = None
-    """ "PQ" or "HLG" for a high dynamic range, which frames keep as FFmpeg decodes it."""
     interlaced: bool = False
-    """Whether frames are woven of two fields."""
     changes_shape: bool = False
-    """Whether stored frames differ in size, aspect ratio or orientation; all are stretched and turned as the first."""
+
+    def __repr__(self) -> str:
+        """Without the fields that are as usual."""
+        names = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return f"VideoInfo({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
     def notes(self) -> list[str]:
-        """What may make the frames look other than in a player; empty for most videos."""
+        """Why frames may look different from what a player shows; empty for most videos."""
         notes = []
         if self.hdr:
-            notes.append(f"HDR ({self.hdr}): its colours are not mapped to the standard range and look pale")
+            notes.append(f"HDR ({self.hdr}): frames are not tone-mapped and look pale")
         if self.interlaced:
-            notes.append("interlaced: where things move, frames show combs")
+            notes.append("interlaced: frames are not deinterlaced and show combs where things move")
         if self.changes_shape:
             notes.append("changing its size, aspect ratio or orientation: some frames are stretched or turned wrongly")
         if self.orientation == UNKNOWN_ORIENTATION:
-            notes.append("turned by something else than quarter turns: frames are as stored")
+            notes.append("rotated by an angle that is no multiple of 90 degrees: frames are as stored")
         if not has_possible_pixels(self.sample_aspect_ratio):
             notes.append(
                 f"given an impossible sample aspect ratio ({self.sample_aspect_ratio:g}): frames are as stored"
@@ -79,7 +89,7 @@ class VideoInfo:
 
 def has_possible_pixels(sample_aspect_ratio: float | Fraction) -> bool:
     """Whether a video can have this sample aspect ratio."""
-    return 1 <= WIDEST_PIXEL * sample_aspect_ratio <= WIDEST_PIXEL**2
+    return 1 / WIDEST_PIXEL <= sample_aspect_ratio <= WIDEST_PIXEL
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,9 @@ class PictureFormat:
 
     def to_rgb(self, frame: VideoFrame) -> NDArray[np.uint8]:
         """uint8, of `shape`."""
-        width, height = self.square_width, self.stored_height  # even should the size change within the file, as decord
+        width, height = self.square_width, self.stored_height  # as decord, also if the size changes within the file
+        if frame.interlaced_frame:
+            frame = _as_progressive(frame)
         is_scaled = (frame.width, frame.height) != (width, height)
         # Without scaling, POINT is nearest to decord's 10-bit colours.
         method = "BICUBIC" if is_scaled else "POINT"
@@ -154,6 +166,18 @@ class PictureFormat:
             pixels = pixels if a else pixels.transpose(1, 0, 2)
             pixels = pixels[:: b + d, :: a + c]
         return pixels
+
+
+def _as_progressive(frame: VideoFrame) -> VideoFrame:
+    """A copy that is not marked as interlaced: FFmpeg's programs and decord convert colours of full frames."""
+    from av import VideoFrame
+
+    try:
+        copy = VideoFrame.from_ndarray(frame.to_ndarray(), format=frame.format.name)
+    except ValueError:  # a pixel format that NumPy arrays cannot hold
+        return frame
+    copy.colorspace, copy.color_range = frame.colorspace, frame.color_range
+    return copy
 
 
 def _display_matrix(frame: VideoFrame, default: Matrix | None = (1, 0, 0, 1)) -> Matrix | None:

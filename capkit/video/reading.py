@@ -1,8 +1,8 @@
 """Reading exactly the wanted frames of a video file, with PyAV.
 
-A frame is known by the presentation time that the decoder gives it. A file's packets, which can be listed without
-decoding, promise frames at certain times; the stretches that are decoded must keep that promise, frame by frame.
-Otherwise, or if the packets promise nothing reliable, all frames are decoded once to learn their times.
+A frame is identified by the presentation time that the decoder gives it. A file's packets are listed without decoding;
+they tell when frames are shown. Each frame that is decoded is checked against that list. If one differs, or if the list
+cannot be trusted, the whole file is decoded once to learn the times.
 
 FFmpeg is not imported before a file is read, and torch never, so that a worker process starts fast.
 """
@@ -33,7 +33,8 @@ Choose = Callable[[Times, VideoInfo], list[int]]
 # Codecs whose packets show one frame each, apart from fields and hidden frames. All codecs without references do, too.
 ONE_FRAME_PER_PACKET = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video"))
 MAX_REORDERED = 16  # frames of H.264 and H.265 between decoding and showing
-MAX_CHECKED = 3000  # frames of a file that is decoded from start to end if its frames do not last equally long
+MAX_CHECKED = 3000  # a file with uneven frame times and at most so many frames is read from its start, without seeking
+MAX_FRAME_RATE = 1000  # a higher one is the unit of time, as in raw DV
 FRAMES_PER_SEEK = 8  # decoding so many costs about as much as a seek
 
 
@@ -55,7 +56,7 @@ class _Listing:
     info: VideoInfo
     """Height and width as stored."""
     keys: list[_Key]
-    """In order of time, the first not later than the first frame; empty if the frames were listed by decoding."""
+    """In order of time, the first at or before the first frame; empty if the frames were listed by decoding."""
 
     @property
     def path(self) -> str:
@@ -72,7 +73,7 @@ class _NotAsListed(VideoError):
     """Decoding gives other frames than were listed."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, "decoding does not give the frames that the file promises")
+        super().__init__(path, "decoding does not give the frames that the file lists")
 
 
 def read_frames(
@@ -83,7 +84,7 @@ def read_frames(
     Args:
         path: video file.
         choose: from timestamps_seconds, float64 (n,), and a `VideoInfo` to the indices of the wanted frames. It is
-            called again if the file's packets promised frames that do not exist.
+            called again if the file's packets told of other frames.
         memory_bytes: the most that the frames may take; None: no limit.
 
     Returns:
@@ -95,9 +96,8 @@ def read_frames(
     """
     with _ffmpeg_errors(path):
         if listing := _list_packets(path):
-            for by_seeking in (
-                (True, False) if listing.is_even or len(listing.timestamps_seconds) > MAX_CHECKED else (False,)
-            ):
+            may_seek = listing.is_even or listing.info.num_frames > MAX_CHECKED
+            for by_seeking in (True, False) if may_seek else (False,):
                 with suppress(_NotAsListed):
                     return _read(listing, choose, memory_bytes, by_seeking)
         return _read(_list_by_decoding(path), choose, memory_bytes, by_seeking=False)
@@ -119,21 +119,16 @@ def read_timestamps(path: str) -> tuple[Times, VideoInfo]:
 @contextmanager
 def _ffmpeg_errors(path: str) -> Iterator[None]:
     """Raise a VideoError or a MemoryError in place of an error of FFmpeg or of the file system."""
-    try:
-        import av
+    import av
 
-        try:
-            yield
-        except av.error.FFmpegError as error:
-            if error.errno in OUT_OF_MEMORY:
-                raise MemoryError from error
-            raise VideoError(path, f"damaged: reading it ends in {error.strerror!r}") from error
-        except OSError as error:  # it has vanished, or the disk fails
-            raise VideoError(path, f"cannot be read: {error.strerror}") from error
-    except ImportError as error:
-        if "failed to map segment" in str(error):  # for lack of memory
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        if error.errno in OUT_OF_MEMORY:
             raise MemoryError from error
-        raise
+        raise VideoError(path, f"damaged: reading it ends in {error.strerror!r}") from error
+    except OSError as error:  # it has vanished, or the disk fails
+        raise VideoError(path, f"cannot be read: {error.strerror}") from error
 
 
 # ---- listing ---------------------------------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ def _list_packets(path: str) -> _Listing | None:
             num_shown = num_shown_frames(video.codec, memoryview(packet), extradata)
             if packet.pts is None or num_shown > 1 or not is_picture(video.codec, memoryview(packet)):
                 return None
-            if not keys and not _starts_alike(video, packet):
+            if not keys and not _is_ordinary_start(video, packet):
                 return None
             if packet.is_keyframe:
                 keys.append(_Key(packet.pts, packet.dts))
@@ -174,8 +169,8 @@ def _list_packets(path: str) -> _Listing | None:
         return _listing(video, pts, video.time_base, duration, keys)
 
 
-def _starts_alike(video: VideoFile, packet: Packet[VideoStream]) -> bool:
-    """Whether the file's first packet can be decoded, and shown like those after later keyframes."""
+def _is_ordinary_start(video: VideoFile, packet: Packet[VideoStream]) -> bool:
+    """Whether decoding can start at a file's first packet, and it tells no turn that would be missed after a seek."""
     data, extradata = bytes(packet), video.stream.codec_context.extradata
     return (
         packet.is_keyframe
@@ -246,7 +241,9 @@ def _listing(
     relative = (np.array(ticks, np.int64) - ticks[0]).astype(np.float32).astype(np.float64)
     times = (relative * tick_seconds).astype(np.float32).astype(np.float64)
     span = (ticks[-1] - ticks[0]) * tick_seconds
-    fps = float(video.frame_rate or (len(ticks) - 1) / (span or 1) or 1)
+    fps = float(video.frame_rate or 0)
+    if not 0 < fps <= MAX_FRAME_RATE:
+        fps = (len(ticks) - 1) / (span or 1) or 1.0
     codec = video.stream.codec_context
     duration_seconds = span + (duration * tick_seconds or 1 / fps)
     info = VideoInfo(video.path, len(ticks), fps, duration_seconds, codec.height, codec.width, video.codec)
@@ -349,7 +346,7 @@ def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pi
     """Decode from a keyframe, or from the start, to the frame with the index `last`, taking the wanted frames.
 
     Raises:
-        _NotAsListed: the keyframe is none, or other frames come than those listed.
+        _NotAsListed: the packet is no keyframe, or other frames come than those listed.
         VideoError: a wanted frame is damaged.
     """
     import av

@@ -15,7 +15,7 @@ BASE_SECONDS = 60  # "base" samples the first minute (CogVideo tools/caption)
 
 
 def chat_indices(timestamps_seconds: ArrayLike, num_frames: int = 24) -> list[int]:
-    """One frame a second: for each second 0, 1, ..., round(last time), the first of the frames nearest to it.
+    """For each second 0, 1, ..., round(last time), the frame nearest to it; the first one, if two are equally near.
 
     Equal to the original model's "chat" strategy (CogVideo tools/caption), computed in float32 like decord's times.
     Where frames are more than a second apart, the same frame can be the nearest to several seconds and is repeated.
@@ -91,18 +91,21 @@ class FrameSampling:
     "chat": one frame a second from the start, as in the original. "base": evenly over the first minute, as in the
     original. "uniform": evenly over the whole clip or window. "fps": `frames_per_second` from the start.
 
+    Attributes:
+        strategy: one of these names.
+        num_frames: at most this many frames.
+        frames_per_second: for "fps" only.
+        decoder: "pyav", or "decord" for the same frames as decord 0.6.0 decodes them, to equal the original tool to the
+            last bit; a file from which decord gives other frames is a `VideoError`.
+
     Raises:
         ValueError: an unknown strategy, a number out of range, or a setting that the strategy does not use.
     """
 
     strategy: str
     num_frames: int = 24
-    """At most this many frames."""
     frames_per_second: float | None = None
-    """For "fps" only."""
     decoder: str = "pyav"
-    """ "decord": the same frames decoded by decord 0.6.0, to equal the original tool to the last bit; a file from which
-    decord gives other frames is a `VideoError`."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -111,6 +114,8 @@ class FrameSampling:
             raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
         object.__setattr__(self, "num_frames", _at_least_one("num_frames", self.num_frames))
         if self.strategy == "fps":
+            if self.frames_per_second is None:
+                raise ValueError('"fps" needs frames_per_second: {"strategy": "fps", "frames_per_second": 2}')
             object.__setattr__(self, "frames_per_second", positive("frames_per_second", self.frames_per_second))
         elif self.frames_per_second is not None:
             raise ValueError(f'frames_per_second has no effect with strategy {self.strategy!r}; it belongs to "fps"')
@@ -143,11 +148,11 @@ class FrameSampling:
         start_seconds: float = 0.0,
         end_seconds: float | None = None,
     ) -> list[int]:
-        """Indices of the sampled frames, all with start_seconds <= time < end_seconds; empty if no frame is in there.
+        """Indices of the sampled frames, all with start_seconds <= time < end_seconds; empty if the window has none.
 
         Args:
             timestamps_seconds: start times of all the video's frames, shape (n,), in order.
-            average_fps: frames per second over the whole video; only "base" uses it.
+            average_fps: frames per second as the file says; only "base" uses it.
         """
         check_window(start_seconds, end_seconds)
         times, first = _times(timestamps_seconds), 0

@@ -150,7 +150,9 @@ def _heading(clip: Clip, box: Sequence[float]) -> str:
     frames = "1 frame" if len(clip) == 1 else f"{len(clip)} frames"
     lost = 1 - box[2] * box[3] / (height * width)
     cut = f"{lost:.0%} of each picture is cut away" if lost >= 0.005 else "nothing is cut away"
-    return f'<b>{name}</b> <span style="{MUTED}">{escape(", ".join(facts))}</span><br>The model sees {frames}; {cut}.'
+    notes = f"<br>The video is {escape('; it is '.join(info.notes))}." if info.notes else ""
+    facts_line = f'<span style="{MUTED}">{escape(", ".join(facts))}</span>'
+    return f"<b>{name}</b> {facts_line}<br>The model sees {frames}; {cut}.{notes}"
 
 
 def _legend(clip: Clip, template: str) -> str:

@@ -86,7 +86,7 @@ def error_text(record: dict[str, Any]) -> str:
 
 
 def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str:
-    """A caption's length, finish reason and duration, as far as the record has them, as HTML.
+    """A caption's length, finish reason and duration, and the notes on its video, as far as there are any, as HTML.
 
     Args:
         record: a caption record.
@@ -99,7 +99,8 @@ def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str
         facts.append(f"{math.exp(mean):.0%} a token (mean, {mean:.2f} nats)")
     facts += [] if seconds is None else [f"{seconds:.3g} s"]
     edited = "<b>✎ edited by hand</b>; the model's own: " if "edited_text" in record else ""
-    return edited + escape(", ".join(facts))
+    notes = "".join(f"<br>The video is {escape(note)}." for note in record.get("video_notes") or [])
+    return edited + escape(", ".join(facts)) + notes
 
 
 def file_name(record: dict[str, Any]) -> str:

@@ -201,7 +201,7 @@ class TestLinks:
             names, said = found(folder, pattern)
             assert names == expected
             assert said.startswith(
-                f"{os.path.join(folder, pattern) if pattern else folder}: left out 4 folders reached"
+                f"{os.path.join(folder, pattern) if pattern else folder}: left out 4 folders already"
             )
             assert said.count("...") == 1 and str(folder / "again") in said
         assert found(folder, "again/*.mp4") == (["again/b.mp4"], "")  # as named

@@ -43,7 +43,7 @@ def check(path, truth, reader):
         if sampling == EVERY_FRAME:
             times = clip.timestamps_seconds
             told = next((f"told: {note}" for note in clip.info.notes if "frames are as stored" in note), None)
-            if told and "turned" in told:
+            if told and "rotated" in told:
                 truth = decode_all(path, upright=False)
             elif told:
                 truth = replace(truth, aspect=clip.frames.shape[2] / clip.frames.shape[1])

@@ -1,6 +1,7 @@
 """Clips and captions as they are shown: true under every sampling, escaped, and without scripts."""
 
 import re
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -200,6 +201,16 @@ class TestCaption:
         spoken = {"text": self.text, "status": "ok", "video": "a.mp4", "prompt": "?", "template": "base"}
         spoken |= dict.fromkeys(("num_tokens", "mean_logprob", "finish_reason", "seconds"))
         assert "not seconds" not in show_caption(spoken, clip).html
+
+    def test_what_is_unusual_about_the_video_is_told(self, random_clip):
+        clip = random_clip(2)
+        notes = clip.info.notes, replace(clip.info, hdr="PQ").notes
+        assert notes[0] == [] and "not tone-mapped" in notes[1][0]
+        record = {"text": self.text, "status": "ok", "video": "a.mp4", "prompt": "?", "num_tokens": 5}
+        for told, video_notes in (("The video is HDR (PQ): frames are", notes[1]), (None, [])):
+            html = show_caption(record | {"video_notes": video_notes}).html
+            assert (told in html) if told else ("The video is" not in html)
+        assert "The video is HDR (HLG)" in show_clip(replace(clip, info=replace(clip.info, hdr="HLG"))).html
 
     def test_a_grounding_of_something_else_is_refused(self, random_clip):
         with pytest.raises(ValueError, match="of another text"):
