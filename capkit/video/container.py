@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from capkit.video.bitstream import has_slice
@@ -46,6 +47,7 @@ EXPLODING = ("hevc", "mjpeg", "mpeg1video", "mpeg2video")  # H.264 would refuse 
 DECODING_TIMES_ONLY = ("avi", "asf", "asf_o", "mxf")
 GUESSED_DURATION = ("mpegts", "mpeg")  # formats of which FFmpeg takes the duration from the last packets
 TAIL_BYTES = 4096
+LOG_LEVEL = Lock()  # FFmpeg has one for all threads
 OUT_OF_MEMORY = (errno.ENOMEM, errno.EAGAIN)  # the latter where a thread cannot start
 
 
@@ -196,9 +198,7 @@ class VideoFile:
         if name not in GUESSED_DURATION and promised - allowance > seconds:
             with _open(self.path)[0] as again:  # another stream may last longer
                 ends = sorted({float(_end(packet) * packet.time_base) for packet in again.demux() if packet.size})
-            if (
-                not last.duration
-            ):  # the last frame may last as long as the one before, or a second if it is the only one
+            if not last.duration:  # as long as the frame before, or a second if it is the only one
                 allowance += ends[-1] - ends[-2] if len(ends) > 1 else 1
             if promised - allowance > ends[-1]:
                 return f"it should last {promised:.2f} s and lasts {ends[-1]:.2f} s"
@@ -257,7 +257,7 @@ def _is_text(head: bytes) -> bool:
 
 
 class _SideData(NamedTuple):
-    """What the headers of a stream say besides its codec's settings."""
+    """What a file's headers say of a stream, besides the settings of its codec."""
 
     cropping: tuple[int, int, int, int]
     is_turned: bool
@@ -268,12 +268,13 @@ def _side_data(container: InputContainer, stream: VideoStream) -> _SideData:
     """Read from FFmpeg's description of the file, because PyAV gives it in no other way."""
     import av
 
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)  # the description is a log message
-    try:
-        text: str = container.dumps_format()  # type: ignore[attr-defined]  # missing in PyAV's annotations
-    finally:
-        av.logging.set_level(level)
+    with LOG_LEVEL:
+        level = av.logging.get_level()
+        av.logging.set_level(av.logging.INFO)  # the description is a log message
+        try:
+            text: str = container.dumps_format()  # type: ignore[attr-defined]  # missing in PyAV's annotations
+        finally:
+            av.logging.set_level(level)
     lines = re.split(rf"^ +Stream #0:{stream.index}\b", text, flags=re.MULTILINE)[-1].split("\n  Stream #")[0]
     cropping = re.search(r"^ +frame cropping: (\d+)/(\d+)/(\d+)/(\d+)$", lines, re.MULTILINE | re.IGNORECASE)
     left, right, top, bottom = map(int, cropping.groups()) if cropping else (0, 0, 0, 0)
