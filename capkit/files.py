@@ -81,11 +81,13 @@ def write_page(path: str | os.PathLike[str], title: str, body: str) -> Path:
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append a line of JSON to a file and wait until it is on disk.
 
+    Lone surrogates, as in file names that are not UTF-8, become escapes that JSON readers understand.
+
     Raises:
         ValueError: the line contains a value that JSON cannot represent, such as NaN.
         OSError: with the path, for example when the disk is full; the file is as long as before.
     """
-    content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         try:

@@ -150,7 +150,7 @@ def _list_packets(path: str) -> _Listing | None:
             num_shown = num_shown_frames(video.codec, memoryview(packet), extradata)
             if packet.pts is None or num_shown > 1 or not is_picture(video.codec, memoryview(packet)):
                 return None
-            if not keys and not _is_ordinary_start(video, packet):
+            if _changes_headers(packet, extradata) or (not keys and not _is_ordinary_start(video, packet)):
                 return None
             if packet.is_keyframe:
                 keys.append(_Key(packet.pts, packet.dts))
@@ -167,6 +167,12 @@ def _list_packets(path: str) -> _Listing | None:
         if len(set(pts)) < len(pts) or keys[0].pts > pts[0] or not are_keys_in_order or is_reordered_much:
             return None
         return _listing(video, pts, video.time_base, duration, keys)
+
+
+def _changes_headers(packet: Packet[VideoStream], extradata: bytes | None) -> bool:
+    """Whether a packet brings a palette or other headers, which later ones need and would not have after a seek."""
+    new = packet.get_sidedata("new_extradata") if packet.has_sidedata("new_extradata") else None
+    return packet.has_sidedata("palette") or (new is not None and bytes(new) != extradata)
 
 
 def _is_ordinary_start(video: VideoFile, packet: Packet[VideoStream]) -> bool:

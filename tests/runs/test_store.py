@@ -150,6 +150,12 @@ for number in range(10**6):
         assert len(again.current()) == kept
 
 
+def test_a_file_name_that_is_not_utf_8(store):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    store.append({"request": "a", "video": name, "status": "ok"})
+    assert [record["video"] for record in CaptionStore(store.path).current()] == [name]
+
+
 def test_records_that_cannot_be_kept(store):
     with pytest.raises(ValueError, match="needs its `request`"):
         store.append({"text": "x"})

@@ -110,6 +110,17 @@ def test_the_turn_is_the_same_from_whichever_frame_is_read(tmp_path):
         assert read_numbers(clip.frames) == clip.frame_indices
 
 
+@pytest.mark.parametrize("codec, suffix", [("rawvideo", "avi"), ("rawvideo", "mov"), ("msrle", "avi"), ("png", "mkv")])
+def test_palettes(tmp_path, codec, suffix):
+    """AVI tells the palette with its first packet, and no more after a seek."""
+    source, path = write(tmp_path / "colours.mp4", corners(), 50), tmp_path / f"palette.{suffix}"
+    palette = "split[a][b];[a]palettegen[p];[b][p]paletteuse"
+    assert ffmpeg("-i", source, "-vf", palette, "-c:v", codec, "-pix_fmt", "pal8", path)[0] == 0
+    for window in ((0, None), (1.2, 1.9)):
+        frame = load_clip(path, FrameSampling("uniform", 1), *window, timeout_seconds=None).frames[0]
+        assert np.abs(frame.astype(int) - corners()).mean() < 20
+
+
 def join(path, *parts):
     """One after the other, without encoding again; returns the path."""
     listing = path.with_suffix(".list")

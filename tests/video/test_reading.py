@@ -113,6 +113,29 @@ def test_what_an_edit_list_cuts_away_is_not_shown_and_not_missing(tmp_path, read
     assert read_numbers(reader(path).frames) == [33, 50]
 
 
+def test_headers_that_change_within_an_flv(tmp_path, reader, monkeypatch):
+    """As where a streaming encoder starts again: the new ones come once, in a tag that seeking passes over."""
+    parts = [
+        encode_clip(tmp_path / "1.flv", range(50), options={"bf": "0"}, keyframe_interval=12),
+        encode_clip(tmp_path / "2.flv", range(50, 100), options={"profile": "baseline"}, keyframe_interval=12),
+    ]
+    data = bytearray(parts[0].read_bytes()[:13])
+    for number, part in enumerate(parts):
+        tags, at = part.read_bytes(), 13
+        while at < len(tags):
+            size = int.from_bytes(tags[at + 1 : at + 4], "big") + 15
+            tag = bytearray(tags[at : at + size])
+            tag[4:7] = (int.from_bytes(tag[4:7], "big") + 2000 * number).to_bytes(3, "big")
+            is_end = tag[0] == 9 and tag[11] & 15 == 7 and tag[12] == 2
+            data += b"" if tag[0] == 18 or is_end else tag  # without metadata: they are of one part
+            at += size
+    path = tmp_path / "both.flv"
+    path.write_bytes(data)
+    assert read_numbers(reader(path, EVERY_FRAME).frames) == list(range(100))
+    pick(monkeypatch, [3, 70, 95])
+    assert read_numbers(reader(path).frames) == [3, 70, 95]
+
+
 def test_pictures_that_are_never_shown_are_not_counted(clips, tmp_path, reader, monkeypatch):
     source = clips("vp8.webm")
     data = bytearray(source.read_bytes())
