@@ -274,7 +274,7 @@ def _side_data(container: InputContainer, stream: VideoStream) -> _SideData:
         try:
             text: str = container.dumps_format()  # type: ignore[attr-defined]  # missing in PyAV's annotations
         finally:
-            av.logging.set_level(av.logging.PANIC if level is None else level)  # None fails where others log just then
+            av.logging.set_level(level)  # None by default; any other would let closing decoders wait for each other
     lines = re.split(rf"^ +Stream #0:{stream.index}\b", text, flags=re.MULTILINE)[-1].split("\n  Stream #")[0]
     cropping = re.search(r"^ +frame cropping: (\d+)/(\d+)/(\d+)/(\d+)$", lines, re.MULTILINE | re.IGNORECASE)
     left, right, top, bottom = map(int, cropping.groups()) if cropping else (0, 0, 0, 0)

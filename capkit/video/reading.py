@@ -72,9 +72,6 @@ class _Listing:
 class _NotAsListed(VideoError):
     """Decoding gives other frames than were listed."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path, "decoding does not give the frames that the file lists")
-
 
 def read_frames(
     path: str, choose: Choose, memory_bytes: int | None = None
@@ -325,9 +322,8 @@ def _read(
     indices = choose(listing.timestamps_seconds, listing.info)
     pictures = _Pictures(listing.info, indices, memory_bytes)
     with VideoFile(listing.path) as video:
-        for key, last in (
-            _groups(listing, sorted(set(indices))) if by_seeking else [(None, listing.info.num_frames - 1)]
-        ):
+        all_in_order = [(None, listing.info.num_frames - 1)]
+        for key, last in _groups(listing, sorted(set(indices))) if by_seeking else all_in_order:
             _decode(video, listing, key, last, pictures)
     for index in sorted(indices):
         if pictures.wants(index):
@@ -357,7 +353,8 @@ def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pi
     """
     import av
 
-    pts, not_as_listed = listing.pts, _NotAsListed(listing.path)
+    pts = listing.pts
+    not_as_listed = _NotAsListed(listing.path, "decoding does not give the frames that the file lists")
     index = 0 if key is None or pts is None else bisect_left(pts, key.pts)  # of the frame that must come next
     is_at_key = key is not None and pts is not None and pts[index] == key.pts  # otherwise it is not shown
     is_damaged, sound_keys = False, set()
