@@ -353,8 +353,7 @@ def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pi
     """
     import av
 
-    pts = listing.pts
-    not_as_listed = _NotAsListed(listing.path, "decoding does not give the frames that the file lists")
+    pts, not_as_listed = listing.pts, _NotAsListed(listing.path, "decoding gives other frames than it lists")
     index = 0 if key is None or pts is None else bisect_left(pts, key.pts)  # of the frame that must come next
     is_at_key = key is not None and pts is not None and pts[index] == key.pts  # otherwise it is not shown
     is_damaged, sound_keys = False, set()
