@@ -47,6 +47,7 @@ EXPLODING = ("hevc", "mjpeg", "mpeg1video", "mpeg2video")  # H.264 would refuse 
 DECODING_TIMES_ONLY = ("avi", "asf", "asf_o", "mxf")
 GUESSED_DURATION = ("mpegts", "mpeg")  # formats of which FFmpeg takes the duration from the last packets
 TAIL_BYTES = 4096
+QUIET = -8  # FFmpeg's AV_LOG_QUIET
 LOG_LEVEL = Lock()  # FFmpeg has one for all threads
 OUT_OF_MEMORY = (errno.ENOMEM, errno.EAGAIN)  # the latter where a thread cannot start
 
@@ -274,7 +275,12 @@ def _side_data(container: InputContainer, stream: VideoStream) -> _SideData:
         try:
             text: str = container.dumps_format()  # type: ignore[attr-defined]  # missing in PyAV's annotations
         finally:
-            av.logging.set_level(level)  # None by default; any other would let closing decoders wait for each other
+            if level in (None, av.logging.INFO):  # nobody has set one, or this has before
+                # PyAV's own log takes the interpreter lock, for which decoders would wait while they are closed.
+                av.logging.set_libav_level(QUIET)
+                av.logging.restore_default_callback()
+            else:
+                av.logging.set_level(level)
     lines = re.split(rf"^ +Stream #0:{stream.index}\b", text, flags=re.MULTILINE)[-1].split("\n  Stream #")[0]
     cropping = re.search(r"^ +frame cropping: (\d+)/(\d+)/(\d+)/(\d+)$", lines, re.MULTILINE | re.IGNORECASE)
     left, right, top, bottom = map(int, cropping.groups()) if cropping else (0, 0, 0, 0)
