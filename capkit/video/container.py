@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
-from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from capkit.video.bitstream import has_slice
+from capkit.video.cropping import MOST_SEEKABLE, Cropping, matroska_cropping, mp4_cropping
 
 if TYPE_CHECKING:
     from av import Packet, VideoCodecContext, VideoFrame, VideoStream
@@ -47,8 +46,6 @@ EXPLODING = ("hevc", "mjpeg", "mpeg1video", "mpeg2video")  # H.264 would refuse 
 DECODING_TIMES_ONLY = ("avi", "asf", "asf_o", "mxf")
 GUESSED_DURATION = ("mpegts", "mpeg")  # formats of which FFmpeg takes the duration from the last packets
 TAIL_BYTES = 4096
-QUIET = -8  # FFmpeg's AV_LOG_QUIET
-LOG_LEVEL = Lock()  # FFmpeg has one for all threads
 OUT_OF_MEMORY = (errno.ENOMEM, errno.EAGAIN)  # the latter where a thread cannot start
 
 
@@ -87,10 +84,10 @@ class VideoFile:
             raise VideoError(path, f"cut short: {counts} (incomplete download?)")
         self.codec = self.stream.codec_context.codec.canonical_name
         self.time_base = self.stream.time_base or Fraction(0)
-        side_data = _side_data(self._container, self.stream)
-        self.cropping = side_data.cropping
-        self._decoder = _open_decoder(self.stream, side_data.is_turned)
+        self.cropping = _cropping(path, self._container, self.stream)
+        self._decoder = _open_decoder(self.stream)
         self._headers = b""
+        self._own_frame: VideoFrame | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -172,6 +169,9 @@ class VideoFile:
             return []
         if self._headers and packet.size and not packet.is_discard:  # which cannot be set
             packet, self._headers = _prepend(self._headers, packet), b""
+        if self._decoder is not self.stream.codec_context and not self._own_frame:
+            with suppress(av.error.FFmpegError):
+                self._own_frame = next(iter(self.stream.codec_context.decode(packet)), None)
         try:
             return self._decoder.decode(packet)
         except av.error.FFmpegError as error:
@@ -179,6 +179,10 @@ class VideoFile:
                 raise MemoryError from error
             bytearray(16 * self._decoder.width * self._decoder.height)  # a MemoryError, if that was the cause
             raise
+
+    def with_side_data(self, frame: VideoFrame) -> VideoFrame:
+        """The frame, or one of FFmpeg's own decoder, which unlike others passes on what the headers tell: its turn."""
+        return self._own_frame or frame
 
     def _find_what_is_missing(self, last: Packet[VideoStream], seconds: float) -> str:
         """Why the file must have been cut short, or ""; `last` is the last packet, `seconds` the latest time."""
@@ -257,48 +261,22 @@ def _is_text(head: bytes) -> bool:
     return not set(head) & ({*range(32)} - {9, 10, 13, 27})
 
 
-class _SideData(NamedTuple):
-    """What a file's headers say of a stream, besides the settings of its codec."""
-
-    cropping: tuple[int, int, int, int]
-    is_turned: bool
-    """Whether there is a display matrix."""
-
-
-def _side_data(container: InputContainer, stream: VideoStream) -> _SideData:
-    """Read from FFmpeg's description of the file, because PyAV gives it in no other way."""
-    import av
-
-    with LOG_LEVEL:
-        level = av.logging.get_level()
-        av.logging.set_level(av.logging.INFO)  # the description is a log message
-        try:
-            text: str = container.dumps_format()  # type: ignore[attr-defined]  # missing in PyAV's annotations
-        finally:
-            if level in (None, av.logging.INFO):  # nobody has set one, or this has before
-                # PyAV's own log takes the interpreter lock, for which decoders would wait while they are closed.
-                av.logging.set_libav_level(QUIET)
-                av.logging.restore_default_callback()
-            else:
-                av.logging.set_level(level)
-    lines = re.split(rf"^ +Stream #0:{stream.index}\b", text, flags=re.MULTILINE)[-1].split("\n  Stream #")[0]
-    cropping = re.search(r"^ +frame cropping: (\d+)/(\d+)/(\d+)/(\d+)$", lines, re.MULTILINE | re.IGNORECASE)
-    left, right, top, bottom = map(int, cropping.groups()) if cropping else (0, 0, 0, 0)
-    is_turned = re.search("^ +display ?matrix: ", lines, re.MULTILINE | re.IGNORECASE) is not None
-    return _SideData((top, bottom, left, right), is_turned)
+def _cropping(path: str, container: InputContainer, stream: VideoStream) -> Cropping:
+    if "mp4" in container.format.name:
+        return mp4_cropping(path, stream.id)
+    if "matroska" in container.format.name:
+        return matroska_cropping(path, container.streams.video.index(stream))
+    return (0, 0, 0, 0)
 
 
-def _open_decoder(stream: VideoStream, is_turned: bool) -> VideoCodecContext:
-    """A decoder that reports damage: as an error, or by frames that are marked as corrupt.
-
-    Only the stream's own one tells of a display matrix (`is_turned`).
-    """
+def _open_decoder(stream: VideoStream) -> VideoCodecContext:
+    """A decoder that reports damage: as an error, or by frames that are marked as corrupt."""
     import av
 
     decoder = stream.codec_context
     codec = decoder.codec.canonical_name
     has_8_bits = decoder.format is not None and decoder.format.components[0].bits == 8  # all that libvpx is built for
-    if has_8_bits and not is_turned and (name := DECODERS.get(codec)) in av.codecs_available:
+    if has_8_bits and (name := DECODERS.get(codec)) in av.codecs_available:
         decoder = cast("VideoCodecContext", av.CodecContext.create(av.Codec(name, "r")))
         decoder.extradata = stream.codec_context.extradata
     decoder.options = {"err_detect": "crccheck+bitstream+buffer" + ("+explode" if codec in EXPLODING else "")}
@@ -343,7 +321,7 @@ def _declared_size(path: str) -> int:
             box = file.read(16)
             length = int.from_bytes(box[:4], "big")
             length = int.from_bytes(box[8:], "big") if length == 1 else length
-            if len(box) < 8 or length < 8:
+            if len(box) < 8 or not 8 <= length < MOST_SEEKABLE:
                 break
             at += length
             if box[4:8] == b"moov":

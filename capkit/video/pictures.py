@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from capkit.video.cropping import Cropping
+
 if TYPE_CHECKING:
     from av import VideoFrame
 
@@ -107,7 +109,7 @@ class PictureFormat:
     stored_height: int
     stored_width: int
     sample_aspect_ratio: Fraction
-    cropping: tuple[int, int, int, int]
+    cropping: Cropping
     matrix: Matrix | None
     hdr: str | None
 
@@ -116,7 +118,7 @@ class PictureFormat:
         """The format of a file, of which `frame` is the first one decoded."""
         hdr = HDR_TRANSFERS.get(frame.color_trc) or HDR_TRANSFERS.get(video.stream.codec_context.color_trc)
         ratio = video.sample_aspect_ratio
-        return cls(frame.height, frame.width, ratio, video.cropping, _display_matrix(frame), hdr)
+        return cls(frame.height, frame.width, ratio, video.cropping, _display_matrix(video.with_side_data(frame)), hdr)
 
     def is_of(self, video: VideoFile, frame: VideoFrame) -> bool:
         """Whether a later frame of the file has the same size, aspect ratio and, if it tells it, orientation."""
