@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 from capkit.video.bitstream import has_slice
-from capkit.video.cropping import MOST_SEEKABLE, Cropping, matroska_cropping, mp4_cropping
+from capkit.video.headers import NONE, Cropping, declared_size, matroska_cropping, mp4_cropping
 
 if TYPE_CHECKING:
     from av import Packet, VideoCodecContext, VideoFrame, VideoStream
@@ -19,27 +19,10 @@ if TYPE_CHECKING:
 
 # FFmpeg's demuxers of videos. All others are shut out: some draw text, open single pictures, other files or addresses.
 FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2",
-    "matroska,webm",
-    *("asf", "asf_o", "av1", "avi", "cavsvideo", "dnxhd", "dv", "flic", "flv", "gif", "apng", "gxf", "h261"),
-    *(
-        "h263",
-        "h264",
-        "hevc",
-        "ivf",
-        "jpeg_pipe",
-        "kux",
-        "live_flv",
-        "m4v",
-        "mjpeg",
-        "mpeg",
-        "mpegts",
-        "mpegvideo",
-        "mxf",
-        "nsv",
-    ),
-    *("nut", "obu", "ogg", "rm", "roq", "swf", "vc1", "vc1test", "vvc", "wtv", "yuv4mpegpipe"),
-)
+    "mov mp4 m4a 3gp 3g2 mj2 matroska webm asf asf_o av1 avi cavsvideo dnxhd dv flic flv gif apng gxf h261 "
+    "h263 h264 hevc ivf jpeg_pipe kux live_flv m4v mjpeg mpeg mpegts mpegvideo mxf nsv nut obu ogg rm roq swf "
+    "vc1 vc1test vvc wtv yuv4mpegpipe "
+).split()
 PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # of MP4 files that hold a picture
 DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own do not notice damage
 EXPLODING = ("hevc", "mjpeg", "mpeg1video", "mpeg2video")  # H.264 would refuse good files after a seek
@@ -75,7 +58,7 @@ class VideoFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        size, declared = os.path.getsize(path), _declared_size(path)
+        size, declared = os.path.getsize(path), declared_size(path)
         if declared > size + 1:  # some AVI writers count a padding byte
             raise VideoError(path, f"cut short: it should have {declared} bytes and has {size} (incomplete download?)")
         self._container, self.stream = _open(path)
@@ -266,7 +249,7 @@ def _cropping(path: str, container: InputContainer, stream: VideoStream) -> Crop
         return mp4_cropping(path, stream.id)
     if "matroska" in container.format.name:
         return matroska_cropping(path, container.streams.video.index(stream))
-    return (0, 0, 0, 0)
+    return NONE
 
 
 def _open_decoder(stream: VideoStream) -> VideoCodecContext:
@@ -300,30 +283,3 @@ def _prepend(headers: bytes, packet: Packet[VideoStream]) -> Packet[VideoStream]
 def _end(packet: Packet[Any]) -> int:
     """When a packet ends, in its time base; 0 if it does not say."""
     return max((time for time in (packet.pts, packet.dts) if time is not None), default=0) + (packet.duration or 0)
-
-
-def _declared_size(path: str) -> int:
-    """The file's size in bytes according to its headers (MP4: up to the end of its index); 0 if they do not give it."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-        if head[:4] == b"RIFF":  # AVI
-            length = int.from_bytes(head[4:8], "little")
-            return 0 if length == 2**32 - 1 else 8 + length
-        if head[:4] == b"\x1aE\xdf\xa3":  # Matroska: everything is in one segment, whose length has variable width
-            at = head.find(b"\x18S\x80g", 0, -12) + 4
-            num_bytes = 9 - head[at].bit_length()
-            length = int.from_bytes(head[at : at + num_bytes], "big") % 2 ** (7 * num_bytes)
-            unknown = at < 4 or length == 2 ** (7 * num_bytes) - 1  # as in a live stream
-            return 0 if unknown else at + num_bytes + length
-        at = 0
-        while head[4:8] == b"ftyp":  # MP4: boxes. With part of an index FFmpeg would read only the streams in that part
-            file.seek(at)
-            box = file.read(16)
-            length = int.from_bytes(box[:4], "big")
-            length = int.from_bytes(box[8:], "big") if length == 1 else length
-            if len(box) < 8 or not 8 <= length < MOST_SEEKABLE:
-                break
-            at += length
-            if box[4:8] == b"moov":
-                return at
-    return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capkit.video.cropping import Cropping
+from capkit.video.headers import Cropping
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -1,6 +1,7 @@
 """What is no video is refused, what was cut short says so, and reading has limits."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,36 @@ def test_whole_files_with_few_frames_a_second_are_not_cut_short(tmp_path, codec,
         clip = load_clip(path, "uniform", **HERE)
         assert read_numbers(clip.frames) == list(range(count))
     assert "cut short" in reason(load_clip, cut(path, tmp_path / f"cut.{suffix}", 0.6), **HERE)
+
+
+READ_IN_THREADS = """
+import sys, threading, time
+import capkit
+
+def read_all(paths, end):
+    while time.monotonic() < end:
+        for path in paths:
+            try:
+                capkit.load_clip(path, "uniform", timeout_seconds=None)
+            except capkit.VideoError:
+                pass
+
+threads = [threading.Thread(target=read_all, args=(sys.argv[1:], time.monotonic() + 4)) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_that_read_damaged_files_never_wait_for_each_other(clips, tmp_path):
+    """A log callback that needs Python's lock would: FFmpeg closes a decoder under that lock, while it still logs."""
+    paths = []
+    for number, name in enumerate(["b-frames.mp4", "plain.mp4", "hevc.mp4"] * 4):
+        data = bytearray(clips(name).read_bytes())
+        rng = random.Random(number)
+        for place in rng.sample(range(len(data) // 2), 20):
+            data[place] ^= 1 << rng.randrange(8)
+        paths.append(tmp_path / f"{number}.mp4")
+        paths[-1].write_bytes(data)
+    subprocess.run([sys.executable, "-c", READ_IN_THREADS, *map(str, paths)], check=True, timeout=90)

@@ -5,7 +5,7 @@ import random
 import pytest
 from video_factory import damage
 
-from capkit.video.cropping import NONE, matroska_cropping, mp4_cropping
+from capkit.video.headers import NONE, declared_size, matroska_cropping, mp4_cropping
 
 
 @pytest.mark.parametrize("name, index", [("plain.mp4", b"moov"), ("sound.mkv", b"\x16\x54\xae\x6b")])
@@ -15,7 +15,7 @@ def test_damaged_headers(clips, tmp_path, name, index):
     for seed in range(300):
         path.write_bytes(data[:at] + damage(data[at : at + 800], random.Random(seed)) + data[at + 800 :])
         cropping = mp4_cropping(str(path), 1) if name.endswith("mp4") else matroska_cropping(str(path), 0)
-        assert len(cropping) == 4 and min(cropping) >= 0
+        assert len(cropping) == 4 and min(cropping) >= 0 and declared_size(str(path)) >= 0
 
 
 @pytest.mark.parametrize("size", [2**32, 2**42, 2**63 - 1, 2**64 - 1])

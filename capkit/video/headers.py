@@ -1,4 +1,4 @@
-"""Which part of the stored pictures the headers of an MP4 or Matroska file show; PyAV does not tell it."""
+"""What headers of MP4, Matroska and AVI files say and PyAV does not: the file's size and the pictures' cropping."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -8,8 +8,24 @@ Cropping = tuple[int, int, int, int]
 NONE = (0, 0, 0, 0)
 MOST_BYTES = 2**28  # of an index; a size may be wrong
 MOST_SEEKABLE = 2**40  # bytes; file systems refuse a place far beyond a file's end
+UNKNOWN = 2**56 - 1  # size of an EBML element that ends where the file or the stream does
 EBML, SEGMENT, TRACKS, TRACK, TRACK_TYPE, VIDEO = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0xAE, 0x83, 0xE0
 PIXEL_CROPS = (0x54BB, 0x54AA, 0x54CC, 0x54DD)  # top, bottom, left, right
+
+
+def declared_size(path: str) -> int:
+    """The file's size in bytes by its headers (MP4: up to the end of its index, at least); 0 if they do not tell."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        file.seek(0)
+        if head[:4] == b"RIFF":  # AVI
+            length = int.from_bytes(head[4:], "little")
+            return 0 if length == 2**32 - 1 else 8 + length
+        if head[:4] == EBML.to_bytes(4, "big"):  # Matroska: everything is in one segment
+            return next((end for kind, _, end in _elements_of(file) if kind == SEGMENT and end < MOST_SEEKABLE), 0)
+        if head[4:] == b"ftyp":  # MP4. With part of an index FFmpeg would read only the streams in that part
+            return next((file.tell() + size for kind, size in _boxes_of(file) if kind == b"moov"), 0)
+    return 0
 
 
 def mp4_cropping(path: str, track_id: int) -> Cropping:
@@ -79,7 +95,9 @@ def matroska_cropping(path: str, number: int) -> Cropping:
     Source: RFC 9559, 5.1.4.1.28.
     """
     with open(path, "rb") as file:
-        tracks = _tracks(file)
+        start, end = next(((start, end) for kind, start, end in _elements_of(file) if kind == TRACKS), (0, 0))
+        file.seek(start)
+        tracks = file.read(min(end - start, MOST_BYTES))
     videos = [dict(_elements(track)) for kind, track in _elements(tracks) if kind == TRACK]
     videos = [track for track in videos if track.get(TRACK_TYPE, b"")[-1:] == b"\1"]
     if number >= len(videos):
@@ -89,18 +107,20 @@ def matroska_cropping(path: str, number: int) -> Cropping:
     return top, bottom, left, right
 
 
-def _tracks(file: BinaryIO) -> bytes:
-    """The content of Tracks, empty if it does not come in an ordinary place."""
+def _elements_of(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
+    """Number, start and end of the content of each element of a file and of its segment."""
     at = 0
     while True:
         file.seek(at)
         kind, size, length = _element(file.read(12))
-        if kind == TRACKS:
-            file.seek(at + length)
-            return file.read(min(size, MOST_BYTES))
-        if not length or size >= MOST_SEEKABLE and kind != SEGMENT:
-            return b""
-        at += length if kind == SEGMENT else length + size
+        if not length:
+            return
+        at += length
+        yield kind, at, at + size
+        if kind != SEGMENT:
+            if size >= MOST_SEEKABLE:
+                return
+            at += size
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -115,10 +135,11 @@ def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _element(head: bytes) -> tuple[int, int, int]:
-    """An element's number, the size of its content and the length of its header, 0 where there is none."""
+    """Number, size of the content (or UNKNOWN) and length of the header of an element; zeros where none begins."""
     width = 9 - head[0].bit_length() if head else 9
     if width > 4 or len(head) <= width or not head[width]:
         return 0, 0, 0
     length = 9 - head[width].bit_length()
-    size = int.from_bytes(head[width : width + length], "big") & ((1 << 7 * length) - 1)
-    return int.from_bytes(head[:width], "big"), size, width + length
+    most = (1 << 7 * length) - 1
+    size = int.from_bytes(head[width : width + length], "big") & most
+    return int.from_bytes(head[:width], "big"), UNKNOWN if size == most else size, width + length
