@@ -84,6 +84,11 @@ class VideoFile:
         return self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
 
     @property
+    def num_video_streams(self) -> int:
+        """How many videos the file holds, without cover pictures."""
+        return sum(not _is_cover(stream) for stream in self._container.streams.video)
+
+    @property
     def sample_aspect_ratio(self) -> Fraction:
         """Width of a pixel divided by its height: of the file, or of the latest frame in formats that store none."""
         codec = self.stream.codec_context.sample_aspect_ratio
@@ -229,7 +234,7 @@ def _open(path: str) -> tuple[InputContainer, VideoStream]:
     stream = container.streams.best("video")
     if container.metadata.get("major_brand") in PICTURE_BRANDS:
         problem = "a single picture, not a video"
-    elif not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:  # a cover
+    elif not isinstance(stream, av.VideoStream) or _is_cover(stream):
         problem = "has no video stream, only sound" if container.streams.audio else "has no video stream"
     elif stream.codec_context is None:
         problem = "its video codec is not one that can be decoded here"
@@ -242,6 +247,12 @@ def _open(path: str) -> tuple[InputContainer, VideoStream]:
 def _is_text(head: bytes) -> bool:
     """Whether the first bytes of a file are text without control characters other than white space and escape."""
     return not set(head) & ({*range(32)} - {9, 10, 13, 27})
+
+
+def _is_cover(stream: VideoStream) -> bool:
+    import av
+
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def _cropping(path: str, container: InputContainer, stream: VideoStream) -> Cropping:

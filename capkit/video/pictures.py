@@ -50,6 +50,7 @@ class VideoInfo:
         interlaced: whether frames are woven from two fields; they are not deinterlaced.
         changes_shape: whether stored frames differ in size, aspect ratio or orientation; they are all stretched and
             turned as the first one.
+        num_video_streams: the one that FFmpeg takes for the main one is read.
     """
 
     path: str | None
@@ -64,6 +65,7 @@ class VideoInfo:
     hdr: str | None = None
     interlaced: bool = False
     changes_shape: bool = False
+    num_video_streams: int = 1
 
     def __repr__(self) -> str:
         """Without the fields that are as usual."""
@@ -86,6 +88,8 @@ class VideoInfo:
             notes.append(
                 f"given an impossible sample aspect ratio ({self.sample_aspect_ratio:g}): frames are as stored"
             )
+        if self.num_video_streams > 1:
+            notes.append(f"one of {self.num_video_streams} video streams in its file: the others are not seen")
         return notes
 
 

@@ -247,9 +247,9 @@ def _listing(
     fps = float(video.frame_rate or 0)
     if not 0 < fps <= MAX_FRAME_RATE:
         fps = (len(ticks) - 1) / (span or 1) or 1.0
-    codec = video.stream.codec_context
-    duration_seconds = span + (duration * tick_seconds or 1 / fps)
-    info = VideoInfo(video.path, len(ticks), fps, duration_seconds, codec.height, codec.width, video.codec)
+    duration_seconds, codec = span + (duration * tick_seconds or 1 / fps), video.stream.codec_context
+    facts = (len(ticks), fps, duration_seconds, codec.height, codec.width, video.codec)
+    info = VideoInfo(video.path, *facts, num_video_streams=video.num_video_streams)
     return _Listing(ticks if has_pts else None, times, info, keys)
 
 

@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 from ffmpeg_truth import ffmpeg
+from PIL import Image
 from video_factory import encode_clip, read_numbers
 
 from capkit.video import FrameSampling, load_clip
@@ -250,3 +251,15 @@ def test_the_notes_come_through_the_worker_process(tmp_path):
     path = write(tmp_path / "hdr.mp4", corners(), color_trc=16, color_primaries=9, colorspace=1)
     apart, here = (load_clip(path, timeout_seconds=limit).info for limit in (60, None))
     assert apart == here and apart.hdr == "PQ"
+
+
+def test_other_video_streams_are_told(clips, tmp_path):
+    two, covered, cover = tmp_path / "two.mkv", tmp_path / "cover.mp4", tmp_path / "cover.png"
+    Image.new("RGB", (64, 64)).save(cover)
+    both, plain = ("-map", "0:v", "-map", "1:v", "-c", "copy"), clips("plain.mp4")
+    ffmpeg("-i", plain, "-i", clips("odd-size.mp4"), *both, two)
+    ffmpeg("-i", plain, "-i", cover, *both, "-disposition:v:1", "attached_pic", covered)
+    info = load_clip(two).info
+    assert info.notes == ["one of 2 video streams in its file: the others are not seen"]
+    assert (info.height, info.width) == (96, 128)
+    assert load_clip(covered).info.notes == load_clip(plain).info.notes == []
