@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 STRATEGIES = ("chat", "base", "uniform", "fps")
 DECODERS = ("pyav", "decord")
 MAX_RATE = 1e9  # no frames are nearer to each other, and ticks of a higher rate would be rounded to the same time
+MAX_NUM_FRAMES = 10**6  # "base" repeats frames, so that more would take minutes before they are found too many
 BASE_SECONDS = 60  # "base" samples the first minute (CogVideo tools/caption)
 
 
@@ -113,6 +114,8 @@ class FrameSampling:
         if self.decoder not in DECODERS:
             raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
         object.__setattr__(self, "num_frames", _at_least_one("num_frames", self.num_frames))
+        if self.num_frames > MAX_NUM_FRAMES:
+            raise ValueError(f"num_frames must be at most {MAX_NUM_FRAMES}; got {self.num_frames}")
         if self.strategy == "fps":
             if self.frames_per_second is None:
                 raise ValueError('"fps" needs frames_per_second: {"strategy": "fps", "frames_per_second": 2}')

@@ -78,6 +78,7 @@ def test_fps_equals_the_rule_spelt_out():
         (lambda: fps_indices([0.0], -1), "frames_per_second must be a positive number"),
         (lambda: FrameSampling("chatty"), "'chatty'; choose one of chat, base, uniform, fps"),
         (lambda: FrameSampling("chat", num_frames=True), "num_frames"),
+        (lambda: FrameSampling("base", 10**9), "num_frames must be at most 1000000"),
         (lambda: FrameSampling("fps"), "needs frames_per_second: {"),
         (lambda: FrameSampling("chat", frames_per_second=2), "frames_per_second has no effect"),
         (lambda: FrameSampling.of({"strategy": "fps", "rate": 2}), "strategy"),
