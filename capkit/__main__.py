@@ -29,7 +29,8 @@ def main() -> None:
     merge = commands.add_parser(
         "merge",
         help="merge the shards' captions and check that no clip is missing",
-        epilog="Exit code: 0 every clip has exactly one record; 1 records are missing, as listed; 2 wrong arguments.",
+        epilog="Exit code: 0 every clip has exactly one record; 1 records are missing, as listed; 2 wrong arguments; "
+        "3 a run is captioning into captions.jsonl.",
     )
     merge.add_argument("output", type=Path, metavar="DIR", help="the shards' folder; captions.jsonl is written there")
     merge.set_defaults(run=_merge)
@@ -195,12 +196,14 @@ def _one_process_each(shard: Shard, devices: list[str]) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from capkit.runs import merge
+    from capkit.runs import StoreBusy, merge
 
     try:
         merged = merge(arguments.output)
     except ValueError as error:
         return _fail(2, error)
+    except StoreBusy as error:
+        return _fail(3, error)
     except OSError as error:
         return _fail(1, error)
     print(merged)

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,18 @@ from PIL import Image
 from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
-from capkit.files import append_line, atomic_write, file_sha256, now, read_lines
+from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now, read_lines
 from capkit.video import Clip, FrameSampling, FrameSamplingLike
 
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
 STRIP_COLUMNS = 12
 STRIP_GAP_PIXELS = 2
+
+
+class StoreBusy(Busy):
+    """Another run is captioning into this store."""
+
+    advice = "is captioning into this store; wait for it, end it, or use another store"
 
 
 class CaptionStore:
@@ -44,6 +52,19 @@ class CaptionStore:
 
     def __repr__(self) -> str:
         return f"CaptionStore({str(self.path)!r})"
+
+    @contextmanager
+    def hold(self, error: type[Busy] = StoreBusy) -> Iterator[None]:
+        """Keep other runs out until the block or the process ends. Hand edits and single captions still go in.
+
+        Raises:
+            StoreBusy: another run, in this process or another, holds the store; or `error` instead.
+        """
+        if self.path.exists() and not os.access(self.path, os.W_OK):
+            yield  # for a run that finds everything done; one that does not fails at its first record
+            return
+        with hold_lock(Path(os.path.realpath(self.path)).with_suffix(".lock"), error):
+            yield
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line, flushed to disk.
