@@ -20,9 +20,9 @@ from PIL import Image
 
 import capkit
 import capkit.__main__
-from capkit import CaptionStore, Decoding, Prompt, plan_sweep
+from capkit import CaptionStore, Decoding, Prompt, plan_sweep, run_sweep
 from capkit.export import export_dataset
-from capkit.runs import caption_clips, find_clips, new_record, request_settings
+from capkit.runs import StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
 from capkit.runs.caption import plan_clips
 from capkit.runs.store import ModelIdentity
 from capkit.views import show_caption
@@ -327,3 +327,88 @@ def test_clips_of_the_same_frames_may_save_their_strip_at_the_same_time(store):
             paths = [*pool.map(save, [f"{number}.webp"] * 4)]
             assert set(paths) == {store.strips / f"{number}.webp"}
     assert len([*store.strips.iterdir()]) == 50  # and nothing half written
+
+
+class TestTwoRunsOnOneStore:
+    ITEMS = find_clips("demo", limit=2)
+    FEW = Decoding(max_new_tokens=3)
+
+    @pytest.mark.parametrize("kind", ["caption_clips", "run_sweep"])
+    def test_the_second_is_refused_until_the_first_ends(self, captioner, store, kind):
+        """While a run is between its captions, others are tried."""
+
+        def run(kind, store):
+            if kind == "run_sweep":
+                return run_sweep(captioner, self.ITEMS, prompts=["a"], decodings=[self.FEW], store=store).records
+            return caption_clips(captioner, self.ITEMS, store, prompt="a", decoding=self.FEW)
+
+        class Probe(CaptionStore):
+            num_refused = 0
+
+            def append(self, record):
+                link = self.path.with_name("link.jsonl")
+                if self.path.exists() and not link.exists():
+                    link.symlink_to(self.path)
+                for path in filter(os.path.exists, (self.path, link)):
+                    for kind in ("caption_clips", "run_sweep"):
+                        with pytest.raises(StoreBusy, match="since .* is captioning into this store; wait for it, end"):
+                            run(kind, CaptionStore(path))
+                        self.num_refused += 1
+                elsewhere = CaptionStore(self.path.with_name("elsewhere.jsonl"))
+                assert len(run("caption_clips", elsewhere)) == 2
+                super().append(record)
+                CaptionStore(self.path).edit(record["request"], "by hand")  # goes in all the same
+
+        probe = Probe(store.path)
+        records = run(kind, probe)
+        assert probe.num_refused >= 4 and [r["status"] for r in records] == ["ok", "ok"]
+        assert run("caption_clips", store) and run("run_sweep", store)
+        made = [line["request"] for line in store.lines() if "edits" not in line]
+        assert len(made) == len(set(made)) and [r["edited_text"] for r in store.current()][:2] == ["by hand"] * 2
+        assert not list(store.path.parent.glob("*.lock"))
+
+    def test_a_run_that_fails_frees_the_store(self, captioner, store):
+        with pytest.raises(ValueError, match="batch_size"):
+            caption_clips(captioner, self.ITEMS, store, batch_size=0)
+        with store.hold():
+            pass
+
+    def test_merging_waits_for_no_run(self, captioner, tmp_path, monkeypatch, capsys):
+        caption_shard(lambda: captioner, self.ITEMS[:1], tmp_path, decoding=self.FEW)
+        merged = CaptionStore(tmp_path / "captions.jsonl")
+        with merged.hold(), pytest.raises(StoreBusy, match="is captioning into this store"):
+            merge(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["capkit", "merge", str(tmp_path)])
+        with merged.hold(), pytest.raises(SystemExit) as ended:
+            capkit.__main__.main()
+        assert ended.value.code == 3 and "is captioning into this store" in capsys.readouterr().err
+        assert merge(tmp_path).num_ok == 1
+
+    def test_a_finished_store_that_cannot_be_written_still_gives_its_records(self, captioner, store, monkeypatch):
+        made = caption_clips(captioner, self.ITEMS, store, decoding=self.FEW)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
+        with CaptionStore(store.path.with_name("other.jsonl")).hold():
+            assert caption_clips(captioner, self.ITEMS, store, decoding=self.FEW) == made
+        assert not store.path.with_suffix(".lock").exists()
+
+    def test_of_two_processes_at_once_one_is_refused_or_finds_all_done(self, store):
+        code = (
+            "import sys, capkit; from capkit.runs import StoreBusy\n"
+            "captioner = capkit.load_captioner('demo', device='cpu'); print('ready', flush=True); input()\n"
+            "try: capkit.caption_clips(captioner, capkit.find_clips('demo', limit=4), capkit.CaptionStore(sys.argv[1]))\n"
+            "except StoreBusy as error: print(error)"
+        )
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, store.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(2)
+        ]
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+        for process in both:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        shown = [process.communicate()[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0]
+        assert sum("is captioning into this store" in text or "0 clips to caption" in text for text in shown) == 1
+        assert len(store.lines()) == len({line["request"] for line in store.lines()}) == 4
