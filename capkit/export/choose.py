@@ -62,12 +62,19 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> list[
         if not store.path.is_file():
             raise ValueError(f"stores: {store.path}: no such file")
         for record in store.current():
-            clip = Path(os.path.realpath(record["video"]))
+            clip = _resolved(record["video"])
             by_clip.setdefault(clip, []).append(Chosen(clip, store.path, record))
     candidates = [_candidates(attempts, choices) for attempts in by_clip.values()]
     if ambiguous := [[one.record for one in several] for several in candidates if len(several) > 1]:
         raise ValueError(_describe_ambiguous(ambiguous))
     return [chosen for (chosen,) in candidates]
+
+
+def _resolved(video: str) -> Path:
+    try:
+        return Path(os.path.realpath(video))
+    except ValueError:  # with a character that no file name has; refused when it is opened
+        return Path(video)
 
 
 def _check(choice: Choice) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from capkit.export.report import COLUMNS, ExportReport, shared_openings
 from capkit.export.write import is_exported, write_export
 from capkit.files import file_sha256
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
+from capkit.video import FrameSampling, VideoError, load_clip
 
 ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
 
@@ -155,12 +157,19 @@ def _unfit_clip(kind: Layout, chosen: Chosen, row: dict[str, Any]) -> str:
     if kind.clip_suffixes and suffix not in kind.clip_suffixes:
         return f"{kind.trainer} takes only {', '.join(sorted(kind.clip_suffixes))}, not {suffix or 'no suffix at all'}"
     try:
+        if not stat.S_ISREG(os.stat(chosen.clip).st_mode):  # a pipe would have no end
+            return "the clip is not a regular file"
         row["sha256"] = file_sha256(chosen.clip)
-    except OSError as error:
-        return f"the clip cannot be read: {error.strerror or error}"
+    except (OSError, ValueError) as error:
+        return f"the clip cannot be read: {getattr(error, 'strerror', None) or error}"
     captioned = chosen.record.get("video_sha256")
     if captioned and captioned != row["sha256"]:
         return "the clip has changed since it was captioned; caption it again"
+    if not captioned:  # nothing tells that this file was captioned, and a store of someone else may name any
+        try:
+            load_clip(chosen.clip, FrameSampling("uniform", 1))
+        except VideoError as error:
+            return f"the clip cannot be read as a video: {error.reason}"
     return ""
 
 

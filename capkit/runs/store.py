@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from capkit.video import Clip, FrameSampling, FrameSamplingLike
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
 STRIP_COLUMNS = 12
 STRIP_GAP_PIXELS = 2
+# The largest that is shown. WebP ends at 16,383 pixels a side, which is a strip of 1,716 frames.
+MOST_STRIP_BYTES, MOST_STRIP_PIXELS = 5_000_000, 12 * (STRIP_FRAME_PIXELS + STRIP_GAP_PIXELS) * 16_383
 
 
 class StoreBusy(Busy):
@@ -133,6 +137,34 @@ class CaptionStore:
     def strip_path(self, record: dict[str, Any]) -> Path:
         """Path of a record's picture strip; captions of the same frames share one."""
         return self.strips / record["strip"]
+
+    def read_strip(self, record: dict[str, Any]) -> bytes:
+        """The picture strip of a record, as WebP. Its file is checked, because a store may come from anyone.
+
+        Raises:
+            ValueError: the reason why it is not shown: it is missing, or no strip as `save_strip` writes them.
+        """
+        name = record.get("strip")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+\.webp", name, re.ASCII):
+            raise ValueError(f"{name!r} is not the name of a picture strip")
+        path = self.strips / name
+        try:
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{path} is not a regular file")
+            if status.st_size > MOST_STRIP_BYTES:
+                raise ValueError(f"{path} has {status.st_size} bytes, which no picture strip has")
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        # RIFF....WEBPVP8 , and a key frame with its size: https://datatracker.ietf.org/doc/html/rfc9649
+        header = re.match(rb"RIFF.{4}WEBPVP8 .{7}\x9d\x01\x2a(..)(..)", data, re.DOTALL)
+        if header is None:
+            raise ValueError(f"{path} is not a WebP picture as capkit writes them")
+        width, height = (int.from_bytes(side, "little") & 0x3FFF for side in header.groups())
+        if not 0 < width * height <= MOST_STRIP_PIXELS:
+            raise ValueError(f"{path} has {width} x {height} pixels, which no picture strip has")
+        return data
 
     def save_strip(self, record: dict[str, Any], clip: Clip, image_size: int) -> Path:
         """Write a small picture of the frames as the model saw them: cropped, in reading order, 12 to a row."""

@@ -114,7 +114,7 @@ def note(html: str) -> str:
 
 
 def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float = math.inf) -> str:
-    """The picture strip of the frames that the model saw, as HTML; "" if its file is missing or damaged.
+    """The picture strip of the frames that the model saw, as HTML, or why there is none; "" for a clip never read.
 
     Args:
         store: where the picture strips are.
@@ -122,14 +122,16 @@ def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float =
         max_bytes: a larger file is scaled down to this size, in bytes.
     """
     try:
-        data = store.strip_path(record).read_bytes()
-        image = Image.open(io.BytesIO(data))
+        data = store.read_strip(record)
+        image = Image.open(io.BytesIO(data), formats=["WEBP"])
         (width, height), scale = image.size, 1.0
         while len(data) > max_bytes and scale > 0.2:
             scale *= 0.95 * (max_bytes / len(data)) ** 0.5
             data = to_webp(image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS))
-    except OSError:
-        return ""
+    except (OSError, ValueError) as error:
+        if record.get("status") == "error" and isinstance(error.__cause__, FileNotFoundError):
+            return ""
+        return f'<div style="{MUTED}">no picture: {escape(str(error))}</div>'
     return picture(data, "frames that the model saw", f"width:{width}px;max-width:100%") + "<br>"
 
 
