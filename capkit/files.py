@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from capkit.text import escape, plain_text
 
 # What flock answers on file systems without it, such as some of Lustre and NFS.
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
@@ -46,8 +47,9 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: with the path; the previous content is still there.
     """
     path = Path(path)
-    # Several threads of a process may write the same path, so each writer has its own temporary file.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    # Several threads of a process may write the same path, so each writer has its own temporary file; a name may not
+    # become too long.
+    part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -96,8 +98,12 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         OSError: with the path, for example when the disk is full; the file is as long as before.
     """
     content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab+", buffering=0) as file:
         before = file.tell()
+        if before:
+            file.seek(before - 1)
+            if file.read(1) != b"\n":  # a killed process has left a part of a line
+                content = b"\n" + content
         try:
             while content:
                 content = content[file.write(content) :]
@@ -116,7 +122,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError:
-                warnings.warn(f"{path}, line {number} is not valid JSON; skipped", stacklevel=4)
+                warnings.warn(plain_text(f"{path}, line {number} is not valid JSON; skipped"), stacklevel=4)
 
 
 class Busy(Exception):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capkit.runs import CaptionStore
+from capkit.text import plain_text
 
 SETTINGS = (
     *("prompt", "template", "history", "frame_numbers", "decoding", "frame_sampling", "sample"),
@@ -137,8 +138,8 @@ def _describe_ambiguous(ambiguous: list[list[dict[str, Any]]]) -> str:
     for name in SETTINGS:
         values = dict.fromkeys(json.dumps(record.get(name), ensure_ascii=False) for record in first)
         if len(values) > 1:
-            choices += f"\n  {name}: {' | '.join(values)}"
+            choices += "\n" + plain_text(f"  {name}: {' | '.join(values)}")
     return (
-        f"{len(ambiguous)} clips have several captions, the first {first[0]['video']}; choose one with choose=, for "
-        f"instance 'latest', 'edited', or a value of what they differ in:{choices}"
+        f"{len(ambiguous)} clips have several captions, the first {plain_text(first[0]['video'])}; choose one with "
+        f"choose=, for instance 'latest', 'edited', or a value of what they differ in:{choices}"
     )

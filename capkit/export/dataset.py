@@ -19,6 +19,7 @@ from capkit.export.report import COLUMNS, ExportReport, shared_openings
 from capkit.export.write import is_exported, write_export
 from capkit.files import file_sha256
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
+from capkit.text import encodable, plain_text
 from capkit.video import FrameSampling, VideoError, load_clip
 
 ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
@@ -87,7 +88,7 @@ def export_dataset(
         rows.append(row)
     fit = [row for row in rows if not row["reason"]]
     if not fit:
-        refused = "\n".join(f"  {row['video']}: {row['reason']}" for row in rows[:10])
+        refused = "\n".join(plain_text(f"  {row['video']}: {row['reason']}") for row in rows[:10])
         raise ValueError(f"nothing to export; of {len(rows)} clips, the first:\n{refused}")
     pairs = []
     for row, name in zip(fit, name_clips([row["clip"] for row in fit]), strict=True):
@@ -133,11 +134,11 @@ def _check_value(name: str, value: Any, values: Sequence[str] | dict[str, Any]) 
 def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
     record = chosen.record
     caption = record.get("edited_text", record.get("text")) or ""
-    original = caption.encode("utf-8", "backslashreplace").decode()  # tables and files cannot hold lone surrogates
+    original = encodable(caption)
     text, changed_by = clean(original.strip(), record, rules)
     return {
         "clip": chosen.clip,
-        "video": str(chosen.clip),
+        "video": encodable(str(chosen.clip)),
         "file": "",
         "text": text,
         "original": original,
@@ -145,7 +146,7 @@ def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
         "edited": "edited_text" in record,
         "changed_by": changed_by,
         "sha256": "",
-        "store": str(chosen.store),
+        "store": encodable(str(chosen.store)),
         "request": record.get("request", ""),
         "num_t5_tokens": None,
     }

@@ -31,6 +31,7 @@ from capkit.runs.caption import caption_planned, current_records, plan_clips
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore, StoreBusy
+from capkit.text import plain_text
 from capkit.video import FrameSamplingLike
 
 MERGED = "captions.jsonl"
@@ -216,7 +217,7 @@ class Merged:
 
     def __str__(self) -> str:
         counts = f"{self.num_ok} captions and {self.num_errors} errors in {self.store.path}"
-        return "\n".join([counts, *(f"problem: {problem}" for problem in self.problems)])
+        return "\n".join(map(plain_text, [counts, *(f"problem: {problem}" for problem in self.problems)]))
 
 
 def merge(output_dir: str | os.PathLike[str]) -> Merged:

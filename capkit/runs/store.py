@@ -22,6 +22,7 @@ from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
 from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now, read_lines
+from capkit.text import plain_text
 from capkit.video import Clip, FrameSampling, FrameSamplingLike
 
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
@@ -96,7 +97,8 @@ class CaptionStore:
             with open(torn, "ab") as aside:
                 aside.write(content[end:] + b"\n")
             file.truncate(end)
-        warnings.warn(f"{self.path}: the last line was torn (a process was killed); it is now in {torn}", stacklevel=3)
+        message = f"{self.path}: the last line was torn (a process was killed); it is now in {torn}"
+        warnings.warn(plain_text(message), stacklevel=3)
 
     def lines(self) -> list[dict[str, Any]]:
         """All attempts and edits, in file order. An unreadable line is skipped with a warning."""

@@ -329,6 +329,71 @@ def test_clips_of_the_same_frames_may_save_their_strip_at_the_same_time(store):
     assert len([*store.strips.iterdir()]) == 50  # and nothing half written
 
 
+class TestStripsOfSomeoneElsesStore:
+    @pytest.fixture
+    def store(self, store):
+        clip = capkit.Clip.from_frames(np.zeros((2, 56, 56, 3), np.uint8))
+        store.save_strip({"strip": "good.webp"}, clip, image_size=56)
+        return store
+
+    def test_what_was_written_is_read(self, store):
+        data = (store.strips / "good.webp").read_bytes()
+        assert store.read_strip({"strip": "good.webp"}) == data
+        clip = capkit.Clip.from_frames(np.random.default_rng(0).integers(0, 255, (400, 28, 28, 3), np.uint8))
+        path = store.save_strip({"strip": "long-1_a.webp"}, clip, image_size=28)  # of noise, 34 rows of frames
+        assert store.read_strip({"strip": "long-1_a.webp"}) == path.read_bytes()
+
+    NAMES = ["", ".", "..", "good.png", "a/good.webp", "../captions_strips/good.webp", "..\\good.webp", "C:good.webp"]
+    NAMES += ["/etc/passwd", "/etc/passwd\0.webp", "good.webp\n", "ghost:good.webp", "göod.webp"]
+
+    @pytest.mark.parametrize("name", [None, 5, ["good.webp"], *NAMES])
+    def test_only_plain_names(self, store, name):
+        with pytest.raises(ValueError, match="is not the name of a picture strip"):
+            store.read_strip({"strip": name})
+        if name is None:
+            with pytest.raises(ValueError, match="is not the name of a picture strip"):
+                store.read_strip({})
+
+    def test_only_regular_files_of_a_strips_size(self, store):
+        def reason():
+            with pytest.raises(ValueError) as error:
+                store.read_strip({"strip": "x.webp"})
+            path.unlink(missing_ok=True)
+            return str(error.value)
+
+        path = store.strips / "x.webp"
+        assert "No such file" in reason()
+        path.symlink_to(store.strips / "good.webp")
+        assert "not a regular file" in reason()
+        os.mkfifo(path)
+        assert "not a regular file" in reason()
+        with open(path, "wb") as file:
+            file.truncate(10_000_000_000)
+        assert "10000000000 bytes" in reason()
+        path.symlink_to("/dev/zero")
+        assert "not a regular file" in reason()
+
+    def test_only_webp_pictures_as_capkit_writes_them(self, store):
+        path, good = store.strips / "x.webp", (store.strips / "good.webp").read_bytes()
+
+        def reason(content):
+            path.write_bytes(content)
+            with pytest.raises(ValueError) as error:
+                store.read_strip({"strip": "x.webp"})
+            return str(error.value)
+
+        for format in ("png", "jpeg", "gif"):
+            Image.new("RGB", (9, 9)).save(path, format)
+            assert "not a WebP picture as capkit writes" in reason(path.read_bytes())
+        Image.new("RGBA", (9, 9)).save(path, "webp", lossless=True)
+        assert "not a WebP picture as capkit writes" in reason(path.read_bytes())
+        for text in (b"", b"root:x:0:0:", b"<svg xmlns='http://www.w3.org/2000/svg'/>", good[:12], b" " + good):
+            assert "not a WebP picture as capkit writes" in reason(text)
+        bomb = good[:26] + b"\xff\x3f\xff\x3f" + good[30:]  # 16,383 x 16,383
+        assert "16383 x 16383 pixels" in reason(bomb)
+        assert "0 x 16383 pixels" in reason(good[:26] + b"\0\0\xff\x3f" + good[30:])
+
+
 class TestTwoRunsOnOneStore:
     ITEMS = find_clips("demo", limit=2)
     FEW = Decoding(max_new_tokens=3)
@@ -395,7 +460,8 @@ class TestTwoRunsOnOneStore:
         code = (
             "import sys, capkit; from capkit.runs import StoreBusy\n"
             "captioner = capkit.load_captioner('demo', device='cpu'); print('ready', flush=True); input()\n"
-            "try: capkit.caption_clips(captioner, capkit.find_clips('demo', limit=4), capkit.CaptionStore(sys.argv[1]))\n"
+            "clips, store = capkit.find_clips('demo', limit=4), capkit.CaptionStore(sys.argv[1])\n"
+            "try: capkit.caption_clips(captioner, clips, store)\n"
             "except StoreBusy as error: print(error)"
         )
         both = [
