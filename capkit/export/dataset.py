@@ -84,7 +84,7 @@ def export_dataset(
     rows = []
     for chosen in choose_records(stores, choose):
         row = _row(chosen, rules)
-        row["reason"] = chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit)
+        row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
         rows.append(row)
     fit = [row for row in rows if not row["reason"]]
     if not fit:

@@ -324,13 +324,17 @@ class TestWhichCaption:
         for number, video in enumerate((pipe, "/dev/zero", secret, tmp_path, "a\0b.mp4", "\ud800.mp4")):
             record = a_record(f"other {number}", __file__, unknown) | {"video": str(video)}
             store.append(record | {"video_sha256": sha256_of(secret) if video == pipe else None})
-        report = export_dataset(store, "metadata-csv", tmp_path / "out", clips="copy")
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.mp4", "metadata.csv", "true.mp4"]
+        failed = {"status": "error", "error": "\udcff.mp4: no such file", "text": None}
+        store.append(a_record("failed 9", __file__, failed) | {"video": "/clips/\udcff.mp4"})
+        report = export_dataset(store, "cogvideo", tmp_path / "out", clips="copy")
+        exported = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        assert exported == {"good.mp4", "true.mp4", "prompts.txt", "videos.txt"}
         reasons = {Path(row.video).name: row.reason for row in report.refused.itertuples()}
         assert reasons.pop("pipe.mov") == reasons.pop("zero") == reasons.pop(tmp_path.name) == NOT_REGULAR
         assert "as a video: not a video but text" in reasons.pop("text.mp4")
         assert "as a video: not a video but text" in reasons.pop("secret")
-        assert "null byte" in reasons.pop("a\0b.mp4") and "surrogates not allowed" in reasons.pop("\ud800.mp4")
+        assert "null byte" in reasons.pop("a\0b.mp4") and "surrogates not allowed" in reasons.pop(r"\ud800.mp4")
+        assert reasons.pop(r"\udcff.mp4") == r"not captioned: \udcff.mp4: no such file"
         assert not reasons and report.path.is_file()
 
     def test_wrong_arguments_are_named(self, make_store, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from paths import DATA
 from PIL import Image
+from video_factory import encode_clip
 
 import capkit
 import capkit.__main__
@@ -266,7 +267,7 @@ class TestStoresWrittenBefore:
         assert "A striped wall." in capsys.readouterr().out
 
         assert "By hand." in show_caption(before[0]).html
-        (tmp_path / "clip.mp4").write_bytes(b"exported as it is")
+        encode_clip(tmp_path / "clip.mp4", range(3))
         text = old.path.read_text().replace("/nowhere/clip.mp4", str(tmp_path / "clip.mp4"))
         old.path.write_text(text)
         report = export_dataset(old, "cogvideo", tmp_path / "data", choose=["edited"])
