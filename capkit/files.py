@@ -172,7 +172,8 @@ def _acquire(path: Path) -> BaseFileLock:
             raise
 
     def lost(_: object) -> None:
-        warnings.warn(f"{path}: another process has taken over this lock, because it was not renewed", stacklevel=2)
+        message = f"{path}: another process has taken over this lock, because it was not renewed"
+        warnings.warn(plain_text(message), stacklevel=2)
 
     def renewed() -> int | None:
         try:
@@ -188,7 +189,8 @@ def _acquire(path: Path) -> BaseFileLock:
     try:
         lease.acquire(timeout=0)
     except Timeout:
-        warnings.warn(f"{path}: waiting up to {LEASE_SECONDS:g} s to see whether {_holder(path)} lives", stacklevel=4)
+        message = f"{path}: waiting up to {LEASE_SECONDS:g} s to see whether {_holder(path)} lives"
+        warnings.warn(plain_text(message), stacklevel=4)
         lease.acquire(LEASE_SECONDS + RENEWAL_SECONDS, cancel_check=lambda: renewed() not in (before, None))
     return lease
 
