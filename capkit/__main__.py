@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capkit.doctor import run_command as run_doctor
+from capkit.text import plain_text
 
 if TYPE_CHECKING:
     from capkit.captioning import Captioner
@@ -29,7 +30,8 @@ def main() -> None:
     merge = commands.add_parser(
         "merge",
         help="merge the shards' captions and check that no clip is missing",
-        epilog="Exit code: 0 every clip has exactly one record; 1 records are missing, as listed; 2 wrong arguments.",
+        epilog="Exit code: 0 every clip has exactly one record; 1 records are missing, as listed; 2 wrong arguments; "
+        "3 a run is captioning into captions.jsonl.",
     )
     merge.add_argument("output", type=Path, metavar="DIR", help="the shards' folder; captions.jsonl is written there")
     merge.set_defaults(run=_merge)
@@ -109,10 +111,10 @@ def _show(arguments: argparse.Namespace) -> int:
         start, end = record.get("start_seconds"), record.get("end_seconds")
         is_window = bool(start) or end is not None
         window = f" ({start or 0:g} s to {'the end' if end is None else f'{end:g} s'})" if is_window else ""
-        print(f"\n{record['video']}{window}")
+        print("\n" + plain_text(f"{record['video']}{window}"))
         text = f"error: {record['error']}" if record["status"] != "ok" else record["text"].strip()
         text = record.get("edited_text", text)
-        print("  " + "".join(letter if letter.isprintable() else " " for letter in text))
+        print(plain_text(f"  {' '.join(text.split())}"))
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
     return 0
 
@@ -143,7 +145,7 @@ def _caption_shard(arguments: argparse.Namespace) -> int:
     except ShardBusy as error:
         return _fail(3, error)
     except OSError as error:
-        return _fail(1, f"{error}\nCaptions written so far are kept; start the command again to continue.")
+        return _fail(1, f"{error}; captions written so far are kept, and the same command continues")
     num_errors = sum(record["status"] == "error" for record in records)
     print(f"shard {shard}: {len(records)} clips, {num_errors} with an error, in {arguments.output.absolute()}")
     return 0
@@ -195,12 +197,14 @@ def _one_process_each(shard: Shard, devices: list[str]) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from capkit.runs import merge
+    from capkit.runs import StoreBusy, merge
 
     try:
         merged = merge(arguments.output)
     except ValueError as error:
         return _fail(2, error)
+    except StoreBusy as error:
+        return _fail(3, error)
     except OSError as error:
         return _fail(1, error)
     print(merged)
@@ -208,7 +212,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _fail(code: int, error: Exception | str) -> int:
-    print(f"capkit: {error}", file=sys.stderr)
+    print(plain_text(f"capkit: {error}"), file=sys.stderr)
     return code
 
 
@@ -217,7 +221,7 @@ def _format_warning(
 ) -> str:
     """A warning of capkit's as a plain line, others as Python prints them."""
     if Path(__file__).parent in Path(filename).parents:
-        return f"capkit: {message}\n"
+        return plain_text(f"capkit: {message}") + "\n"
     return _format_python_warning(message, category, filename, lineno, line)
 
 

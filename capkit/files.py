@@ -1,18 +1,27 @@
-"""Atomic file writes, appended JSON lines, digests and timestamps."""
+"""Atomic file writes, appended JSON lines, locks, digests and timestamps."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from capkit.text import escape, plain_text
+
+# What flock answers on file systems without it, such as some of Lustre and NFS.
+NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 5.0  # NFS may show a renewal a minute late
 
 # The content security policy forbids scripts and network access, whatever the body contains. content-visibility skips
 # layout and painting of off-screen articles, so that a page with thousands of them opens quickly.
@@ -38,8 +47,9 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: with the path; the previous content is still there.
     """
     path = Path(path)
-    # Several threads of a process may write the same path, so each writer has its own temporary file.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    # Several threads of a process may write the same path, so each writer has its own temporary file; a name may not
+    # become too long.
+    part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -88,8 +98,12 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         OSError: with the path, for example when the disk is full; the file is as long as before.
     """
     content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab+", buffering=0) as file:
         before = file.tell()
+        if before:
+            file.seek(before - 1)
+            if file.read(1) != b"\n":  # a killed process has left a part of a line
+                content = b"\n" + content
         try:
             while content:
                 content = content[file.write(content) :]
@@ -108,7 +122,88 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError:
-                warnings.warn(f"{path}, line {number} is not valid JSON; skipped", stacklevel=4)
+                warnings.warn(plain_text(f"{path}, line {number} is not valid JSON; skipped"), stacklevel=4)
+
+
+class Busy(Exception):
+    """Another process, or another thread of this one, holds a lock."""
+
+    advice = "is at work here; wait for it, or end it"
+
+
+@contextmanager
+def hold_lock(path: Path, error: type[Busy] = Busy) -> Iterator[None]:
+    """Hold a lock file until the block or the process ends, even by a crash. It names its process, host and start.
+
+    Where the file system has no flock, a file `<name>.lease` beside it is the lock, and its time is renewed every few
+    seconds. Others take it over when its process is gone, or, on another host, when it was not renewed for two minutes.
+
+    Args:
+        path: the lock file; its folder is made if missing.
+        error: what to raise if the lock is held.
+
+    Raises:
+        Busy: the lock is held; the message names the holder and says what to do.
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _acquire(path)
+    except Timeout:
+        raise error(f"{path}: {_holder(path)} {error.advice}") from None
+    try:
+        with suppress(OSError):  # a full disk, or Windows, where nobody can read a locked file
+            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}))
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _acquire(path: Path) -> BaseFileLock:
+    """A lock that is held. Raises filelock's Timeout if another holds it."""
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)  # filelock's own fallback knows no lost hosts
+    try:
+        lock.acquire()
+        return lock
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+
+    def lost(_: object) -> None:
+        message = f"{path}: another process has taken over this lock, because it was not renewed"
+        warnings.warn(plain_text(message), stacklevel=2)
+
+    def renewed() -> int | None:
+        try:
+            return marker.stat().st_mtime_ns
+        except OSError:
+            return None
+
+    marker = path.with_suffix(".lease")
+    lease = SoftFileLease(
+        marker, lease_duration=LEASE_SECONDS, heartbeat_interval=RENEWAL_SECONDS, on_compromise=lost, thread_local=False
+    )
+    before = renewed()
+    try:
+        lease.acquire(timeout=0)
+    except Timeout:
+        message = f"{path}: waiting up to {LEASE_SECONDS:g} s to see whether {_holder(path)} lives"
+        warnings.warn(plain_text(message), stacklevel=4)
+        lease.acquire(LEASE_SECONDS + RENEWAL_SECONDS, cancel_check=lambda: renewed() not in (before, None))
+    return lease
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as far as its file tells."""
+    try:
+        holder = json.loads(path.read_text())
+        where = (holder["pid"], holder["host"])
+        name = "another thread of this process" if where == (os.getpid(), socket.gethostname()) else "process {} on {}"
+        return f"{name.format(*where)} (since {holder['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def now() -> str:

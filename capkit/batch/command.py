@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from capkit.batch.parameters import unknown_name
 from capkit.batch.pool import Pool
-from capkit.batch.table import Run, Table, read_table
+from capkit.batch.table import Run, Table, TableError, read_table
+from capkit.text import plain_text
 
 
 def runs_to_do(table: Table, retry: Sequence[str] | None = None) -> list[Run]:
@@ -60,24 +61,25 @@ def run_command(
         runs = runs_to_do(table, retry)
         pool = Pool(table, runs, workers, gpus)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(error if isinstance(error, TableError) else plain_text(error), file=sys.stderr)
         return 2
     states = Counter(run.read_status()["status"] for run in table.runs if run not in runs)
     before = "".join(f", {number} {state} before" for state, number in states.items())
     print(f"{len(table.runs)} runs, {len(runs)} to do{before}", flush=True)
     if dry_run:
-        print(*(f"  {run.name}: {json.dumps(run.parameters, ensure_ascii=False)}" for run in runs), sep="\n")
+        for run in runs:
+            print(plain_text(f"  {run.name}: {json.dumps(run.parameters, ensure_ascii=False)}"))
         return 0
     try:
         pool.run()
     except KeyboardInterrupt:
         print("stopped; finished runs are kept, and the same command runs the rest", file=sys.stderr)
         return 130
-    except OSError as error:
-        print(f"the batch stopped: {error}", file=sys.stderr)  # such as a full disk, or a folder without permission
+    except OSError as error:  # such as a full disk, or a folder without permission
+        print(plain_text(f"the batch stopped: {error}"), file=sys.stderr)
         return 1
     failed = [run.name for run in table.runs if run.read_status()["status"] == "failed"]
     if failed:
-        print(f"{len(failed)} failed: {', '.join(failed)}\nTo try them again: add --retry")
+        print(f"{len(failed)} failed: {plain_text(', '.join(failed))}\nTo try them again: add --retry")
     print(f"All runs: {table.output_dir / 'index.html'}")
     return 1 if failed else 0

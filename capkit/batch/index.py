@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 from capkit import __version__
 from capkit.batch.table import Run, Table
 from capkit.files import now, write_page
+from capkit.text import escape
 
 COLOURS = {"done": "#009e73", "failed": "#d55e00", "running": "#0072b2"}
 
@@ -31,6 +31,7 @@ def write_index(table: Table) -> Path:
 
 def _row(run: Run) -> str:
     status = run.read_status()
+    state = status["status"]
     notebook = run.folder / run.notebook.name
     page = notebook.with_suffix(".html")
     name = _link(page, run, run.name) if page.exists() else escape(run.name)
@@ -41,7 +42,7 @@ def _row(run: Run) -> str:
     links = " ".join(_link(path, run, text) for text, path in files.items() if path.exists())
     return (
         f'<tr style="vertical-align:top"><td>{name}<br><small>{escape(varied)}</small></td>'
-        f'<td style="white-space:nowrap;color:{COLOURS.get(status["status"], "inherit")}">{status["status"]}{duration}'
+        f'<td style="white-space:nowrap;color:{COLOURS.get(state, "inherit")}">{escape(state)}{duration}'
         f'</td><td style="white-space:pre-wrap;overflow-wrap:anywhere">{message}</td><td>{links}</td></tr>'
     )
 

@@ -15,6 +15,7 @@ from capkit.batch.index import write_index
 from capkit.batch.run import BUSY, SAVING_SECONDS
 from capkit.batch.table import Run, Table
 from capkit.files import now
+from capkit.text import plain_text
 
 POLL_SECONDS = 0.1
 BUSY_SECONDS = 2.0  # before a run that another command is running is tried again
@@ -142,4 +143,4 @@ def _outcome(run: Run, exit_code: int, status_if_crashed: str = "failed") -> str
     status = run.read_status()
     duration = f" after {status['seconds']:g} s" if "seconds" in status else ""
     message = " ".join((status.get("error") or status.get("headline") or "").split())
-    return f"{run.name}: {status['status']}{duration}" + (f": {message}" if message else "")
+    return plain_text(f"{run.name}: {status['status']}{duration}" + (f": {message}" if message else ""))

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from capkit.batch.parameters import code_cells
 from capkit.batch.table import Run
-from capkit.files import atomic_write, now
+from capkit.files import Busy, atomic_write, hold_lock, now
 
 BUSY = 75  # exit code: another command is running this run
 SAVING_SECONDS = 20.0  # for papermill to save the notebook after its kernel was killed
@@ -38,12 +37,12 @@ def main() -> None:
     stop = _Stop(run)
     threading.Thread(target=stop.at_end_of_input, daemon=True).start()
     try:
-        with FileLock(run.folder / ".lock", timeout=0):
+        with hold_lock(run.folder / ".lock"):
             before = run.read_status()
             failed_elsewhere = before["status"] == "failed" and before.get("ended") != last_ended
             if before["status"] != "done" and not failed_elsewhere:
                 _run(run, stop)
-    except Timeout:
+    except Busy:
         sys.exit(BUSY)
 
 

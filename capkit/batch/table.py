@@ -22,6 +22,7 @@ import yaml
 
 from capkit.batch.parameters import code_cells, convert_value, parameter_annotations, unknown_name
 from capkit.files import atomic_write
+from capkit.text import plain_text
 
 LONGEST_NAME = 60  # characters; each value in it VALUE_LENGTH at most
 VALUE_LENGTH = 20
@@ -62,7 +63,7 @@ class TableError(ValueError):
 
     def __init__(self, path: Path, problems: Iterable[str]):
         self.path, self.problems = path, list(dict.fromkeys(problems))
-        super().__init__("\n".join(f"{path}: {problem}" for problem in self.problems))
+        super().__init__("\n".join(plain_text(f"{path}: {problem}") for problem in self.problems))
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] 
     try:
         content = _read(path, is_csv)
     except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
-        raise TableError(path, [f"cannot be read as a table of runs: {error}"]) from error
+        raise TableError(path, [f"cannot be read as a table of runs: {' '.join(str(error).split())}"]) from error
     if not isinstance(content, dict):
         raise TableError(path, [f"must be a list of runs, or a mapping with some of: {', '.join(TABLE_KEYS)}"])
     if problems := list(_check(content, TABLE_KEYS)):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capkit.runs import CaptionStore
+from capkit.text import plain_text
 
 SETTINGS = (
     *("prompt", "template", "history", "frame_numbers", "decoding", "frame_sampling", "sample"),
@@ -62,12 +63,19 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> list[
         if not store.path.is_file():
             raise ValueError(f"stores: {store.path}: no such file")
         for record in store.current():
-            clip = Path(os.path.realpath(record["video"]))
+            clip = _resolved(record["video"])
             by_clip.setdefault(clip, []).append(Chosen(clip, store.path, record))
     candidates = [_candidates(attempts, choices) for attempts in by_clip.values()]
     if ambiguous := [[one.record for one in several] for several in candidates if len(several) > 1]:
         raise ValueError(_describe_ambiguous(ambiguous))
     return [chosen for (chosen,) in candidates]
+
+
+def _resolved(video: str) -> Path:
+    try:
+        return Path(os.path.realpath(video))
+    except ValueError:  # with a character that no file name has; refused when it is opened
+        return Path(video)
 
 
 def _check(choice: Choice) -> None:
@@ -130,8 +138,8 @@ def _describe_ambiguous(ambiguous: list[list[dict[str, Any]]]) -> str:
     for name in SETTINGS:
         values = dict.fromkeys(json.dumps(record.get(name), ensure_ascii=False) for record in first)
         if len(values) > 1:
-            choices += f"\n  {name}: {' | '.join(values)}"
+            choices += "\n" + plain_text(f"  {name}: {' | '.join(values)}")
     return (
-        f"{len(ambiguous)} clips have several captions, the first {first[0]['video']}; choose one with choose=, for "
-        f"instance 'latest', 'edited', or a value of what they differ in:{choices}"
+        f"{len(ambiguous)} clips have several captions, the first {plain_text(first[0]['video'])}; choose one with "
+        f"choose=, for instance 'latest', 'edited', or a value of what they differ in:{choices}"
     )

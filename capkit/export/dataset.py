@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from capkit.export.report import COLUMNS, ExportReport, shared_openings
 from capkit.export.write import is_exported, write_export
 from capkit.files import file_sha256
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
+from capkit.text import encodable, plain_text
+from capkit.video import FrameSampling, VideoError, load_clip
 
 ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
 
@@ -81,11 +84,11 @@ def export_dataset(
     rows = []
     for chosen in choose_records(stores, choose):
         row = _row(chosen, rules)
-        row["reason"] = chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit)
+        row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
         rows.append(row)
     fit = [row for row in rows if not row["reason"]]
     if not fit:
-        refused = "\n".join(f"  {row['video']}: {row['reason']}" for row in rows[:10])
+        refused = "\n".join(plain_text(f"  {row['video']}: {row['reason']}") for row in rows[:10])
         raise ValueError(f"nothing to export; of {len(rows)} clips, the first:\n{refused}")
     pairs = []
     for row, name in zip(fit, name_clips([row["clip"] for row in fit]), strict=True):
@@ -131,11 +134,11 @@ def _check_value(name: str, value: Any, values: Sequence[str] | dict[str, Any]) 
 def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
     record = chosen.record
     caption = record.get("edited_text", record.get("text")) or ""
-    original = caption.encode("utf-8", "backslashreplace").decode()  # tables and files cannot hold lone surrogates
+    original = encodable(caption)
     text, changed_by = clean(original.strip(), record, rules)
     return {
         "clip": chosen.clip,
-        "video": str(chosen.clip),
+        "video": encodable(str(chosen.clip)),
         "file": "",
         "text": text,
         "original": original,
@@ -143,7 +146,7 @@ def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
         "edited": "edited_text" in record,
         "changed_by": changed_by,
         "sha256": "",
-        "store": str(chosen.store),
+        "store": encodable(str(chosen.store)),
         "request": record.get("request", ""),
         "num_t5_tokens": None,
     }
@@ -155,12 +158,19 @@ def _unfit_clip(kind: Layout, chosen: Chosen, row: dict[str, Any]) -> str:
     if kind.clip_suffixes and suffix not in kind.clip_suffixes:
         return f"{kind.trainer} takes only {', '.join(sorted(kind.clip_suffixes))}, not {suffix or 'no suffix at all'}"
     try:
+        if not stat.S_ISREG(os.stat(chosen.clip).st_mode):  # a pipe would have no end
+            return "the clip is not a regular file"
         row["sha256"] = file_sha256(chosen.clip)
-    except OSError as error:
-        return f"the clip cannot be read: {error.strerror or error}"
+    except (OSError, ValueError) as error:
+        return f"the clip cannot be read: {getattr(error, 'strerror', None) or error}"
     captioned = chosen.record.get("video_sha256")
     if captioned and captioned != row["sha256"]:
         return "the clip has changed since it was captioned; caption it again"
+    if not captioned:  # nothing tells that this file was captioned, and a store of someone else may name any
+        try:
+            load_clip(chosen.clip, FrameSampling("uniform", 1))
+        except VideoError as error:
+            return f"the clip cannot be read as a video: {error.reason}"
     return ""
 
 

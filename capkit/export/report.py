@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pandas as pd
 
 from capkit import __version__
 from capkit.files import atomic_write, now
+from capkit.text import escape, plain_text
 
 OPENING_WORDS = 4
 COLUMNS = (
@@ -89,7 +89,7 @@ class ExportReport:
         return atomic_write(self.path, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1))
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(map(plain_text, self._lines()))
 
     __repr__ = __str__
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ import numpy as np
 import pandas as pd
 
 from capkit.captioning import Decoding
-from capkit.files import append_line
+from capkit.files import append_line, read_lines
 from capkit.playground.controls import button
 from capkit.runs import CaptionStore, is_stopped
 from capkit.sweep import OUTCOMES, bradley_terry
-from capkit.views import HTML, MUTED, frames_strip, record_text
+from capkit.text import escape
+from capkit.views import HTML, MUTED, frames_strip, record_text, table_html
 
 Pair = tuple[str, str, str]
 """A clip and the names of the two variants."""
@@ -108,7 +107,7 @@ class BlindRating(widgets.VBox):
         if not self.pairs:
             for control in self.buttons.children:
                 control.disabled = True
-            self.shown.value = f"<b>All rated.</b>{ranking(self.ratings).to_html(float_format='{:.2f}'.format)}"
+            self.shown.value = f"<b>All rated.</b>{table_html(ranking(self.ratings), float_format='{:.2f}'.format)}"
             return
         clip, *names = self.pairs[0]
         records = [self.records[clip][name] for name in names]
@@ -132,21 +131,17 @@ def _unordered(rating: dict[str, Any]) -> Pair:
 
 
 def read_ratings(path: str | Path) -> list[dict[str, Any]]:
-    """The ratings in a file, the last one of each pair; none if there is no file yet.
+    """The ratings in a file, the last one of each pair; none if there is no file yet. Warns of incomplete lines.
 
     Raises:
-        ValueError: a line that is no rating.
+        ValueError: an object that is no rating.
     """
     ratings: dict[Pair, dict[str, Any]] = {}
-    if not Path(path).exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rating = json.loads(line)
-                ratings[_unordered(rating)] = rating
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no rating: {error!r}; mend or delete the line") from error
+    for rating in read_lines(Path(path)):
+        try:
+            ratings[_unordered(rating)] = rating
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no rating: {rating!r}; mend or delete the line") from error
     return list(ratings.values())
 
 

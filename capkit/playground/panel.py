@@ -6,7 +6,6 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from PIL import Image
 
 from capkit.captioning import Caption, Captioner, CaptionStream, Decoding
 from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
+from capkit.files import atomic_write
 from capkit.playground.blind import settings_name
 from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls
 from capkit.runs import CaptionStore, new_record, request_settings
 from capkit.sweep import PROMPT_PRESETS
+from capkit.text import escape, plain_text
 from capkit.video import Clip, FrameSampling, VideoError, load_clip
 from capkit.views import MUTED, caption_facts, mark_differences, note, numbers_warning, picture, record_text, to_webp
 
@@ -76,7 +77,7 @@ class Playground(widgets.VBox):
         self._lock = threading.RLock()
         self._stream: CaptionStream | None = None
         self._thread: threading.Thread | None = None
-        names = [(Path(clip).name, str(clip)) for clip in clips]
+        names = [(plain_text(Path(clip).name), str(clip)) for clip in clips]
         self.video = widgets.Dropdown(options=names, description="clip", layout=WIDE)
         self.upload = widgets.FileUpload(accept="video/*", description="add a clip")
         self.path = widgets.Text(placeholder="or a file name, for any size", continuous_update=False, layout=WIDE)
@@ -223,17 +224,16 @@ class Playground(widgets.VBox):
 
     def _add_uploads(self) -> None:
         folder = self.output_dir / "uploads"
-        folder.mkdir(parents=True, exist_ok=True)
         for upload in self.upload.value:
             path = folder / Path(upload["name"]).name
-            path.write_bytes(upload["content"])
+            atomic_write(path, bytes(upload["content"]))
             self._add_clip(str(path))
 
     def _add_clip(self, path: str) -> None:
         if not path:
             return
         if path not in [value for _, value in self.video.options]:
-            self.video.options = [*self.video.options, (Path(path).name, path)]
+            self.video.options = [*self.video.options, (plain_text(Path(path).name), path)]
         if self.video.value == path:
             self._read_clip()  # the file may have changed
         self.video.value = path
@@ -363,8 +363,7 @@ class Playground(widgets.VBox):
             "frame_numbers": [record["frame_numbers"]],
         }
         path = self.output_dir / "sweep_axes.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(axes, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        atomic_write(path, yaml.safe_dump(axes, sort_keys=False, allow_unicode=True))
         self._show_message(f"sweep axes written to {path}")
 
     def _show_message(self, message: str) -> None:

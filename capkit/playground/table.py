@@ -8,7 +8,7 @@ import ipywidgets as widgets
 import pandas as pd
 
 from capkit.runs import is_interactive
-from capkit.views import HTML
+from capkit.views import HTML, table_html
 
 
 def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | HTML:
@@ -38,4 +38,4 @@ def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | 
 
 
 def _html(table: pd.DataFrame) -> str:
-    return f'<div style="overflow:auto;max-height:420px">{table.to_html(float_format="{:.3g}".format)}</div>'
+    return f'<div style="overflow:auto;max-height:420px">{table_html(table, float_format="{:.3g}".format)}</div>'

@@ -7,7 +7,7 @@ from capkit.runs.progress import Progress, is_interactive
 from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
 from capkit.runs.shards import Shard, ShardBusy, caption_shard, merge
-from capkit.runs.store import STRIP_FRAME_PIXELS, CaptionStore, is_stopped, new_record, request_settings
+from capkit.runs.store import STRIP_FRAME_PIXELS, CaptionStore, StoreBusy, is_stopped, new_record, request_settings
 from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "merge",
     "STRIP_FRAME_PIXELS",
     "CaptionStore",
+    "StoreBusy",
     "is_stopped",
     "new_record",
     "request_settings",

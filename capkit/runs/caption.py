@@ -50,11 +50,13 @@ def caption_clips(
         The current record of every item, in order, old or new.
 
     Raises:
+        StoreBusy: another run is captioning into this store.
         ValueError: settings that are invalid for every clip.
         OSError: the store cannot be written, for example on a full disk; earlier records are kept.
     """
     planned = plan_clips(captioner, items, prompt, decoding, frame_sampling)
-    caption_planned(captioner, planned, store, batch_size, retry_errors, timeout_seconds)
+    with store.hold():
+        caption_planned(captioner, planned, store, batch_size, retry_errors, timeout_seconds)
     return current_records(planned, [store])
 
 
@@ -95,6 +97,7 @@ def caption_planned(
 
     Args:
         planned: from `plan_clips`.
+        store: held by the caller, see `CaptionStore.hold`.
         other_stores: their records count as done, too; they are only read.
         quarantine, num_readers: as in `read_ahead`.
         heartbeat, label: as in `Progress`.

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capkit.text import plain_text
+
 # What FFmpeg reads and people have. Not here: suffixes that are mostly sound (.ogg) or pictures (.webp, .avif, .png).
 VIDEO_SUFFIXES = frozenset(
     """
@@ -89,7 +91,8 @@ def find_clips(videos: str | os.PathLike[str] | dict[str, Any] | Iterable[Any], 
     if not items:
         raise ValueError(f"no videos found in {str(videos)!r}: {_describe(left_out) or 'nothing is there'}")
     if left_out:
-        warnings.warn(f"{entries[0] if len(entries) == 1 else 'videos'}: {_describe(left_out)}", stacklevel=2)
+        message = f"{entries[0] if len(entries) == 1 else 'videos'}: {_describe(left_out)}"
+        warnings.warn(plain_text(message), stacklevel=2)
     return items[:limit]
 
 
@@ -230,7 +233,8 @@ def _read_manifest(path: Path) -> list[Item]:
     if rows and "video" not in columns:
         raise ValueError(f"{path}: has no column 'video', but {list(columns)}; columns are {', '.join(COLUMNS)}")
     if ignored := [name for name in columns if name not in COLUMNS]:
-        warnings.warn(f"{path}: ignored columns {ignored}; columns are {', '.join(COLUMNS)}", stacklevel=4)
+        message = f"{path}: ignored columns {ignored}; columns are {', '.join(COLUMNS)}"
+        warnings.warn(plain_text(message), stacklevel=4)
         rows = [{name: value for name, value in row.items() if name in COLUMNS} for row in rows]
     return [_item(row, path.parent, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from capkit.files import atomic_write, now
+from capkit.text import plain_text
 
 LINE_SECONDS = 10.0  # least time between log lines
 BEAT_SECONDS = 5.0  # least time between writes of the heartbeat
@@ -47,7 +48,7 @@ class Progress:
         self.count += 1
         if record["status"] == "error":
             self.errors += 1
-            tqdm.write(f"error: {record['error']}")
+            tqdm.write(plain_text(f"error: {record['error']}"))
         if time.monotonic() - self.last_beat >= BEAT_SECONDS:
             self._beat("running", record["video"])
         if self.bar is not None:

@@ -24,7 +24,7 @@ from capkit.runs.caption import caption_batch_into, current_records, missing, pl
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
-from capkit.runs.shards import Shard, hold_shard, shard_stores, write_plan
+from capkit.runs.shards import Shard, ShardBusy, heartbeat_path, shard_store, shard_stores, write_plan
 from capkit.runs.store import CaptionStore, ModelIdentity
 from capkit.video import Clip, ClipReader, FrameSamplingLike
 
@@ -95,13 +95,13 @@ def caption_on_ray(
             os.replace(path, f"{path}.old")
     resources = {"num_cpus": cpus_per_captioner, "num_gpus": gpus_per_captioner}
     model_arguments = (model, device, dtype, quantization, revision)
-    with hold_shard(folder, SHARD) as heartbeat:
+    with shard_store(folder, SHARD).hold(ShardBusy):
         identity = ray.get(ray.remote(_identify).options(**resources).remote(*model_arguments))
         planned = plan_clips(identity, items, prompt, decoding, frame_sampling)
         write_plan(folder, SHARD, items, planned, Prompt.of(prompt))
         stores = map(CaptionStore, shard_stores(folder))
         todo = missing(planned, stores, retry_errors or retry_quarantined)
-        with Progress("clips", len(todo), len(planned) - len(todo), heartbeat) as progress:
+        with Progress("clips", len(todo), len(planned) - len(todo), heartbeat_path(folder, SHARD)) as progress:
             pool = ray.data.ActorPoolStrategy(size=num_captioners)
             captioning = {"batch_size": batch_size, "compute": pool, **resources}
             for record in _stream(todo, folder, model_arguments, timeout_seconds, cpus_per_reader, captioning):

@@ -17,14 +17,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from filelock import FileLock, Timeout
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
@@ -32,15 +30,18 @@ from capkit.files import atomic_write, atomic_writer, now
 from capkit.runs.caption import caption_planned, current_records, plan_clips
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
-from capkit.runs.store import CaptionStore
+from capkit.runs.store import CaptionStore, StoreBusy
+from capkit.text import plain_text
 from capkit.video import FrameSamplingLike
 
 MERGED = "captions.jsonl"
 SETTINGS_OF_RUN = "model_fingerprint dtype quantization template frame_numbers history decoding frame_sampling".split()
 
 
-class ShardBusy(Exception):
-    """Another process holds this shard's lock."""
+class ShardBusy(StoreBusy):
+    """Another process is working on this shard."""
+
+    advice = "is at work on this shard; wait for it, or end it"
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,14 @@ def caption_shard(
     folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     items = list(dict.fromkeys(items))
-    with hold_shard(folder, shard) as heartbeat:
+    store = shard_store(folder, shard)
+    with store.hold(ShardBusy):
         quarantined = folder / f"{shard.name}.quarantine.jsonl"
         if retry_quarantined and quarantined.exists():
             os.replace(quarantined, f"{quarantined}.old")
         captioner = load()
         planned = plan_clips(captioner, cut(shard.of(items)), prompt, decoding, frame_sampling)
         write_plan(folder, shard, items, planned, Prompt.of(prompt))
-        store = CaptionStore(folder / f"{shard.name}.jsonl", folder / "captions_strips")
         same_run = f"-of-{shard.count:05}.jsonl"  # its other shards have other clips
         others = [CaptionStore(path) for path in shard_stores(folder) if not path.name.endswith(same_run)]
         caption_planned(
@@ -160,7 +161,7 @@ def caption_shard(
             timeout_seconds,
             other_stores=others,
             quarantine=Quarantine(quarantined),
-            heartbeat=heartbeat,
+            heartbeat=heartbeat_path(folder, shard),
             label="" if shard.count == 1 else f"shard {shard}: ",
             num_readers=num_readers,
             memory_bytes=memory_bytes,
@@ -168,30 +169,14 @@ def caption_shard(
     return current_records(planned, [*others, store])
 
 
-@contextmanager
-def hold_shard(folder: Path, shard: Shard) -> Iterator[Path]:
-    """Lock a shard until the block or the process ends, even by a crash; yields the path of the heartbeat file.
+def shard_store(folder: Path, shard: Shard) -> CaptionStore:
+    """A shard's own store; all share a folder of picture strips."""
+    return CaptionStore(folder / f"{shard.name}.jsonl", folder / "captions_strips")
 
-    Raises:
-        ShardBusy: another process holds the lock.
-        OSError: the folder cannot be written.
-    """
-    path, heartbeat = folder / f"{shard.name}.lock", folder / f"{shard.name}.heartbeat.json"
-    path.touch()  # its error names the path
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        try:
-            beat = json.loads(heartbeat.read_text())
-            holder = f"process {beat['pid']} on {beat['host']} (last heartbeat {beat['updated']})"
-        except (OSError, ValueError, KeyError):
-            holder = "another process"
-        raise ShardBusy(f"{path}: {holder} is at work on this shard; wait for it, or end it") from None
-    try:
-        yield heartbeat
-    finally:
-        lock.release()
+
+def heartbeat_path(folder: Path, shard: Shard) -> Path:
+    """The file of a shard's progress."""
+    return folder / f"{shard.name}.heartbeat.json"
 
 
 def write_plan(
@@ -232,7 +217,7 @@ class Merged:
 
     def __str__(self) -> str:
         counts = f"{self.num_ok} captions and {self.num_errors} errors in {self.store.path}"
-        return "\n".join([counts, *(f"problem: {problem}" for problem in self.problems)])
+        return "\n".join(map(plain_text, [counts, *(f"problem: {problem}" for problem in self.problems)]))
 
 
 def merge(output_dir: str | os.PathLike[str]) -> Merged:
@@ -242,12 +227,18 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
     and lines of other requests in `captions.jsonl` are kept.
 
     Raises:
+        StoreBusy: a run is captioning into `captions.jsonl`.
         ValueError: the folder holds no shards.
     """
     folder = Path(output_dir).expanduser()
     plans, problems = _plans(folder)
-    latest, edits = _latest_lines(shard_stores(folder))
     merged = CaptionStore(folder / MERGED)
+    with merged.hold():
+        return _merge_into(merged, plans, problems)
+
+
+def _merge_into(merged: CaptionStore, plans: dict[int, dict[str, Any]], problems: list[str]) -> Merged:
+    latest, edits = _latest_lines(shard_stores(merged.path.parent))
     # Shards took every count-th clip: row by row over the shards is the manifest's order.
     rows = zip_longest(*(plan["clips"] for _, plan in sorted(plans.items())))
     planned = dict(clip for row in rows for clip in row if clip is not None)

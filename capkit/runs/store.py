@@ -6,7 +6,11 @@ import hashlib
 import io
 import json
 import os
+import re
+import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,21 @@ from PIL import Image
 from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
-from capkit.files import append_line, atomic_write, file_sha256, now, read_lines
+from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now, read_lines
+from capkit.text import plain_text
 from capkit.video import Clip, FrameSampling, FrameSamplingLike
 
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
 STRIP_COLUMNS = 12
 STRIP_GAP_PIXELS = 2
+# The largest that is shown. WebP ends at 16,383 pixels a side, which is a strip of 1,716 frames.
+MOST_STRIP_BYTES, MOST_STRIP_PIXELS = 5_000_000, 12 * (STRIP_FRAME_PIXELS + STRIP_GAP_PIXELS) * 16_383
+
+
+class StoreBusy(Busy):
+    """Another run is captioning into this store."""
+
+    advice = "is captioning into this store; wait for it, end it, or use another store"
 
 
 class CaptionStore:
@@ -44,6 +57,19 @@ class CaptionStore:
 
     def __repr__(self) -> str:
         return f"CaptionStore({str(self.path)!r})"
+
+    @contextmanager
+    def hold(self, error: type[Busy] = StoreBusy) -> Iterator[None]:
+        """Keep other runs out until the block or the process ends. Hand edits and single captions still go in.
+
+        Raises:
+            StoreBusy: another run, in this process or another, holds the store; or `error` instead.
+        """
+        if self.path.exists() and not os.access(self.path, os.W_OK):
+            yield  # for a run that finds everything done; one that does not fails at its first record
+            return
+        with hold_lock(Path(os.path.realpath(self.path)).with_suffix(".lock"), error):
+            yield
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line, flushed to disk.
@@ -71,7 +97,8 @@ class CaptionStore:
             with open(torn, "ab") as aside:
                 aside.write(content[end:] + b"\n")
             file.truncate(end)
-        warnings.warn(f"{self.path}: the last line was torn (a process was killed); it is now in {torn}", stacklevel=3)
+        message = f"{self.path}: the last line was torn (a process was killed); it is now in {torn}"
+        warnings.warn(plain_text(message), stacklevel=3)
 
     def lines(self) -> list[dict[str, Any]]:
         """All attempts and edits, in file order. An unreadable line is skipped with a warning."""
@@ -112,6 +139,34 @@ class CaptionStore:
     def strip_path(self, record: dict[str, Any]) -> Path:
         """Path of a record's picture strip; captions of the same frames share one."""
         return self.strips / record["strip"]
+
+    def read_strip(self, record: dict[str, Any]) -> bytes:
+        """The picture strip of a record, as WebP. Its file is checked, because a store may come from anyone.
+
+        Raises:
+            ValueError: the reason why it is not shown: it is missing, or no strip as `save_strip` writes them.
+        """
+        name = record.get("strip")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+\.webp", name, re.ASCII):
+            raise ValueError(f"{name!r} is not the name of a picture strip")
+        path = self.strips / name
+        try:
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{path} is not a regular file")
+            if status.st_size > MOST_STRIP_BYTES:
+                raise ValueError(f"{path} has {status.st_size} bytes, which no picture strip has")
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        # RIFF....WEBPVP8 , and a key frame with its size: https://datatracker.ietf.org/doc/html/rfc9649
+        header = re.match(rb"RIFF.{4}WEBPVP8 .{7}\x9d\x01\x2a(..)(..)", data, re.DOTALL)
+        if header is None:
+            raise ValueError(f"{path} is not a WebP picture as capkit writes them")
+        width, height = (int.from_bytes(side, "little") & 0x3FFF for side in header.groups())
+        if not 0 < width * height <= MOST_STRIP_PIXELS:
+            raise ValueError(f"{path} has {width} x {height} pixels, which no picture strip has")
+        return data
 
     def save_strip(self, record: dict[str, Any], clip: Clip, image_size: int) -> Path:
         """Write a small picture of the frames as the model saw them: cropped, in reading order, 12 to a row."""

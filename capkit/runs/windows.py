@@ -12,8 +12,9 @@ The rules of the CogVideoX trainers were read in their sources:
 from __future__ import annotations
 
 import html
+import itertools
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from capkit.files import atomic_write
 from capkit.runs.clips import Item
+from capkit.text import without_controls
 from capkit.video import VideoError, VideoInfo, WorkerProcess
 
 TRAINERS = ("cogvideo", "cogkit", "diffusers", "sat")
@@ -93,17 +96,20 @@ def write_webvtt(records: Iterable[dict[str, Any]], folder: str | os.PathLike[st
         if record["status"] == "ok":
             end = record["start_seconds"] + record["duration_seconds"]
             text = " ".join(record.get("edited_text", record["text"]).split())
-            cues[record["video"]].append((record["start_seconds"], end, html.escape(text, quote=False)))
-    target, paths = Path(folder).expanduser(), []
-    target.mkdir(parents=True, exist_ok=True)
-    num_named: Counter[str] = Counter()
+            text = without_controls(html.escape(text, quote=False))
+            cues[record["video"]].append((record["start_seconds"], end, text))
+    paths = []
+    reserved = {Path(video).stem.lower() for video in cues}
+    taken: set[str] = set()
     for video, of_video in cues.items():
-        stem = Path(video).stem
-        num_named[stem.lower()] += 1
-        number = num_named[stem.lower()]
-        paths.append(target / (f"{stem}.vtt" if number == 1 else f"{stem} ({number}).vtt"))
+        name = stem = Path(video).stem
+        numbers = itertools.count(2)
+        while name.lower() in taken or (name != stem and name.lower() in reserved):
+            name = f"{stem} ({next(numbers)})"
+        taken.add(name.lower())
         blocks = [f"{_clock(start)} --> {_clock(end)}\n{text}" for start, end, text in sorted(of_video)]
-        paths[-1].write_text("\n\n".join(["WEBVTT", *blocks]) + "\n", encoding="utf-8")
+        content = "\n\n".join(["WEBVTT", *blocks]) + "\n"
+        paths.append(atomic_write(Path(folder).expanduser() / f"{name}.vtt", content))
     return paths
 
 

@@ -19,6 +19,7 @@ import yaml
 from capkit.captioning import Captioner, Decoding, DecodingLike, SharedVideo
 from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt, PromptLike
 from capkit.runs import Item, read_rows
+from capkit.text import plain_text
 from capkit.video import Clip, FrameSampling, FrameSamplingLike, load_clip
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class SweepPlan:
 
     def __str__(self) -> str:
         counts = f"{len(self.cells)} cells x {len(self.sources)} clips: {self.num_captions} captions"
-        return "\n".join([counts, *(f"left out: {reason}" for reason in self.collapsed)])
+        return "\n".join(map(plain_text, [counts, *(f"left out: {reason}" for reason in self.collapsed)]))
 
     def estimate_seconds(self, captioner: Captioner) -> float:
         """An upper estimate of the sweep's duration, from captioning the first clip in the first cell.

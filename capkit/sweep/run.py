@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,7 @@ def run_sweep(
         the error.
 
     Raises:
+        StoreBusy: another run is captioning into this store.
         ValueError: as in `plan_sweep`, or axes beside a plan.
     """
     if isinstance(clips, SweepPlan) and axes:
@@ -156,6 +158,17 @@ def run_sweep(
     for cell in plan.cells:  # refuse prompts that this tokenizer cannot take
         captioner.processor.text_ids(cell.prompt)
     store = store if isinstance(store, CaptionStore) or store is None else CaptionStore(store)
+    with nullcontext() if store is None else store.hold():
+        return _run_plan(captioner, plan, store, retry_errors, timeout_seconds)
+
+
+def _run_plan(
+    captioner: Captioner,
+    plan: SweepPlan,
+    store: CaptionStore | None,
+    retry_errors: bool,
+    timeout_seconds: float | None,
+) -> SweepResult:
     records = {record["request"]: record for record in store.current()} if store else {}
     done = store.done(retry_errors) if store else set()
     order: list[str] = []

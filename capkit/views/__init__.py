@@ -15,6 +15,7 @@ from capkit.views.html import (
     picture,
     record_text,
     show_captions,
+    table_html,
     to_webp,
 )
 from capkit.views.sweeps import compare_captions, show_sweep
@@ -40,6 +41,7 @@ __all__ = [
     "picture",
     "record_text",
     "show_captions",
+    "table_html",
     "to_webp",
     "compare_captions",
     "show_sweep",

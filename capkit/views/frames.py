@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, resized_and_cut
+from capkit.text import escape
 from capkit.video import Clip
 from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, note, picture, to_webp
 
@@ -161,9 +161,7 @@ def _legend(clip: Clip, template: str) -> str:
         below = f"Below each frame: its time. Under template {template!r} frames carry no numbers."
     elif clip.start_seconds:
         below = f"Bold: its number in the prompt, counted from {clip.start_seconds:g} s; then its time."
-    return escape(
-        f"The box is the part of a frame that the model sees; the grey rest is cut away. {below}", quote=False
-    )
+    return escape(f"The box is the part of a frame that the model sees; the grey rest is cut away. {below}")
 
 
 def _time_line(clip: Clip) -> str:

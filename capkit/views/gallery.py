@@ -6,12 +6,12 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from capkit.files import write_page
 from capkit.runs import CaptionStore
+from capkit.text import escape
 from capkit.views.html import MUTED, card, frames_strip
 
 STRIP_BYTES = 19_000  # larger picture strips are scaled down, so that a page of 1000 stays under 30 MB

@@ -8,13 +8,16 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from capkit.runs import CaptionStore
+from capkit.text import escape, without_controls
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # In an untrusted notebook JupyterLab removes <style> and <svg>, and currentColor and aspect-ratio from inline CSS.
 CARD = "border:1px solid #8886;border-radius:6px;padding:10px;margin:10px 0;max-width:1000px"
@@ -22,6 +25,11 @@ MUTED = "opacity:.7;font-size:85%"
 # Okabe and Ito's palette, which colour-blind people can tell apart; colour is never the only signal.
 BLUE, SKY, ORANGE, RED, GREEN, PURPLE = "#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#009e73", "#cc79a7"
 GREY = "#888888"
+
+
+def table_html(table: pd.DataFrame, **options: Any) -> str:
+    """A table as HTML, by pandas' `to_html` with these options, and with control characters seen."""
+    return without_controls(table.to_html(**options))
 
 
 class HTML:
@@ -58,7 +66,7 @@ def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> 
     """
     name = file_name(record)
     value = record.get(extra_field or "")
-    extra = "" if value is None else f"{extra_field} {escape(str(value))}"
+    extra = "" if value is None else escape(f"{extra_field} {value}")
     if record["status"] == "error":
         content = f"{name}<br>{strip}{error_text(record)}"
         return f'<div style="{CARD};border-left:4px solid {RED}">{content}<div style="{MUTED}">{extra}</div></div>'
@@ -114,7 +122,7 @@ def note(html: str) -> str:
 
 
 def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float = math.inf) -> str:
-    """The picture strip of the frames that the model saw, as HTML; "" if its file is missing or damaged.
+    """The picture strip of the frames that the model saw, as HTML, or why there is none; "" for a clip never read.
 
     Args:
         store: where the picture strips are.
@@ -122,14 +130,16 @@ def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float =
         max_bytes: a larger file is scaled down to this size, in bytes.
     """
     try:
-        data = store.strip_path(record).read_bytes()
-        image = Image.open(io.BytesIO(data))
+        data = store.read_strip(record)
+        image = Image.open(io.BytesIO(data), formats=["WEBP"])
         (width, height), scale = image.size, 1.0
         while len(data) > max_bytes and scale > 0.2:
             scale *= 0.95 * (max_bytes / len(data)) ** 0.5
             data = to_webp(image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS))
-    except OSError:
-        return ""
+    except (OSError, ValueError) as error:
+        if record.get("status") == "error" and isinstance(error.__cause__, FileNotFoundError):
+            return ""
+        return f'<div style="{MUTED}">no picture: {escape(str(error))}</div>'
     return picture(data, "frames that the model saw", f"width:{width}px;max-width:100%") + "<br>"
 
 

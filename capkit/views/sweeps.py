@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import pandas as pd
 
 from capkit.runs import CaptionStore
 from capkit.sweep import SweepResult
+from capkit.text import escape
 from capkit.video import Clip
 from capkit.views.captions import CaptionLike, as_record, caption_frames, caption_paragraph, facts_line, heading
-from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text
+from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text, table_html
 
 SETTINGS = ("model", "prompt", "template", "frame_numbers", "frame_sampling", "decoding", "history", "sample")
 
@@ -83,7 +83,7 @@ def show_sweep(result: SweepResult, num_clips: int = 2, num_cells: int = 6) -> H
         cards.append(compare_captions([result.all_records[place] for place in rows.index], list(rows["cell"])).html)
     cells, clips = len(means), table["video"].nunique()
     summary = f"{cells} cells, {clips} clips; below, the first {min(cells, num_cells)} cells of the first {len(cards)}"
-    numbers = means.apply(pd.to_numeric).to_html(float_format="{:.3g}".format, na_rep="", border=0)
+    numbers = table_html(means.apply(pd.to_numeric), float_format="{:.3g}".format, na_rep="", border=0)
     return HTML(
         f'<div style="overflow:auto">{numbers}</div><div style="{MUTED}">{summary} clips.</div>{"".join(cards)}'
     )

@@ -269,7 +269,7 @@ class TestRun:
         assert dead["status"] == "failed" and dead["error"].startswith("the kernel died in code cell 3: crashed, or")
         for name in ("good", "bad", "dead"):
             assert {file.name for file in (out / name).iterdir()} == {
-                *(".lock", "log.txt", "results", "status.json", "tiny.html", "tiny.ipynb")
+                *("log.txt", "results", "status.json", "tiny.html", "tiny.ipynb")
             }
             assert (out / name / "results" / "ran.txt").read_text().count("\n") == 1
         executed = nbformat.read(out / "bad" / "tiny.ipynb", 4)

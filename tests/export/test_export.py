@@ -12,6 +12,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from video_factory import encode_clip
 
 from capkit import CaptionStore
 from capkit.export import CLEANING, LAYOUTS, ExportError, export_dataset
@@ -42,6 +43,7 @@ TEXTS = {
     **{f"separator {ord(letter):#x}": f"A dog runs.{letter}It barks." for letter in LINE_SEPARATORS},
     "both line ends": "one\r\n\r\ntwo\n\nthree",
 }
+NOT_REGULAR = "the clip is not a regular file"
 NAMES = [
     *("dog.mp4", " a dog .mp4", "dog.v1.mp4.mp4", 'it\'s "a", dog.mp4', "собака\t🐕.mp4", "DOG.MP4"),
     *("test_1.mp4", "b-train-2 videos.mp4"),
@@ -310,6 +312,30 @@ class TestWhichCaption:
         saved = json.loads(report.path.read_text())
         assert len(saved["clips"]) == 10 and saved["clips"][6]["original"] == r"A \ud800 dog."
         assert "1 clips are copies of another" in str(report) and "good" not in report._repr_html_()
+
+    def test_a_store_of_someone_else_may_name_any_file(self, make_store, tmp_path):
+        """Without the digest of what was captioned, only videos are taken; pipes and devices never."""
+        unknown = {"text": "A dog.", "video_sha256": None}
+        secret, pipe = tmp_path / "secret", tmp_path / "clips" / "pipe.mov"
+        secret.write_text("root:x:0:0\n" * 100)
+        store = make_store({"good.mp4": "A dog.", "text.mp4": unknown, "true.mp4": unknown})
+        encode_clip(tmp_path / "clips" / "true.mp4", range(3))
+        os.mkfifo(pipe)
+        for number, video in enumerate((pipe, "/dev/zero", secret, tmp_path, "a\0b.mp4", "\ud800.mp4")):
+            record = a_record(f"other {number}", __file__, unknown) | {"video": str(video)}
+            store.append(record | {"video_sha256": sha256_of(secret) if video == pipe else None})
+        failed = {"status": "error", "error": "\udcff.mp4: no such file", "text": None}
+        store.append(a_record("failed 9", __file__, failed) | {"video": "/clips/\udcff.mp4"})
+        report = export_dataset(store, "cogvideo", tmp_path / "out", clips="copy")
+        exported = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        assert exported == {"good.mp4", "true.mp4", "prompts.txt", "videos.txt"}
+        reasons = {Path(row.video).name: row.reason for row in report.refused.itertuples()}
+        assert reasons.pop("pipe.mov") == reasons.pop("zero") == reasons.pop(tmp_path.name) == NOT_REGULAR
+        assert "as a video: not a video but text" in reasons.pop("text.mp4")
+        assert "as a video: not a video but text" in reasons.pop("secret")
+        assert "null byte" in reasons.pop("a\0b.mp4") and "surrogates not allowed" in reasons.pop(r"\ud800.mp4")
+        assert reasons.pop(r"\udcff.mp4") == r"not captioned: \udcff.mp4: no such file"
+        assert not reasons and report.path.is_file()
 
     def test_wrong_arguments_are_named(self, make_store, tmp_path):
         store = make_store({"a.mp4": "A dog."})

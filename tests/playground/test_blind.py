@@ -102,8 +102,26 @@ def test_only_the_variants_asked_for(store, tmp_path):
 
 def test_damaged_ratings_are_named(tmp_path):
     path = tmp_path / "ratings.jsonl"
-    for line in ("{", json.dumps({"clip": "a"}), "[]"):
-        path.write_text(line + "\n")
-        with pytest.raises(ValueError, match="line 1"):
-            read_ratings(path)
+    path.write_text(json.dumps({"clip": "a"}) + "\n")
+    with pytest.raises(ValueError, match="no rating: {'clip': 'a'}; mend or delete the line"):
+        read_ratings(path)
     assert read_ratings(tmp_path / "none.jsonl") == []
+
+
+def test_prompts_with_separators_and_a_torn_line_lose_no_rating(store, tmp_path):
+    store.append(record("h", "Describe\u2028it\x85 \u2029now.\r", "one"))
+    store.append(record("h", PROMPTS[1], "two"))
+    path = tmp_path / "ratings.jsonl"
+    rating = BlindRating(store, path)
+    rated = []
+    while len(rating.pairs) > 1:
+        rated.append((rating.pairs[0][0], *sorted(rating.pairs[0][1:])))
+        rating.rate("tie")
+    assert [(one["clip"], *sorted((one["first"], one["second"]))) for one in read_ratings(path)] == rated
+    path.write_bytes(path.read_bytes()[:-20])  # the last one is torn: killed while it was written
+    with pytest.warns(UserWarning, match=f"line {len(rated)} is not valid JSON"):
+        again = BlindRating(store, path)
+    assert len(again.pairs) == 2
+    again.rate("first")
+    with pytest.warns(UserWarning, match=f"line {len(rated)} is not valid JSON"):
+        assert [one["outcome"] for one in read_ratings(path)] == ["tie"] * (len(rated) - 1) + ["first"]

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from paths import DATA
 from PIL import Image
+from video_factory import encode_clip
 
 import capkit
 import capkit.__main__
-from capkit import CaptionStore, Decoding, Prompt, plan_sweep
+from capkit import CaptionStore, Decoding, Prompt, plan_sweep, run_sweep
 from capkit.export import export_dataset
-from capkit.runs import caption_clips, find_clips, new_record, request_settings
+from capkit.runs import StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
 from capkit.runs.caption import plan_clips
 from capkit.runs.store import ModelIdentity
 from capkit.views import show_caption
@@ -266,7 +267,7 @@ class TestStoresWrittenBefore:
         assert "A striped wall." in capsys.readouterr().out
 
         assert "By hand." in show_caption(before[0]).html
-        (tmp_path / "clip.mp4").write_bytes(b"exported as it is")
+        encode_clip(tmp_path / "clip.mp4", range(3))
         text = old.path.read_text().replace("/nowhere/clip.mp4", str(tmp_path / "clip.mp4"))
         old.path.write_text(text)
         report = export_dataset(old, "cogvideo", tmp_path / "data", choose=["edited"])
@@ -327,3 +328,154 @@ def test_clips_of_the_same_frames_may_save_their_strip_at_the_same_time(store):
             paths = [*pool.map(save, [f"{number}.webp"] * 4)]
             assert set(paths) == {store.strips / f"{number}.webp"}
     assert len([*store.strips.iterdir()]) == 50  # and nothing half written
+
+
+class TestStripsOfSomeoneElsesStore:
+    @pytest.fixture
+    def store(self, store):
+        clip = capkit.Clip.from_frames(np.zeros((2, 56, 56, 3), np.uint8))
+        store.save_strip({"strip": "good.webp"}, clip, image_size=56)
+        return store
+
+    def test_what_was_written_is_read(self, store):
+        data = (store.strips / "good.webp").read_bytes()
+        assert store.read_strip({"strip": "good.webp"}) == data
+        clip = capkit.Clip.from_frames(np.random.default_rng(0).integers(0, 255, (400, 28, 28, 3), np.uint8))
+        path = store.save_strip({"strip": "long-1_a.webp"}, clip, image_size=28)  # of noise, 34 rows of frames
+        assert store.read_strip({"strip": "long-1_a.webp"}) == path.read_bytes()
+
+    NAMES = ["", ".", "..", "good.png", "a/good.webp", "../captions_strips/good.webp", "..\\good.webp", "C:good.webp"]
+    NAMES += ["/etc/passwd", "/etc/passwd\0.webp", "good.webp\n", "ghost:good.webp", "göod.webp"]
+
+    @pytest.mark.parametrize("name", [None, 5, ["good.webp"], *NAMES])
+    def test_only_plain_names(self, store, name):
+        with pytest.raises(ValueError, match="is not the name of a picture strip"):
+            store.read_strip({"strip": name})
+        if name is None:
+            with pytest.raises(ValueError, match="is not the name of a picture strip"):
+                store.read_strip({})
+
+    def test_only_regular_files_of_a_strips_size(self, store):
+        def reason():
+            with pytest.raises(ValueError) as error:
+                store.read_strip({"strip": "x.webp"})
+            path.unlink(missing_ok=True)
+            return str(error.value)
+
+        path = store.strips / "x.webp"
+        assert "No such file" in reason()
+        path.symlink_to(store.strips / "good.webp")
+        assert "not a regular file" in reason()
+        os.mkfifo(path)
+        assert "not a regular file" in reason()
+        with open(path, "wb") as file:
+            file.truncate(10_000_000_000)
+        assert "10000000000 bytes" in reason()
+        path.symlink_to("/dev/zero")
+        assert "not a regular file" in reason()
+
+    def test_only_webp_pictures_as_capkit_writes_them(self, store):
+        path, good = store.strips / "x.webp", (store.strips / "good.webp").read_bytes()
+
+        def reason(content):
+            path.write_bytes(content)
+            with pytest.raises(ValueError) as error:
+                store.read_strip({"strip": "x.webp"})
+            return str(error.value)
+
+        for format in ("png", "jpeg", "gif"):
+            Image.new("RGB", (9, 9)).save(path, format)
+            assert "not a WebP picture as capkit writes" in reason(path.read_bytes())
+        Image.new("RGBA", (9, 9)).save(path, "webp", lossless=True)
+        assert "not a WebP picture as capkit writes" in reason(path.read_bytes())
+        for text in (b"", b"root:x:0:0:", b"<svg xmlns='http://www.w3.org/2000/svg'/>", good[:12], b" " + good):
+            assert "not a WebP picture as capkit writes" in reason(text)
+        bomb = good[:26] + b"\xff\x3f\xff\x3f" + good[30:]  # 16,383 x 16,383
+        assert "16383 x 16383 pixels" in reason(bomb)
+        assert "0 x 16383 pixels" in reason(good[:26] + b"\0\0\xff\x3f" + good[30:])
+
+
+class TestTwoRunsOnOneStore:
+    ITEMS = find_clips("demo", limit=2)
+    FEW = Decoding(max_new_tokens=3)
+
+    @pytest.mark.parametrize("kind", ["caption_clips", "run_sweep"])
+    def test_the_second_is_refused_until_the_first_ends(self, captioner, store, kind):
+        """While a run is between its captions, others are tried."""
+
+        def run(kind, store):
+            if kind == "run_sweep":
+                return run_sweep(captioner, self.ITEMS, prompts=["a"], decodings=[self.FEW], store=store).records
+            return caption_clips(captioner, self.ITEMS, store, prompt="a", decoding=self.FEW)
+
+        class Probe(CaptionStore):
+            num_refused = 0
+
+            def append(self, record):
+                link = self.path.with_name("link.jsonl")
+                if self.path.exists() and not link.exists():
+                    link.symlink_to(self.path)
+                for path in filter(os.path.exists, (self.path, link)):
+                    for kind in ("caption_clips", "run_sweep"):
+                        with pytest.raises(StoreBusy, match="since .* is captioning into this store; wait for it, end"):
+                            run(kind, CaptionStore(path))
+                        self.num_refused += 1
+                elsewhere = CaptionStore(self.path.with_name("elsewhere.jsonl"))
+                assert len(run("caption_clips", elsewhere)) == 2
+                super().append(record)
+                CaptionStore(self.path).edit(record["request"], "by hand")  # goes in all the same
+
+        probe = Probe(store.path)
+        records = run(kind, probe)
+        assert probe.num_refused >= 4 and [r["status"] for r in records] == ["ok", "ok"]
+        assert run("caption_clips", store) and run("run_sweep", store)
+        made = [line["request"] for line in store.lines() if "edits" not in line]
+        assert len(made) == len(set(made)) and [r["edited_text"] for r in store.current()][:2] == ["by hand"] * 2
+        assert not list(store.path.parent.glob("*.lock"))
+
+    def test_a_run_that_fails_frees_the_store(self, captioner, store):
+        with pytest.raises(ValueError, match="batch_size"):
+            caption_clips(captioner, self.ITEMS, store, batch_size=0)
+        with store.hold():
+            pass
+
+    def test_merging_waits_for_no_run(self, captioner, tmp_path, monkeypatch, capsys):
+        caption_shard(lambda: captioner, self.ITEMS[:1], tmp_path, decoding=self.FEW)
+        merged = CaptionStore(tmp_path / "captions.jsonl")
+        with merged.hold(), pytest.raises(StoreBusy, match="is captioning into this store"):
+            merge(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["capkit", "merge", str(tmp_path)])
+        with merged.hold(), pytest.raises(SystemExit) as ended:
+            capkit.__main__.main()
+        assert ended.value.code == 3 and "is captioning into this store" in capsys.readouterr().err
+        assert merge(tmp_path).num_ok == 1
+
+    def test_a_finished_store_that_cannot_be_written_still_gives_its_records(self, captioner, store, monkeypatch):
+        made = caption_clips(captioner, self.ITEMS, store, decoding=self.FEW)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
+        with CaptionStore(store.path.with_name("other.jsonl")).hold():
+            assert caption_clips(captioner, self.ITEMS, store, decoding=self.FEW) == made
+        assert not store.path.with_suffix(".lock").exists()
+
+    def test_of_two_processes_at_once_one_is_refused_or_finds_all_done(self, store):
+        code = (
+            "import sys, capkit; from capkit.runs import StoreBusy\n"
+            "captioner = capkit.load_captioner('demo', device='cpu'); print('ready', flush=True); input()\n"
+            "clips, store = capkit.find_clips('demo', limit=4), capkit.CaptionStore(sys.argv[1])\n"
+            "try: capkit.caption_clips(captioner, clips, store)\n"
+            "except StoreBusy as error: print(error)"
+        )
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, store.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(2)
+        ]
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+        for process in both:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        shown = [process.communicate()[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0]
+        assert sum("is captioning into this store" in text or "0 clips to caption" in text for text in shown) == 1
+        assert len(store.lines()) == len({line["request"] for line in store.lines()}) == 4

@@ -72,6 +72,29 @@ def record(video, start, duration, text, **more):
 
 
 class TestWebVTT:
+    @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0)])
+    def test_no_video_takes_the_file_of_another(self, tmp_path, order):
+        videos = ["/a/dog.mp4", "/b/Dog.mkv", "/c/dog (2).mp4"]
+        records = [record(videos[number], 0.0, 1.0, f"caption {number}") for number in order]
+        paths = write_webvtt(records, tmp_path)
+        assert len({path.name.lower() for path in paths}) == 3 == len(list(tmp_path.iterdir()))
+        for number, path in zip(order, paths, strict=True):
+            assert f"caption {number}\n" in path.read_text()
+        assert paths[order.index(2)].name == "dog (2).vtt"  # as its video is called
+
+    def test_long_names_controls_and_a_full_disk(self, tmp_path, monkeypatch):
+        (path,) = write_webvtt([record(f"/a/{'x' * 251}.mp4", 0.0, 1.0, "A \x1b[31m\u202edog \u2028runs")], tmp_path)
+        assert path.name == f"{'x' * 251}.vtt" and path.read_text().endswith("\nA \\x1b[31m\\u202edog runs\n")
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        before = path.read_text()
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_webvtt([record(f"/a/{'x' * 251}.mp4", 0.0, 1.0, "Another")], tmp_path)
+        assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
     def test_cues_in_order_escaped_and_on_a_line(self, tmp_path):
         records = [
             record("/a/film.mp4", 3599.5, 1.25, " A --> B\n\n& <b>C</b>"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 import capkit
 from capkit.runs import STRIP_FRAME_PIXELS
-from capkit.views import write_gallery
+from capkit.views import show_captions, write_gallery
 from capkit.views.gallery import STRIP_BYTES
 
 NASTY = '<script>alert(1)</script> "quoted" & שלום עולם \u202eback \U0001f31f'
@@ -105,7 +105,8 @@ class TestThePage:
         page = gallery.save(tmp_path / "gallery.html").read_text(encoding="utf-8")
         for html in (page, gallery._repr_html_()):
             assert not re.search('<script|<i>|https?:|<link|@import| src="(?!data:)', html)
-            assert f"<bdi>{unescape(name)}</bdi>" in unescape(html).replace("\\", "") and NASTY in unescape(html)
+            name, said = (text.replace("\u202e", r"\u202e") for text in (name, NASTY))  # seen, and without effect
+            assert f"<bdi>{name}</bdi>" in unescape(html) and said in unescape(html)
         assert "default-src 'none'" in page and page.count('charset="utf-8"') == 1
 
     def test_strips_that_are_missing_or_damaged_are_left_out(self, make_store, tmp_path):
@@ -115,6 +116,17 @@ class TestThePage:
         store.strip_path(a_record(2)).write_bytes(b"RIFF torn")
         page = write_gallery(store).save(tmp_path / "gallery.html").read_text()
         assert page.count("data:image/webp;base64,") == 1 and page.count("<article>") == 3
+        assert page.count("no picture: ") == 2 and "2.webp is not a WebP picture" in page and "3.webp: No such" in page
+
+    def test_a_strip_that_names_another_file_is_not_embedded(self, make_store, tmp_path):
+        (tmp_path / "secret.webp").write_text("a secret")
+        named = [a_record(1) | {"strip": name} for name in ("../secret.webp", str(tmp_path / "secret.webp"), None)]
+        store = make_store(*({**record, "request": str(n)} for n, record in enumerate(named)))
+        for html in (write_gallery(store)._repr_html_(), show_captions(store, store.current()).html):
+            assert html.count("is not the name of a picture strip") == 3 and "base64" not in html
+
+    def test_a_clip_that_was_never_read_misses_no_picture(self, make_store):
+        assert "no picture" not in write_gallery(make_store(an_error(1)))._repr_html_()
 
     def test_a_notebook_shows_the_first_few(self, make_store):
         html = write_gallery(make_store(*map(a_record, range(25))))._repr_html_()

@@ -151,7 +151,7 @@ class TestClip:
     def test_file_names_are_text(self, tmp_path):
         for name in ("a \"b\" 'c' <img src=x onerror=y>.mp4", "שלום \u202e\U0001f31f.mp4"):
             html = show_clip(capkit.load_clip(encode_clip(tmp_path / name, range(5)), timeout_seconds=None)).html
-            assert f"{name}" in text_of(html) and "<img src=x" not in html
+            assert name.replace("\u202e", r"\u202e") in text_of(html) and "<img src=x" not in html
             assert re.search(r"<bdi>[^<]*\.mp4</bdi>", html)
 
 

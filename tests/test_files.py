@@ -1,0 +1,145 @@
+"""Locks: who is kept out, and what a crash or a file system without flock leaves behind."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import capkit.files
+from capkit.files import Busy, hold_lock
+
+HOLDER = """
+import errno, fcntl, pathlib, signal, socket, sys, time
+import capkit.files
+path, has_flock, host = pathlib.Path(sys.argv[1]), sys.argv[2] == "flock", sys.argv[3]
+capkit.files.LEASE_SECONDS, capkit.files.RENEWAL_SECONDS = 3.0, 0.2
+if host:
+    socket.gethostname = lambda: host
+if not has_flock:
+    def flock(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    fcntl.flock = flock
+with capkit.files.hold_lock(path):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """Start a process that holds the lock; it is killed at the end."""
+    processes = []
+
+    def start(flock="flock", host=""):
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / "a.lock"), flock, host]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "held\n"
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def without_flock(monkeypatch, request):
+    """As on a mount without flock: `filelock` calls `fcntl.flock`."""
+
+    def flock(*_):
+        raise OSError(getattr(errno, getattr(request, "param", "ENOSYS")), "as on some network file systems")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(capkit.files, "LEASE_SECONDS", 3.0)
+    monkeypatch.setattr(capkit.files, "RENEWAL_SECONDS", 0.2)
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_lock_keeps_other_processes_and_threads_out_and_names_its_holder(tmp_path, hold):
+    path = tmp_path / "new" / "b.lock"
+    for _ in range(2):  # one after the other
+        with hold_lock(path), pytest.raises(Busy, match=r"b\.lock: another thread of this process \(since 20") as inner:
+            with hold_lock(path):
+                pass
+        refused = []
+
+        def other(refused=refused):
+            try:
+                with hold_lock(path):
+                    pass
+            except Busy as error:
+                refused.append(str(error))
+
+        with hold_lock(path):
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        assert refused and "wait for it, or end it" in refused[0] and "wait for it" in str(inner.value)
+        assert not list(path.parent.iterdir())
+    process = hold()
+    name = rf"process {process.pid} on {socket.gethostname()} \(since 20.*\) is at work here; wait for it, or end it"
+    with pytest.raises(Busy, match=name), hold_lock(tmp_path / "a.lock"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path, hold):
+    kill(hold())
+    with hold_lock(tmp_path / "a.lock"):
+        assert str(os.getpid()) in (tmp_path / "a.lock").read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_within_is_passed_on_and_frees_the_lock(tmp_path):
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), hold_lock(tmp_path / "a.lock"):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("without_flock", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"], indirect=True)
+def test_without_flock_a_renewed_file_is_the_lock(tmp_path, hold, without_flock):
+    path = tmp_path / "a.lock"
+    process = hold("none")
+    assert (tmp_path / "a.lease").exists()
+    with pytest.warns(UserWarning, match=f"to see whether process {process.pid} on "):
+        with pytest.raises(Busy, match=f"process {process.pid} on .* is at work here"), hold_lock(path):
+            pass
+    kill(process)
+    started = time.monotonic()
+    with hold_lock(path):  # at once: on the same host, the process is known to be gone
+        assert time.monotonic() - started < 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_flock_a_lock_of_a_dead_host_is_taken_over_when_it_is_stale(tmp_path, hold, without_flock):
+    process = hold("none", "elsewhere")
+    with pytest.warns(UserWarning, match="waiting up to 3 s to see whether process .* on elsewhere"):
+        with pytest.raises(Busy, match="on elsewhere"), hold_lock(tmp_path / "a.lock"):
+            pass
+        kill(process)
+        started = time.monotonic()
+        with hold_lock(tmp_path / "a.lock"):
+            assert time.monotonic() - started > 2.5
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_holder_that_was_taken_for_dead_is_told(tmp_path, without_flock):
+    with pytest.warns(UserWarning, match="another process has taken over this lock"), hold_lock(tmp_path / "a.lock"):
+        (tmp_path / "a.lease").unlink()
+        time.sleep(1)
+
+
+def test_other_errors_of_the_system_name_the_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), hold_lock(tmp_path / "file" / "a.lock"):
+        pass
