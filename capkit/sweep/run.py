@@ -156,7 +156,6 @@ def run_sweep(
     for cell in plan.cells:  # refuse prompts that this tokenizer cannot take
         captioner.processor.text_ids(cell.prompt)
     store = store if isinstance(store, CaptionStore) or store is None else CaptionStore(store)
-    records = {record["request"]: record for record in store.current()} if store else {}
     done = store.done(retry_errors) if store else set()
     order: list[str] = []
     todo: dict[tuple[Source, FrameSampling], list[Request]] = {}
@@ -168,6 +167,7 @@ def run_sweep(
         if settings["request"] not in done:
             done.add(settings["request"])  # a clip may be named twice
             todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
+    records = {record["request"]: record for record in store.latest(dict.fromkeys(order))} if store else {}
     num_todo = sum(len(group) for group in todo.values())
     with Progress("captions", num_todo, len(order) - num_todo) as progress:
         for group, clip in _read_clips(todo, timeout_seconds):

@@ -301,9 +301,12 @@ class TestCaptionShard:
                 in_shards(captioner, items, tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert str(tmp_path) in str(error.value) and path.read_bytes() == before
-        assert [record["status"] for record in in_shards(captioner, items, tmp_path)] == ["ok"] * 4
-        assert not merge(tmp_path).problems
+        assert str(tmp_path) in str(error.value) and path.read_bytes().startswith(before)
+        torn = pytest.warns(match=f"{path}, line 2 is skipped: torn")  # what fitted of the line
+        with torn:
+            assert [record["status"] for record in in_shards(captioner, items, tmp_path)] == ["ok"] * 4
+        with torn:
+            assert not merge(tmp_path).problems
 
 
 class TestReading:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from threading import Barrier
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ def video(tmp_path):
 
 
 def attempt(request, status="ok", **fields):
-    return {"request": request, "status": status, "text": f"caption of {request}"} | fields
+    record = {"request": request, "video": f"/clips/{request}.mp4", "status": status, "error": "broken"}
+    return record | {"text": f"caption of {request}"} | fields
 
 
 def test_latest_attempt_counts_in_the_order_of_first_attempts(store):
@@ -93,24 +95,23 @@ def test_edits_refer_to_a_request_and_survive_reruns(store):
         store.edit("z", "text")
 
 
-def test_any_torn_last_line_is_set_aside_and_reported(store):
-    """Cut the file at every byte of its last line, as a kill would."""
+def test_a_torn_last_line_is_skipped_and_named_and_a_complete_one_is_a_record(store):
+    """Cut the file at every byte of its last line, as a kill would; without its newline the line is complete."""
     store.append(attempt("a", text="Ein schöner Tag 🎈"))
     whole = store.path.read_bytes()
     store.append(attempt("b", text="naïve"))
     both = store.path.read_bytes()
     for cut in range(len(whole) + 1, len(both)):
         store.path.write_bytes(both[:cut])
-        torn = store.path.with_name("captions.jsonl.torn")
-        torn.unlink(missing_ok=True)
         again = CaptionStore(store.path)
-        if cut < len(both) - 1:
-            with pytest.warns(UserWarning, match="line 2 is not valid JSON"):
-                assert [r["request"] for r in again.current()] == ["a"]
-        with pytest.warns(UserWarning, match="the last line was torn"):
+        is_torn = cut < len(both) - 1
+        kept = ["a"] if is_torn else ["a", "b"]
+        for more in ([], ["c"]):
+            with pytest.warns(match=f"{store.path}, line 2 is skipped: torn") if is_torn else nullcontext():
+                assert [r["request"] for r in again.current()] == kept + more
             again.append(attempt("c"))
-        assert [r["request"] for r in again.current()] == ["a", "c"]
-        assert torn.read_bytes() == both[len(whole) : cut] + b"\n"
+        assert store.path.read_bytes().startswith(both[:cut] + b"\n")
+        assert [path.name for path in store.path.parent.iterdir()] == ["captions.jsonl"]
 
 
 def test_a_damaged_line_in_the_middle_is_skipped_and_named(store):
@@ -119,7 +120,7 @@ def test_a_damaged_line_in_the_middle_is_skipped_and_named(store):
     lines = store.path.read_bytes().split(b"\n")
     lines[1] = lines[1][:10] + b"\xff\xfe\x00"
     store.path.write_bytes(b"\n".join(lines))
-    with pytest.warns(UserWarning, match="line 2 is not valid JSON; skipped"):
+    with pytest.warns(UserWarning, match="line 2 is skipped: torn or damaged, not in UTF-8"):
         assert [r["request"] for r in store.current()] == ["a", "c"]
 
 
@@ -130,7 +131,7 @@ import sys
 from capkit.runs import CaptionStore
 store = CaptionStore({str(store.path)!r})
 for number in range(10**6):
-    store.append({{"request": f"r{{number}}", "status": "ok", "text": "x" * 5000}})
+    store.append({{"request": f"r{{number}}", "video": "a.mp4", "status": "ok", "text": "x" * 5000}})
     print(number, flush=True)
 """
     for wait in (0.0, 0.05, 0.2):
@@ -145,22 +146,24 @@ for number in range(10**6):
         kept = len(again.path.read_bytes().splitlines())
         assert kept >= printed[-1] + 1
         os.truncate(again.path, os.path.getsize(again.path) - 7)
-        with pytest.warns(UserWarning, match="torn"):
-            again.append(attempt("after"))
-        assert len(again.current()) == kept
+        again.append(attempt("after"))
+        with pytest.warns(UserWarning, match=f"line {kept} is skipped: torn"):
+            assert len(again.current()) == kept
 
 
 def test_a_file_name_that_is_not_utf_8(store):
     name = os.fsdecode(b"caf\xe9.mp4")
-    store.append({"request": "a", "video": name, "status": "ok"})
+    store.append(attempt("a", video=name))
     assert [record["video"] for record in CaptionStore(store.path).current()] == [name]
 
 
 def test_records_that_cannot_be_kept(store):
     with pytest.raises(ValueError, match="needs its `request`"):
         store.append({"text": "x"})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="mean_logprob is NaN: out of range"):
         store.append(attempt("a", mean_logprob=float("nan")))
+    with pytest.raises(ValueError, match="less than 10,000,000 bytes"):
+        store.append(attempt("a", text="x" * 10**7))
     assert not store.path.exists()
 
 
