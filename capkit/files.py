@@ -110,15 +110,16 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with open(path, "rb") as file:
-        for number, content in enumerate(file, 1):
+        for number, line in enumerate(file, 1):
+            fault = "not a JSON object"
             try:
-                line = json.loads(content)
-                if not isinstance(line, dict):
-                    raise ValueError
-            except (ValueError, RecursionError):
-                warnings.warn(f"{path}, line {number} is not a JSON object; skipped", stacklevel=4)
+                content = json.loads(line)
+            except ValueError:
+                content, fault = None, "not valid JSON"
+            if isinstance(content, dict):
+                yield content
             else:
-                yield line
+                warnings.warn(f"{path}, line {number} is {fault}; skipped", stacklevel=4)
 
 
 def now() -> str:

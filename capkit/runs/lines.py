@@ -132,14 +132,14 @@ def check_line(line: Any) -> None:
     if "request" not in line:
         raise ValueError("a record needs its `request`: make it with new_record()")
     _check_texts(line, "request", "video", "status")
-    if "\0" in line["video"] + line.get("strip", ""):
-        raise ValueError("a file name has a NUL in it")
     if line["status"] not in ("ok", "error"):
         raise ValueError(f"status={_shorten(line['status'])}: must be 'ok' or 'error'")
     _check_texts(line, "text" if line["status"] == "ok" else "error")
     for name, types in _TYPES.items():
         if name in line:
             _check_value(name, line[name], types)
+    if "\0" in line["video"] or "\0" in line.get("strip", ""):
+        raise ValueError("a file name has a NUL in it")
     for name, types in _TYPES_IN_LISTS.items():
         if (values := line.get(name)) and not (set(map(type, values)) <= types and _are_in_range(values)):
             for value in values:
@@ -158,13 +158,14 @@ def check_line(line: Any) -> None:
 
 def _check_texts(line: dict[str, Any], *names: str) -> None:
     for name in names:
-        if not isinstance(line.get(name), str):
-            raise ValueError(f"{name}={_shorten(line[name])}: must be a text" if name in line else f"has no `{name}`")
-    if line.get("text") and not line["text"].isascii():
-        try:
-            line["text"].encode()
-        except UnicodeEncodeError:
-            raise ValueError("the text has half a character in it (a lone surrogate)") from None
+        if name not in line:
+            raise ValueError(f"has no `{name}`")
+        _check_value(name, line[name], _TEXT)
+        if name == "text" and not line[name].isascii():
+            try:
+                line[name].encode()
+            except UnicodeEncodeError:
+                raise ValueError("the text has half a character in it (a lone surrogate)") from None
 
 
 def _check_value(name: str, value: Any, types: frozenset[type]) -> None:

@@ -236,12 +236,13 @@ def read_plan(path: Path) -> dict[str, Any]:
         plan = {"run": 0} | json.loads(path.read_text(encoding="utf-8"))
         texts = [plan["items"], plan["written"], *chain.from_iterable(plan["clips"])]
         numbers = [plan[name] for name in ("run", "num_shards", "shard")]
-        is_valid = {*map(type, texts)} == {str} and {*map(type, numbers)} == {int} and {*map(len, plan["clips"])} <= {2}
-        if is_valid and (not plan["settings"] or {*SETTINGS_OF_RUN, "prompt"} <= set(plan["settings"])):
-            return plan
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise ValueError(f"{path}: is damaged; delete it, and start its shard again, which captions only what is missing")
+        if {*map(type, texts)} != {str} or {*map(type, numbers)} != {int} or {*map(len, plan["clips"])} - {2}:
+            raise ValueError("a field has another type")
+        if plan["settings"] and {*SETTINGS_OF_RUN, "prompt"} - set(plan["settings"]):
+            raise ValueError("a setting is missing")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: is damaged ({error!r}); delete it and start this shard again") from error
+    return plan
 
 
 def plan_differences(plan: dict[str, Any], other: dict[str, Any]) -> list[str]:
