@@ -22,14 +22,16 @@ from capkit.sweep import OUTCOMES, bradley_terry
 from capkit.video import FrameSampling
 from capkit.views import HTML, MUTED, frames_strip, record_text
 
-SETTINGS = ("prompt", "template", "frame_sampling", "decoding")
 Pair = tuple[str, str, str]
 """A clip and the names of the two variants."""
 
 
 def has_settings(record: dict[str, Any]) -> bool:
-    """Whether a record tells what its caption was made with; one that capkit did not write may not."""
-    return record["status"] == "ok" and all(name in record for name in SETTINGS)
+    """Whether a record holds a caption and tells what it was made with; of one not written by capkit it may not."""
+    try:
+        return record["status"] == "ok" and bool(variant_name(record))
+    except (KeyError, ValueError, TypeError):
+        return False
 
 
 def variant_name(record: dict[str, Any]) -> str:

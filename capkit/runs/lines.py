@@ -9,26 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from capkit.captioning import Decoding
-from capkit.cogvlm2 import Prompt
-from capkit.video import FrameSampling
-
 MAX_LINE_BYTES = 10**7  # real records have 2,500
 MOST_WARNINGS = 20  # of one reading; the rest are counted
 MAX_NUMBER = 1e15
 _NUMBER, _TEXT, _NONE = frozenset((int, float)), frozenset((str,)), frozenset((type(None),))
 _TYPES = {
-    **dict.fromkeys(("model", "model_fingerprint", "dtype", "strip", "capkit_version", "created"), _TEXT),
+    **dict.fromkeys(("template", "frame_numbers", "model", "model_fingerprint", "dtype", "strip", "created"), _TEXT),
     **dict.fromkeys(("text", "error", "quantization", "finish_reason", "video_sha256"), _TEXT | _NONE),
     **dict.fromkeys(("start_seconds", "sample"), _NUMBER),
     **dict.fromkeys(("end_seconds", "duration_seconds", "mean_logprob", "seconds"), _NUMBER | _NONE),
     "num_tokens": frozenset((int,)) | _NONE,
     **dict.fromkeys(("frame_sampling", "decoding"), frozenset((dict,))),
+    "history": frozenset((list,)),
     **dict.fromkeys(("frame_indices", "timestamps_seconds", "video_notes"), frozenset((list,)) | _NONE),
 }
 _TYPES_IN_LISTS = {"frame_indices": frozenset((int,)), "timestamps_seconds": _NUMBER, "video_notes": _TEXT}
-_SETTINGS = {"decoding": Decoding, "frame_sampling": FrameSampling}
-_checked_settings: set[str] = set()  # nearly all records have the same
+_IN_FRAME_SAMPLING = {"strategy": _TEXT, "num_frames": frozenset((int,)), "frames_per_second": _NUMBER | _NONE}
 
 
 class Line(NamedTuple):
@@ -146,14 +142,15 @@ def check_line(line: Any) -> None:
                 _check_value(f"an item of {name}", value, types)
     if (line.get("mean_logprob") or 0) > 1:
         raise ValueError(f"mean_logprob={line['mean_logprob']!r}: must not be above 0")
-    if line["status"] == "ok":  # a prompt of the clip's own may be the error
-        Prompt.from_record(line)
-    for name, noun in _SETTINGS.items():
-        if name in line and (text := f"{name} {line[name]}") not in _checked_settings:
-            _check_setting(name, noun, line[name])
-            if len(_checked_settings) >= 1000:  # as with a seed of each caption's own
-                _checked_settings.clear()
-            _checked_settings.add(text)
+    if line["status"] == "ok" and "prompt" in line:  # of an error it may be the reason
+        _check_value("prompt", line["prompt"], _TEXT)
+    for turn in line.get("history", ()):
+        if not (type(turn) is list and [*map(type, turn)] == [str, str]):
+            raise ValueError(f"history has {_shorten(turn)} in it: must be a question and an answer")
+    for name, value in line.get("decoding", {}).items():
+        _check_value(f"decoding: {name}", value, _NUMBER | _NONE)
+    for name, value in line.get("frame_sampling", {}).items():
+        _check_value(f"frame_sampling: {name}", value, _IN_FRAME_SAMPLING.get(name, _NUMBER | _TEXT | _NONE))
 
 
 def _check_texts(line: dict[str, Any], *names: str) -> None:
@@ -177,13 +174,6 @@ def _check_value(name: str, value: Any, types: frozenset[type]) -> None:
 
 def _are_in_range(values: list[Any]) -> bool:
     return isinstance(values[0], str) or -MAX_NUMBER < min(values) and max(values) < MAX_NUMBER
-
-
-def _check_setting(name: str, noun: Any, value: dict[str, Any]) -> None:
-    try:
-        noun.of(value)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def _describe(types: frozenset[type]) -> str:

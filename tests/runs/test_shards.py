@@ -376,7 +376,7 @@ class TestWhichRunCounts:
         start(0, 3, "12:00:00", statuses="error", **late)
         assert {r["text"] for r in merge(tmp_path).store.current()} >= {"ok"}
         start(0, 1, "12:00:00", text="first, by a fast clock", **late)
-        start(0, 1, "12:00:00", text="second in the file", **early)
+        start(0, 1, "12:00:00", text="second in the file", created="2026-11-26T11:30:00+00:00")
         merged = merge(tmp_path)
         texts = [record["text"] for record in merged.store.current()]
         assert merged.num_ok == 8 and set(texts) == {"second in the file"}
