@@ -88,41 +88,48 @@ def write_page(path: str | os.PathLike[str], title: str, body: str) -> Path:
     return atomic_write(path, _PAGE.format(title=escape(title), body=body))
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append a line of JSON to a file and wait until it is on disk.
+def append_line(path: Path, line: dict[str, Any]) -> int:
+    """Append a line of JSON to a file, wait until it is on disk, and return the file's length.
 
-    Lone surrogates, as in file names that are not UTF-8, become escapes that JSON readers understand.
+    Threads and processes may append to one file at the same time. The line begins on its own, whatever a killed process
+    has left at the end of the file. Lone surrogates, as in file names that are not UTF-8, become escapes that JSON
+    readers understand.
 
     Raises:
         ValueError: the line contains a value that JSON cannot represent, such as NaN.
-        OSError: with the path, for example when the disk is full; the file is as long as before.
+        OSError: with the path, for example when the disk is full; part of the line may be in the file.
     """
     content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
-    with open(path, "ab+", buffering=0) as file:
-        before = file.tell()
-        if before:
-            file.seek(before - 1)
-            if file.read(1) != b"\n":  # a killed process has left a part of a line
-                content = b"\n" + content
-        try:
-            while content:
-                content = content[file.write(content) :]
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            is_begun = False
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                is_begun = file.read(1) != b"\n"  # or another writes right now: then an empty line comes between
+            # In one write, so that no other line comes between. A line of which only a part fits is begun once more.
+            while file.write(b"\n" * is_begun + content) < is_begun + len(content):
+                is_begun = True
             os.fsync(file.fileno())
-        except OSError as error:
-            file.truncate(before)
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            return file.tell()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines; none if it does not exist. Incomplete lines are skipped with a warning."""
+    """The objects in a file of JSON lines; none if it does not exist. Other lines are skipped with a warning."""
     if not path.exists():
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            fault = "not a JSON object"
             try:
-                yield json.loads(line)
+                content = json.loads(line)
             except ValueError:
-                warnings.warn(plain_text(f"{path}, line {number} is not valid JSON; skipped"), stacklevel=4)
+                content, fault = None, "not valid JSON"
+            if isinstance(content, dict):
+                yield content
+            else:
+                warnings.warn(plain_text(f"{path}, line {number} is {fault}; skipped"), stacklevel=4)
 
 
 class Busy(Exception):

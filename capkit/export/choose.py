@@ -92,7 +92,7 @@ def _candidates(attempts: list[Chosen], choices: list[Choice]) -> list[Chosen]:
     captions = [one for one in attempts if one.record["status"] == "ok"]
     if not captions:
         return [Chosen(clip, store, {}, f"not captioned: {attempts[-1].record['error']}")]
-    entire = [one for one in captions if not one.record["start_seconds"] and one.record["end_seconds"] is None]
+    entire = [one for one in captions if not _is_part(one.record)]
     if not entire:
         windows = ", ".join(_window(one.record) for one in captions[:3])
         reason = f"has captions of parts only ({windows}); a trainer would see the entire file"
@@ -110,9 +110,13 @@ def _candidates(attempts: list[Chosen], choices: list[Choice]) -> list[Chosen]:
     return [Chosen(clip, store, {}, f"none of its {len(newest)} captions matches choose=")]
 
 
+def _is_part(record: dict[str, Any]) -> bool:
+    return bool(record.get("start_seconds")) or record.get("end_seconds") is not None
+
+
 def _window(record: dict[str, Any]) -> str:
-    end = "the end" if record["end_seconds"] is None else f"{record['end_seconds']:g}"
-    return f"{record['start_seconds']:g} to {end} s"
+    end = record.get("end_seconds")
+    return f"{record.get('start_seconds', 0):g} to {'the end' if end is None else f'{end:g}'} s"
 
 
 def _created(chosen: Chosen) -> str:

@@ -18,10 +18,19 @@ from capkit.playground.controls import button
 from capkit.runs import CaptionStore, is_stopped
 from capkit.sweep import OUTCOMES, bradley_terry
 from capkit.text import escape
+from capkit.video import FrameSampling
 from capkit.views import HTML, MUTED, frames_strip, record_text, table_html
 
 Pair = tuple[str, str, str]
 """A clip and the names of the two variants."""
+
+
+def has_settings(record: dict[str, Any]) -> bool:
+    """Whether a record holds a caption and tells what it was made with; of one not written by capkit it may not."""
+    try:
+        return record["status"] == "ok" and bool(variant_name(record))
+    except (KeyError, ValueError, TypeError):
+        return False
 
 
 def variant_name(record: dict[str, Any]) -> str:
@@ -31,8 +40,9 @@ def variant_name(record: dict[str, Any]) -> str:
 
 def settings_name(record: dict[str, Any]) -> str:
     """A record's template, frame sampling, window, frame numbers and decoding, in short."""
-    sampling, start, end = record["frame_sampling"], record.get("start_seconds") or 0.0, record.get("end_seconds")
-    settings = [f"template {record['template']}", f"frames {sampling['strategy']} {sampling['num_frames']}"]
+    sampling = FrameSampling.of(record["frame_sampling"])
+    start, end = record.get("start_seconds") or 0.0, record.get("end_seconds")
+    settings = [f"template {record['template']}", f"frames {sampling.strategy} {sampling.num_frames}"]
     if start or end is not None:
         settings.append(f"from {start:g} s" + (f" to {end:g} s" if end is not None else ""))
     settings += ["true seconds"] if record.get("frame_numbers") == "seconds" else []
@@ -59,8 +69,10 @@ class BlindRating(widgets.VBox):
         self.store, self.ratings, self.seed = store, Path(ratings), seed
         self.records: dict[str, dict[str, dict[str, Any]]] = {}  # by clip and variant
         for record in store.current():
+            if not has_settings(record) or is_stopped(record):
+                continue
             name = variant_name(record)
-            if record["status"] == "ok" and not is_stopped(record) and (variants is None or name in variants):
+            if variants is None or name in variants:
                 self.records.setdefault(record["video"], {}).setdefault(name, record)
         pairs = [
             (clip, first, second)

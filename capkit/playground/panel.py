@@ -17,7 +17,7 @@ from PIL import Image
 from capkit.captioning import Caption, Captioner, CaptionStream, Decoding
 from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
-from capkit.playground.blind import settings_name
+from capkit.playground.blind import has_settings, settings_name
 from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls
 from capkit.runs import CaptionStore, new_record, request_settings
 from capkit.sweep import PROMPT_PRESETS
@@ -71,7 +71,7 @@ class Playground(widgets.VBox):
         self.results: list[tuple[dict[str, Any], Caption]] = []
         self.clip: Clip | None = None
         stored = [] if store is None else store.current()
-        self._stored = [record for record in reversed(stored) if record["status"] == "ok"]
+        self._stored = [record for record in reversed(stored) if has_settings(record)]
         self._baselines: dict[str, dict[str, Any]] = {}  # by video
         self._frames: np.ndarray | None = None  # the clip's, as the model sees them
         self._lock = threading.RLock()
@@ -360,7 +360,7 @@ class Playground(widgets.VBox):
             "decodings": [record["decoding"]],
             "frame_samplings": [{name: value for name, value in record["frame_sampling"].items() if value is not None}],
             "templates": [record["template"]],
-            "frame_numbers": [record["frame_numbers"]],
+            "frame_numbers": [record.get("frame_numbers", "index")],
         }
         path = self.output_dir / "sweep_axes.yaml"
         atomic_write(path, yaml.safe_dump(axes, sort_keys=False, allow_unicode=True))

@@ -2,12 +2,14 @@
 
 from capkit.runs.caption import caption_clips
 from capkit.runs.clips import DEMO_CLIPS, Item, find_clips, read_rows
+from capkit.runs.index import Records, is_stopped
+from capkit.runs.merging import merge
 from capkit.runs.prefetch import read_ahead
 from capkit.runs.progress import Progress, is_interactive
 from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
-from capkit.runs.shards import Shard, ShardBusy, caption_shard, merge
-from capkit.runs.store import STRIP_FRAME_PIXELS, CaptionStore, StoreBusy, is_stopped, new_record, request_settings
+from capkit.runs.shards import Shard, ShardBusy, caption_shard
+from capkit.runs.store import STRIP_FRAME_PIXELS, CaptionStore, StoreBusy, new_record, request_settings
 from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "STRIP_FRAME_PIXELS",
     "CaptionStore",
     "StoreBusy",
+    "Records",
     "is_stopped",
     "new_record",
     "request_settings",

@@ -11,6 +11,7 @@ from typing import Any
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
 from capkit.runs.clips import Item
+from capkit.runs.index import is_complete
 from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress
 from capkit.runs.store import CaptionStore, ModelIdentity, new_record, request_settings, sha256_if_there
@@ -127,9 +128,22 @@ def missing(
     return list({settings["request"]: settings for settings in planned if settings["request"] not in done}.values())
 
 
-def current_records(planned: Iterable[dict[str, Any]], stores: Iterable[CaptionStore]) -> list[dict[str, Any]]:
-    """The current record of each planned request; a later store's wins."""
-    current = {record["request"]: record for store in stores for record in store.current()}
+def current_records(planned: Sequence[dict[str, Any]], stores: Iterable[CaptionStore]) -> list[dict[str, Any]]:
+    """The current record of each planned request; of several stores' the last complete one, or else the last.
+
+    Raises:
+        OSError: records are gone, because a store was taken away or replaced meanwhile.
+    """
+    requests = list(dict.fromkeys(settings["request"] for settings in planned))
+    current: dict[str, dict[str, Any]] = {}
+    for store in stores:
+        for record in store.latest(requests):
+            before = current.get(record["request"])
+            if before is None or is_complete(record) or not is_complete(before):
+                current[record["request"]] = record
+    if gone := [settings["video"] for settings in planned if settings["request"] not in current]:
+        reason = "it was deleted or replaced while it was in use"
+        raise OSError(f"{store.path}: {len(gone)} records are gone, the first of {gone[0]}; {reason}")
     return [current[settings["request"]] for settings in planned]
 
 

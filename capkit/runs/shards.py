@@ -18,20 +18,19 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import astuple, dataclass
-from itertools import zip_longest
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.files import atomic_write, atomic_writer, now
+from capkit.files import atomic_write, now
 from capkit.runs.caption import caption_planned, current_records, plan_clips
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore, StoreBusy
-from capkit.text import plain_text
 from capkit.video import FrameSamplingLike
 
 MERGED = "captions.jsonl"
@@ -182,126 +181,63 @@ def heartbeat_path(folder: Path, shard: Shard) -> Path:
 def write_plan(
     folder: Path, shard: Shard, items: Sequence[Item], planned: Sequence[dict[str, Any]], prompt: Prompt
 ) -> None:
-    """Write the shard's clips and settings to its plan file, which `merge` reads."""
-    plan = {
+    """Write the shard's clips and settings to its plan file, which `merge` reads.
+
+    Runs are counted, because the clocks of hosts differ: a shard that belongs to a run in the folder has its number,
+    any other the next one.
+    """
+    plan: dict[str, Any] = {
         "num_shards": shard.count,
         "items": hashlib.sha256(json.dumps([astuple(item) for item in items]).encode()).hexdigest()[:20],
-        "written": now(),
         "settings": planned and {name: planned[0][name] for name in SETTINGS_OF_RUN} | {"prompt": prompt.text},
+    }
+    others = []
+    for path in plan_files(folder):
+        with suppress(ValueError):  # a damaged one, which may be this shard's
+            others.append(read_plan(path) | {"clips": []})
+    same = [other["run"] for other in others if not plan_differences(plan, other)]
+    plan |= {
+        "run": max(same, default=1 + max((other["run"] for other in others), default=0)),
+        "written": now(),
         "shard": shard.index,
         "clips": [[settings["request"], settings["video"]] for settings in planned],
     }
     atomic_write(folder / f"{shard.name}.plan.json", json.dumps(plan, ensure_ascii=False))
 
 
+def plan_files(folder: Path) -> list[Path]:
+    """The plans of shards in a folder."""
+    return sorted(folder.glob("shard-*.plan.json"))
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan as `write_plan` wrote it; of a plan from before runs were counted, `run` is 0.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        plan = {"run": 0} | json.loads(path.read_text(encoding="utf-8"))
+        texts = [plan["items"], plan["written"], *chain.from_iterable(plan["clips"])]
+        numbers = [plan[name] for name in ("run", "num_shards", "shard")]
+        if {*map(type, texts)} != {str} or {*map(type, numbers)} != {int} or {*map(len, plan["clips"])} - {2}:
+            raise ValueError("a field has another type")
+        if plan["settings"] and {*SETTINGS_OF_RUN, "prompt"} - set(plan["settings"]):
+            raise ValueError("a setting is missing")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: is damaged ({error!r}); delete it and start this shard again") from error
+    return plan
+
+
+def plan_differences(plan: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of what keeps two plans from being of one run: num_shards, items, or settings by name."""
+    names = [name for name in ("num_shards", "items") if plan[name] != other[name]]
+    if plan["settings"] and other["settings"]:  # a shard without clips has none
+        names += [name for name, value in plan["settings"].items() if other["settings"][name] != value]
+    return names
+
+
 def shard_stores(folder: Path) -> list[Path]:
     """The stores in a folder: of shards of any run, of captioners on Ray, and the merged one."""
     stores = [path for pattern in ("shard-*.jsonl", "ray-*.jsonl", MERGED) for path in folder.glob(pattern)]
     return sorted(path for path in stores if not path.name.endswith(".quarantine.jsonl"))
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Result of `merge`.
-
-    Attributes:
-        store: all captions, in the order of the manifest.
-        num_ok, num_errors: clips with a caption, and with an error.
-        problems: sentences about missing records and mismatched shards; empty when every clip is accounted for.
-    """
-
-    store: CaptionStore
-    num_ok: int
-    num_errors: int
-    problems: list[str]
-
-    def __str__(self) -> str:
-        counts = f"{self.num_ok} captions and {self.num_errors} errors in {self.store.path}"
-        return "\n".join(map(plain_text, [counts, *(f"problem: {problem}" for problem in self.problems)]))
-
-
-def merge(output_dir: str | os.PathLike[str]) -> Merged:
-    """Combine the shards' stores into `captions.jsonl`, and check that every clip has one current record.
-
-    Of several runs in the folder the one started last counts. Idempotent; can run while shards are at work. Hand edits
-    and lines of other requests in `captions.jsonl` are kept.
-
-    Raises:
-        StoreBusy: a run is captioning into `captions.jsonl`.
-        ValueError: the folder holds no shards.
-    """
-    folder = Path(output_dir).expanduser()
-    plans, problems = _plans(folder)
-    merged = CaptionStore(folder / MERGED)
-    with merged.hold():
-        return _merge_into(merged, plans, problems)
-
-
-def _merge_into(merged: CaptionStore, plans: dict[int, dict[str, Any]], problems: list[str]) -> Merged:
-    latest, edits = _latest_lines(shard_stores(merged.path.parent))
-    # Shards took every count-th clip: row by row over the shards is the manifest's order.
-    rows = zip_longest(*(plan["clips"] for _, plan in sorted(plans.items())))
-    planned = dict(clip for row in rows for clip in row if clip is not None)
-    others = [line for line in merged.lines() if line.get("request") not in planned]
-    kept = dict.fromkeys(json.dumps(line, ensure_ascii=False) for line in [*others, *edits])
-    problems += [f"no record of {video}" for request, video in planned.items() if request not in latest]
-    lines = [latest[request] for request in planned if request in latest]
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(open(path, "rb")) for path in {line.path for line in lines}}
-        target = stack.enter_context(atomic_writer(merged.path))
-        target.writelines(line.encode() + b"\n" for line in kept)
-        for line in lines:
-            files[line.path].seek(line.offset)
-            target.write(files[line.path].readline())
-    num_ok = sum(line.is_ok for line in lines)
-    return Merged(merged, num_ok, len(lines) - num_ok, problems)
-
-
-def _plans(folder: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The plans, by shard, of the run that was started last; and its problems, in words."""
-    plans = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("shard-*.plan.json")]
-    if not plans:
-        raise ValueError(f"{folder}: holds no shards; `python -m capkit caption-shard` makes them")
-    last = max(plans, key=lambda plan: plan["written"])
-    of_run = {plan["shard"]: plan for plan in plans if plan["num_shards"] == last["num_shards"]}
-    problems = []
-    for index in range(last["num_shards"]):
-        shard, plan = f"shard {index}/{last['num_shards']}", of_run.get(index)
-        if plan is None:
-            problems.append(f"{shard} was never started")
-        elif plan["items"] != last["items"]:
-            problems.append(f"{shard} was made from another list of clips")
-        elif plan["settings"] and last["settings"] and plan["settings"] != last["settings"]:
-            names = [name for name in last["settings"] if plan["settings"][name] != last["settings"][name]]
-            problems.append(f"settings of {shard} differ in {', '.join(names)} from those of shard {last['shard']}")
-    return of_run, problems
-
-
-class _Line(NamedTuple):
-    """A record's place; of several records of a request the greatest is current: ok before errors, then the latest."""
-
-    is_ok: bool
-    created: str
-    offset: int
-    path: Path
-
-
-def _latest_lines(paths: Iterable[Path]) -> tuple[dict[str, _Line], list[dict[str, Any]]]:
-    """The place of each request's current record, so that captions need not fit into memory; and all hand edits."""
-    latest: dict[str, _Line] = {}
-    edits = []
-    for path in paths:
-        offset = 0
-        with open(path, "rb") as file:
-            for content in file:
-                try:
-                    record = json.loads(content) if content.endswith(b"\n") else {}
-                except ValueError:  # a partial line
-                    record = {}
-                if "edits" in record:
-                    edits.append(record)
-                elif "request" in record:
-                    line = _Line(record["status"] == "ok", record.get("created", ""), offset, path)
-                    latest[record["request"]] = max(latest.get(record["request"], line), line)
-                offset += len(content)
-    return latest, edits

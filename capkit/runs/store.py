@@ -1,4 +1,4 @@
-"""Append-only JSONL store of captions: latest record per request, resume, recovery from partial lines."""
+"""Append-only JSONL store of captions: latest record per request, resume, hand edits, picture strips."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import json
 import os
 import re
 import stat
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from PIL import Image
 from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
-from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now, read_lines
-from capkit.text import plain_text
+from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now
+from capkit.runs.index import Records, StoreIndex
+from capkit.runs.lines import MAX_LINE_BYTES, check_line, read_store
 from capkit.video import Clip, FrameSampling, FrameSamplingLike
 
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
@@ -39,11 +39,15 @@ class StoreBusy(Busy):
 
 
 class CaptionStore:
-    """A file of caption records (JSON Lines) with picture strips beside it. One process writes, any number read.
+    """A file of caption records (JSON Lines) with picture strips beside it.
 
-    Every line is an attempt at a request: a video with all settings that affect its caption. The latest one counts.
-    A process killed while writing leaves a partial line. Readers skip it; the next `append` moves it to `<name>.torn`,
-    with a warning.
+    Every line is an attempt at a request: a video with all settings that affect its caption. The latest one counts, an
+    error or a stopped caption only if there is no complete one. Processes and threads of one machine may write at the
+    same time. A killed process may leave part of a line. Readers skip it, as they do any line that is no record, with a
+    warning that names file and line; what is appended begins on a line of its own.
+
+    Records stay in the file; of each request the store keeps where its record is (0.2 GB for a million), and reads only
+    what was added since.
 
     Args:
         path: the file, such as `runs/captions.jsonl`; its folder is made with the first record.
@@ -53,7 +57,8 @@ class CaptionStore:
     def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
         self.path = Path(path).expanduser()
         self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
-        self._checked = False
+        self._index = StoreIndex(self.path)
+        self._num_bytes = 0  # of the file after the last `append`
 
     def __repr__(self) -> str:
         return f"CaptionStore({str(self.path)!r})"
@@ -75,56 +80,49 @@ class CaptionStore:
         """Add a line, flushed to disk.
 
         Raises:
-            ValueError: the record has no `request`, or holds what JSON cannot.
+            ValueError: the record has no `request`, or holds what readers would refuse.
+            OSError: the file cannot be written, or was deleted or replaced by a shorter one since it was last read or
+                written here.
         """
-        if "request" not in record and "edits" not in record:
-            raise ValueError("a record needs its `request`: make it with new_record()")
-        if not self._checked:
+        check_line(record)
+        if len(json.dumps(record)) > MAX_LINE_BYTES:
+            raise ValueError(f"a record must have less than {MAX_LINE_BYTES:,} bytes")
+        if num_bytes := max(self._num_bytes, self._index.size):
+            now_there = self.path.stat().st_size if self.path.exists() else 0
+            if now_there < num_bytes:
+                self._num_bytes = 0
+                self._index.refresh()
+                change = "was replaced by a shorter file" if now_there else "was deleted or moved"
+                raise OSError(f"{self.path}: {change} while it was in use; what it held is no longer there")
+        else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._move_partial_line()
-            self._checked = True
-        append_line(self.path, record)
-
-    def _move_partial_line(self) -> None:
-        if not self.path.exists():
-            return
-        with open(self.path, "rb+") as file:
-            content = file.read()
-            end = content.rfind(b"\n") + 1
-            if end == len(content):
-                return
-            torn = self.path.with_name(self.path.name + ".torn")
-            with open(torn, "ab") as aside:
-                aside.write(content[end:] + b"\n")
-            file.truncate(end)
-        message = f"{self.path}: the last line was torn (a process was killed); it is now in {torn}"
-        warnings.warn(plain_text(message), stacklevel=3)
+        self._num_bytes = append_line(self.path, record)
 
     def lines(self) -> list[dict[str, Any]]:
-        """All attempts and edits, in file order. An unreadable line is skipped with a warning."""
-        return list(read_lines(self.path))
+        """All attempts and edits, in file order; `current` needs less memory."""
+        if not self.path.exists():
+            return []
+        return [line.record for line in read_store(self.path) if line.record is not None]
 
-    def current(self) -> list[dict[str, Any]]:
-        """The latest attempt at each request, in the order in which requests were first tried.
+    def current(self) -> Records:
+        """The current record of each request, in the order in which requests were first tried, read when it is used.
 
-        A caption stopped by hand (`finish_reason` "stopped") counts only if there is no complete one. A hand edit of a
-        request is in `edited_text`; `text` stays the model's.
+        Of requests that differ only in the video's size or modification time the last one with a complete caption is
+        kept, or else the last: the file was replaced since. A hand edit of a request is in `edited_text`, also when the
+        file was written again with the same content; `text` stays the model's.
         """
-        latest: dict[str, dict[str, Any]] = {}
-        edits = {}
-        for line in self.lines():
-            if "edits" in line:
-                edits[line["edits"]] = {"edited_text": line["text"]}
-            elif "request" in line:
-                before = latest.get(line["request"], line)
-                if not is_stopped(line) or is_stopped(before) or before["status"] != "ok":
-                    latest[line["request"]] = line
-        return [record | edits.get(request, {}) for request, record in latest.items()]
+        self._num_bytes = 0
+        return self._index.current()
+
+    def latest(self, requests: Iterable[str]) -> Records:
+        """The current record of each of these requests that the store has, also of videos that were replaced since."""
+        self._num_bytes = 0
+        return self._index.latest(requests)
 
     def done(self, retry_errors: bool = False) -> set[str]:
         """Requests with a complete caption or, unless `retry_errors`, with an error."""
-        complete = (record for record in self.current() if not is_stopped(record))
-        return {record["request"] for record in complete if record["status"] == "ok" or not retry_errors}
+        self._num_bytes = 0
+        return self._index.done(retry_errors)
 
     def edit(self, request: str, text: str) -> None:
         """Store a text written by hand for a request. No rerun overwrites it.
@@ -132,7 +130,7 @@ class CaptionStore:
         Raises:
             ValueError: the store has no such request.
         """
-        if all(line.get("request") != request for line in self.lines()):
+        if request not in self._index:
             raise ValueError(f"{self.path} has no request {request!r} to edit")
         self.append({"edits": request, "text": text, "created": now()})
 
@@ -267,11 +265,6 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
         empty = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds")
         record |= dict.fromkeys(empty) | {"status": "error", "error": str(outcome) or repr(outcome)}
     return record | {"capkit_version": __version__, "created": now()}
-
-
-def is_stopped(record: dict[str, Any]) -> bool:
-    """Whether a person stopped the caption before its end."""
-    return record.get("finish_reason") == "stopped"
 
 
 def _digest(content: Any) -> str:

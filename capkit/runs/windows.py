@@ -88,12 +88,13 @@ def write_webvtt(records: Iterable[dict[str, Any]], folder: str | os.PathLike[st
     """Write the captions of each video as WebVTT subtitles, one cue per window; returns the files' paths.
 
     Args:
-        records: from `caption_clips` or `CaptionStore.current()`; hand edits are used, errors left out.
+        records: from `caption_clips` or `CaptionStore.current()`; hand edits are used, errors and
+            captions without times left out.
         folder: made if missing. Files are named after the videos, with a number where two share a name.
     """
     cues = defaultdict(list)
     for record in records:
-        if record["status"] == "ok":
+        if record["status"] == "ok" and record.get("duration_seconds") is not None:
             end = record["start_seconds"] + record["duration_seconds"]
             text = " ".join(record.get("edited_text", record["text"]).split())
             text = without_controls(html.escape(text, quote=False))

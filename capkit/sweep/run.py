@@ -169,7 +169,6 @@ def _run_plan(
     retry_errors: bool,
     timeout_seconds: float | None,
 ) -> SweepResult:
-    records = {record["request"]: record for record in store.current()} if store else {}
     done = store.done(retry_errors) if store else set()
     order: list[str] = []
     todo: dict[tuple[Source, FrameSampling], list[Request]] = {}
@@ -181,6 +180,7 @@ def _run_plan(
         if settings["request"] not in done:
             done.add(settings["request"])  # a clip may be named twice
             todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
+    records = {record["request"]: record for record in store.latest(dict.fromkeys(order))} if store else {}
     num_todo = sum(len(group) for group in todo.values())
     with Progress("captions", num_todo, len(order) - num_todo) as progress:
         for group, clip in _read_clips(todo, timeout_seconds):

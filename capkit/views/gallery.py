@@ -1,4 +1,4 @@
-"""Captions of a store as one HTML page, made from its picture strips alone: no video is opened."""
+"""Captions of a store as HTML pages, made from its picture strips alone: no video is opened."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from capkit.files import write_page
-from capkit.runs import CaptionStore
+from capkit.runs import CaptionStore, Records
 from capkit.text import escape
 from capkit.views.html import MUTED, card, frames_strip
 
-STRIP_BYTES = 19_000  # larger picture strips are scaled down, so that a page of 1000 stays under 30 MB
+CAPTIONS_ON_A_PAGE = 1000
+STRIP_BYTES = 19_000  # larger picture strips are scaled down, so that a page stays under 30 MB
 SHOWN_IN_NOTEBOOK = 20
 STATUSES = ("ok", "error")
 FIELDS_ON_CARDS = ("video", "text", "prompt", "num_tokens", "status", "error")
@@ -22,18 +24,18 @@ FIELDS_ON_CARDS = ("video", "text", "prompt", "num_tokens", "status", "error")
 
 @dataclass(frozen=True)
 class Gallery:
-    """Captions beside their frames; a notebook shows the first 20 of them, `save` writes all to one file.
+    """Captions beside their frames; a notebook shows the first 20 of them, `save` writes all, 1,000 to a page.
 
     Attributes:
         store: where the picture strips are.
-        records: the chosen ones, in order.
+        records: the chosen ones, in order, read from the store when they are used.
         title: of the page.
         summary: how they were chosen.
         extra_field: a field of the records to print on the cards, or None.
     """
 
     store: CaptionStore
-    records: list[dict[str, Any]] = field(repr=False)
+    records: Records = field(repr=False)
     title: str
     summary: str
     extra_field: str | None
@@ -45,10 +47,24 @@ class Gallery:
         return f"<b>{escape(self.title)}</b>{self._heading()}{cards}{more}"
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write one page with all captions and pictures; returns its path."""
+        """Write all captions and pictures, 1,000 to a page; returns the path of the first page.
+
+        Further pages are `<name>.page2.html` and so on, beside the first; those that an earlier gallery of more
+        captions left there are deleted.
+        """
+        first = Path(path).expanduser()
+        starts = range(0, max(len(self.records), 1), CAPTIONS_ON_A_PAGE)
         with ThreadPoolExecutor() as pool:  # scaling picture strips down takes time
-            cards = "\n".join(f"<article>{html}</article>" for html in pool.map(self._card, self.records))
-        return write_page(Path(path).expanduser(), self.title, f"{self._heading()}\n{cards}")
+            for number in range(len(starts), 0, -1):  # the first page last: all it leads to is there
+                on_page = self.records[starts[number - 1] :][:CAPTIONS_ON_A_PAGE]
+                cards = "\n".join(f"<article>{html}</article>" for html in pool.map(self._card, on_page))
+                links = _links(first, number, len(starts))
+                write_page(_page(first, number), self.title, f"{self._heading()}{links}\n{cards}{links}")
+        number = len(starts) + 1
+        while (left := _page(first, number)).is_file():
+            left.unlink()
+            number += 1
+        return first
 
     def _heading(self) -> str:
         return f'<p style="{MUTED}">{escape(self.summary)}</p>'
@@ -67,7 +83,7 @@ def write_gallery(
     limit: int | None = None,
     title: str = "Captions",
 ) -> Gallery:
-    """Put a store's captions and errors on one HTML page, each beside its frames; `save` writes the file.
+    """Put a store's captions and errors on HTML pages, each beside its frames; `save` writes the files.
 
     Args:
         store: its picture strips are shown; the videos need not exist. Hand-edited texts replace the model's.
@@ -85,35 +101,59 @@ def write_gallery(
         raise ValueError(f"status={status!r}: must be 'ok', 'error' or None for both")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit!r}: must be at least 1, or None for all")
-    records = store.current()
-    chosen = [record for record in records if status in (None, record["status"])]
     criteria = [f"status {status}"] if status else []
-    if min_tokens is not None or max_tokens is not None:
-        chosen = [record for record in chosen if record["num_tokens"] is not None]
-    if min_tokens is not None:
-        chosen = [
-            record for record in chosen if record["num_tokens"] is not None and record["num_tokens"] >= min_tokens
-        ]
-        criteria.append(f"at least {min_tokens} tokens")
-    if max_tokens is not None:
-        chosen = [
-            record for record in chosen if record["num_tokens"] is not None and record["num_tokens"] <= max_tokens
-        ]
-        criteria.append(f"at most {max_tokens} tokens")
+    criteria += [] if min_tokens is None else [f"at least {min_tokens} tokens"]
+    criteria += [] if max_tokens is None else [f"at most {max_tokens} tokens"]
+    records = store.current()
+    chosen: list[tuple[Any, int]] = []  # what to order by, and the place
+    lacking: list[int] = []  # places of records without it
+    fields: dict[str, None] = {}
+    for place, record in enumerate(records):
+        fields |= dict.fromkeys(record)
+        num_tokens = record.get("num_tokens")
+        if status not in (None, record["status"]) or not _is_within(num_tokens, min_tokens, max_tokens):
+            continue
+        value = None if order_by is None else record.get(order_by)
+        if order_by is not None and value is None:
+            lacking.append(place)
+        else:
+            chosen.append((_sort_key(value), place))
     if order_by is not None:
-        fields = dict.fromkeys(name for record in records for name in record)
-        if records and order_by not in fields:
+        if fields and order_by not in fields:
             raise ValueError(f"order_by={order_by!r}: no record has it; there are {', '.join(fields)}")
-        chosen.sort(key=lambda record: _sort_key(record.get(order_by)), reverse=descending)
-        chosen.sort(key=lambda record: record.get(order_by) is None)
+        chosen.sort(key=lambda pair: pair[0], reverse=descending)
         criteria.append(f"by {order_by}, {'largest' if descending else 'smallest'} first")
-    summary = "; ".join([f"{len(chosen[:limit])} of {len(records)} captions in {store.path.name}", *criteria])
+    places = [*(place for _, place in chosen), *lacking][:limit]
+    summary = "; ".join([f"{len(places)} of {len(records)} captions in {store.path.name}", *criteria])
     is_extra = order_by is not None and order_by not in FIELDS_ON_CARDS
-    return Gallery(store, chosen[:limit], title, summary, order_by if is_extra else None)
+    return Gallery(store, records.at(places), title, summary, order_by if is_extra else None)
+
+
+def _is_within(num_tokens: int | None, min_tokens: int | None, max_tokens: int | None) -> bool:
+    if num_tokens is None:
+        return min_tokens is None and max_tokens is None
+    return (min_tokens is None or num_tokens >= min_tokens) and (max_tokens is None or num_tokens <= max_tokens)
 
 
 def _sort_key(value: Any) -> tuple[int, float, str]:
-    """Numbers by size, texts alphabetically, everything else as JSON."""
+    """Numbers by size, texts alphabetically, everything else as JSON; texts by their first 100 characters."""
     if isinstance(value, (int, float)):
         return 0, value, ""
-    return 1, 0, value.casefold() if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return 1, 0, (value.casefold() if isinstance(value, str) else json.dumps(value, sort_keys=True))[:100]
+
+
+def _page(first: Path, number: int) -> Path:
+    return first if number == 1 else first.with_name(f"{first.stem}.page{number}{first.suffix}")
+
+
+def _links(first: Path, number: int, num_pages: int) -> str:
+    """Links from a page to others as HTML; "" if it is the only one."""
+    if num_pages == 1:
+        return ""
+    others = {"first": 1, "previous": number - 1, "next": number + 1, "last": num_pages}
+    links = [
+        f'<a href="{quote(os.fsencode(_page(first, other).name))}">{name}</a>'
+        for name, other in others.items()
+        if other != number and 1 <= other <= num_pages
+    ]
+    return f"<p>page {number:,} of {num_pages:,}: {' · '.join(links)}</p>"

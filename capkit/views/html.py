@@ -70,14 +70,14 @@ def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> 
     if record["status"] == "error":
         content = f"{name}<br>{strip}{error_text(record)}"
         return f'<div style="{CARD};border-left:4px solid {RED}">{content}<div style="{MUTED}">{extra}</div></div>'
-    seconds = ", ".join(f"{second:.3g}" for second in record["timestamps_seconds"] or [])
+    seconds = ", ".join(f"{second:.3g}" for second in record.get("timestamps_seconds") or [])
     facts = [f"frames at {seconds} s", caption_facts(record), *([extra] if extra else [])]
     original = ""
     if "edited_text" in record:
         text = f'<div dir="auto" style="white-space:pre-wrap">{escape(record["text"].strip())}</div>'
         original = f'<details style="{MUTED}"><summary>the model\'s caption</summary>{text}</details>'
     return (
-        f'<div style="{CARD}">{name} <span dir="auto" style="{MUTED}">{escape(record["prompt"])}</span><br>'
+        f'<div style="{CARD}">{name} <span dir="auto" style="{MUTED}">{escape(record.get("prompt", ""))}</span><br>'
         f'{strip}<div dir="auto" style="margin:6px 0;white-space:pre-wrap">{escape(record_text(record))}</div>'
         f'{original}<span style="{MUTED}">{"; ".join(facts)}</span></div>'
     )

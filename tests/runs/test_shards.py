@@ -16,16 +16,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paths import GOLDEN
+from store_records import an_error, make_record
 from video_factory import cut, encode_clip
 
 import capkit
 import capkit.__main__
 import capkit.runs.prefetch
-from capkit import CaptionStore, Decoding, VideoError
+import capkit.runs.shards
+from capkit import CaptionStore, Decoding, Prompt, VideoError
 from capkit.runs import Shard, ShardBusy, caption_clips, caption_shard, find_clips, merge, read_ahead
 from capkit.runs.caption import plan_clips
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
+from capkit.runs.shards import write_plan
 from capkit.video import ReaderHung, ReaderLost
 
 FEW = Decoding(max_new_tokens=6)
@@ -301,9 +304,107 @@ class TestCaptionShard:
                 in_shards(captioner, items, tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert str(tmp_path) in str(error.value) and path.read_bytes() == before
-        assert [record["status"] for record in in_shards(captioner, items, tmp_path)] == ["ok"] * 4
+        assert str(tmp_path) in str(error.value) and path.read_bytes().startswith(before)
+        torn = pytest.warns(match=f"{path}, line 2 is skipped: torn")  # what fitted of the line
+        with torn:
+            assert [record["status"] for record in in_shards(captioner, items, tmp_path)] == ["ok"] * 4
+        with torn:
+            assert not merge(tmp_path).problems
+
+
+class TestWhichRunCounts:
+    """Plans and stores as shards on several hosts write them; the clocks of hosts differ."""
+
+    @pytest.fixture
+    def start(self, tmp_path, monkeypatch):
+        """start(index, count, clock, prompt): a shard of 8 clips, started when its host's clock says so."""
+        videos = [tmp_path / f"{number}.mp4" for number in range(8)]
+
+        def start(index, count, clock, prompt="Why?", statuses="ok", **fields):
+            monkeypatch.setattr(capkit.runs.shards, "now", lambda: f"2026-11-26T{clock}+00:00")
+            numbers = [number + 100 * len(prompt) for number in range(8)]
+            planned = [make_record(n, video, prompt=prompt) for n, video in zip(numbers, videos, strict=True)]
+            own = Shard(index, count).of(planned)
+            write_plan(tmp_path, Shard(index, count), [Item(str(v)) for v in videos], own, Prompt(prompt))
+            store = CaptionStore(tmp_path / f"{Shard(index, count).name}.jsonl")
+            for record in own:
+                store.append(record | fields if statuses == "ok" else an_error(record) | fields)
+
+        return start
+
+    @pytest.mark.parametrize("clocks", [("12:00:00", "12:00:00"), ("12:00:00", "11:00:00"), ("12:00:00", "13:00:00")])
+    def test_the_run_started_last(self, start, tmp_path, clocks):
+        """Of 4 shards the run that asks something else, of 8; in equal seconds and with clocks an hour apart."""
+        first, second = clocks
+        for index in range(4):
+            start(index, 4, first)
+        for index in range(8):
+            start(index, 8, second, "What moves?")
+        merged = merge(tmp_path)
+        assert merged.num_ok == 8 and not merged.problems
+        assert {record["prompt"] for record in merged.store.current()} == {"What moves?"}
+        start(3, 4, "14:00:00")  # killed and started again: still of its run
+        assert {r["prompt"] for r in merge(tmp_path).store.current()} >= {"What moves?"} and not merge(
+            tmp_path
+        ).problems
+        start(0, 3, "10:00:00", "Who?")
+        problems = merge(tmp_path).problems
+        assert [p.split(";")[0] for p in problems] == ["shard 1/3 was never started", "shard 2/3 was never started"]
+        assert "delete shard-*-of-00003.plan.json" in problems[0]
+        for path in tmp_path.glob("shard-*-of-00003.plan.json"):
+            path.unlink()
         assert not merge(tmp_path).problems
+
+    def test_a_run_that_differs_in_its_clips(self, start, tmp_path, monkeypatch):
+        start(0, 1, "12:00:00")
+        before = [path.read_bytes() for path in sorted(tmp_path.glob("*.plan.json"))]
+        start(0, 1, "12:00:00")
+        assert [path.read_bytes() for path in sorted(tmp_path.glob("*.plan.json"))] == before
+        record = make_record(7, tmp_path / "7.mp4")
+        write_plan(tmp_path, Shard(0, 2), [Item("7.mp4")], [record], Prompt("Why?"))
+        write_plan(tmp_path, Shard(1, 2), [Item("7.mp4")], [], Prompt("Why?"))  # has no clips, joins all the same
+        runs = {path.name: json.loads(path.read_text())["run"] for path in tmp_path.glob("*.plan.json")}
+        assert runs == {
+            "shard-00000-of-00001.plan.json": 1,
+            "shard-00000-of-00002.plan.json": 2,
+            "shard-00001-of-00002.plan.json": 2,
+        }
+
+    def test_captions_go_before_errors_then_the_last_of_a_file_and_of_files_the_latest(self, start, tmp_path):
+        early, late = {"created": "2026-11-26T11:00:00+00:00"}, {"created": "2026-11-26T12:00:00+00:00"}
+        start(0, 2, "12:00:00", text="ok", **early)
+        start(0, 3, "12:00:00", statuses="error", **late)
+        assert {r["text"] for r in merge(tmp_path).store.current()} >= {"ok"}
+        start(0, 1, "12:00:00", text="first, by a fast clock", **late)
+        start(0, 1, "12:00:00", text="second in the file", created="2026-11-26T11:30:00+00:00")
+        merged = merge(tmp_path)
+        texts = [record["text"] for record in merged.store.current()]
+        assert merged.num_ok == 8 and set(texts) == {"second in the file"}
+        start(0, 4, "12:00:00", text="in another file, later", **late)
+        texts = [record["text"] for record in merge(tmp_path).store.latest([f"{n + 400:020x}" for n in range(8)])]
+        assert texts[0] == texts[4] == "in another file, later" and texts[1] == "second in the file"
+
+    def test_a_replaced_clip_is_shown_once(self, start, tmp_path):
+        start(0, 1, "12:00:00")
+        merge(tmp_path)
+        new = [make_record(900 + n, tmp_path / f"{n}.mp4", prompt="Why?", text="new") for n in range(8)]
+        write_plan(tmp_path, Shard(), [Item(record["video"]) for record in new], new, Prompt("Why?"))
+        for record in new:
+            CaptionStore(tmp_path / f"{Shard().name}.jsonl").append(record)
+        merged = merge(tmp_path)
+        assert [record["text"] for record in merged.store.current()] == ["new"] * 8 and merged.num_ok == 8
+
+    def test_damaged_lines_of_the_merged_store_are_put_aside(self, start, tmp_path):
+        start(0, 1, "12:00:00")
+        path = merge(tmp_path).store.path
+        before = path.read_bytes()
+        path.write_bytes(before + b'{"request": "written by hand, to be mended')
+        with (
+            pytest.warns(match="line 9 is skipped"),
+            pytest.warns(match="no longer in it, but in .*captions.jsonl.damaged"),
+        ):
+            merge(tmp_path)
+        assert path.read_bytes() == before and b"to be mended" in (tmp_path / "captions.jsonl.damaged").read_bytes()
 
 
 class TestReading:

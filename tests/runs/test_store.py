@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from paths import DATA
 from PIL import Image
+from store_records import an_error, make_record
 from video_factory import encode_clip
 
 import capkit
@@ -42,7 +45,8 @@ def video(tmp_path):
 
 
 def attempt(request, status="ok", **fields):
-    return {"request": request, "status": status, "text": f"caption of {request}"} | fields
+    record = {"request": request, "video": f"/clips/{request}.mp4", "status": status, "error": "broken"}
+    return record | {"text": f"caption of {request}"} | fields
 
 
 def test_latest_attempt_counts_in_the_order_of_first_attempts(store):
@@ -94,24 +98,23 @@ def test_edits_refer_to_a_request_and_survive_reruns(store):
         store.edit("z", "text")
 
 
-def test_any_torn_last_line_is_set_aside_and_reported(store):
-    """Cut the file at every byte of its last line, as a kill would."""
+def test_a_torn_last_line_is_skipped_and_named_and_a_complete_one_is_a_record(store):
+    """Cut the file at every byte of its last line, as a kill would; without its newline the line is complete."""
     store.append(attempt("a", text="Ein schöner Tag 🎈"))
     whole = store.path.read_bytes()
     store.append(attempt("b", text="naïve"))
     both = store.path.read_bytes()
     for cut in range(len(whole) + 1, len(both)):
         store.path.write_bytes(both[:cut])
-        torn = store.path.with_name("captions.jsonl.torn")
-        torn.unlink(missing_ok=True)
         again = CaptionStore(store.path)
-        if cut < len(both) - 1:
-            with pytest.warns(UserWarning, match="line 2 is not valid JSON"):
-                assert [r["request"] for r in again.current()] == ["a"]
-        with pytest.warns(UserWarning, match="the last line was torn"):
+        is_torn = cut < len(both) - 1
+        kept = ["a"] if is_torn else ["a", "b"]
+        for more in ([], ["c"]):
+            with pytest.warns(match=f"{store.path}, line 2 is skipped: torn") if is_torn else nullcontext():
+                assert [r["request"] for r in again.current()] == kept + more
             again.append(attempt("c"))
-        assert [r["request"] for r in again.current()] == ["a", "c"]
-        assert torn.read_bytes() == both[len(whole) : cut] + b"\n"
+        assert store.path.read_bytes().startswith(both[:cut] + b"\n")
+        assert [path.name for path in store.path.parent.iterdir()] == ["captions.jsonl"]
 
 
 def test_a_damaged_line_in_the_middle_is_skipped_and_named(store):
@@ -120,7 +123,7 @@ def test_a_damaged_line_in_the_middle_is_skipped_and_named(store):
     lines = store.path.read_bytes().split(b"\n")
     lines[1] = lines[1][:10] + b"\xff\xfe\x00"
     store.path.write_bytes(b"\n".join(lines))
-    with pytest.warns(UserWarning, match="line 2 is not valid JSON; skipped"):
+    with pytest.warns(UserWarning, match="line 2 is skipped: torn or damaged, not in UTF-8"):
         assert [r["request"] for r in store.current()] == ["a", "c"]
 
 
@@ -131,7 +134,7 @@ import sys
 from capkit.runs import CaptionStore
 store = CaptionStore({str(store.path)!r})
 for number in range(10**6):
-    store.append({{"request": f"r{{number}}", "status": "ok", "text": "x" * 5000}})
+    store.append({{"request": f"r{{number}}", "video": "a.mp4", "status": "ok", "text": "x" * 5000}})
     print(number, flush=True)
 """
     for wait in (0.0, 0.05, 0.2):
@@ -146,22 +149,24 @@ for number in range(10**6):
         kept = len(again.path.read_bytes().splitlines())
         assert kept >= printed[-1] + 1
         os.truncate(again.path, os.path.getsize(again.path) - 7)
-        with pytest.warns(UserWarning, match="torn"):
-            again.append(attempt("after"))
-        assert len(again.current()) == kept
+        again.append(attempt("after"))
+        with pytest.warns(UserWarning, match=f"line {kept} is skipped: torn"):
+            assert len(again.current()) == kept
 
 
 def test_a_file_name_that_is_not_utf_8(store):
     name = os.fsdecode(b"caf\xe9.mp4")
-    store.append({"request": "a", "video": name, "status": "ok"})
+    store.append(attempt("a", video=name))
     assert [record["video"] for record in CaptionStore(store.path).current()] == [name]
 
 
 def test_records_that_cannot_be_kept(store):
     with pytest.raises(ValueError, match="needs its `request`"):
         store.append({"text": "x"})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="mean_logprob is NaN: out of range"):
         store.append(attempt("a", mean_logprob=float("nan")))
+    with pytest.raises(ValueError, match="less than 10,000,000 bytes"):
+        store.append(attempt("a", text="x" * 10**7))
     assert not store.path.exists()
 
 
@@ -479,3 +484,154 @@ class TestTwoRunsOnOneStore:
         assert [process.returncode for process in both] == [0, 0]
         assert sum("is captioning into this store" in text or "0 clips to caption" in text for text in shown) == 1
         assert len(store.lines()) == len({line["request"] for line in store.lines()}) == 4
+
+
+def write_all(path, name):
+    """Append 600 records as one of several writers."""
+    store = CaptionStore(path)
+    for number in range(600):
+        store.append(attempt(f"{name} {number}", text=f"{name} {number} " * 400))
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_two_writers_lose_nothing(store, kind):
+    store.path.parent.mkdir()
+    if kind == "threads":
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(write_all, [store.path] * 2, "ab"))
+    else:
+        code = f"import sys; sys.path = {[str(Path(__file__).parent), *sys.path]}; "
+        code += "from test_store import write_all; write_all(*sys.argv[1:])"
+        writers = [subprocess.Popen([sys.executable, "-c", code, store.path, name]) for name in "ab"]
+        assert [writer.wait() for writer in writers] == [0, 0]
+    assert store.done() == {f"{name} {number}" for name in "ab" for number in range(600)}
+    texts = {line["request"]: line["text"] for line in store.lines()}
+    assert len(store.lines()) == 1200 and all(text == f"{request} " * 400 for request, text in texts.items())
+
+
+def test_what_is_appended_elsewhere_or_changed_by_hand_is_seen(store):
+    """The store reads only what was added, but all of a file that was changed, replaced or cut."""
+    for name in "abc":
+        store.append(attempt(name))
+    before = store.current()
+    CaptionStore(store.path).append(attempt("d"))
+    assert [r["request"] for r in store.current()] == ["a", "b", "c", "d"] and len(before) == 3
+    assert (
+        before[-1]["request"] == "c" and before[:2] == [before[0], before[1]] and list(reversed(before))[0] == before[2]
+    )
+    with pytest.raises(IndexError):
+        before[3]
+    store.path.write_text(store.path.read_text().replace("caption of b", "mended by hand"))
+    assert store.current()[1]["text"] == "mended by hand"
+    store.path.write_text(store.path.read_text().replace("mended by hand", "MENDED BY HAND"))
+    os.utime(store.path, ns=(1, 1))
+    assert store.current()[1]["text"] == "MENDED BY HAND"
+    os.truncate(store.path, store.path.read_bytes().index(b'{"request": "c"'))
+    assert [r["request"] for r in store.current()] == ["a", "b"]
+    other = store.path.with_name("other.jsonl")
+    CaptionStore(other).append(attempt("z"))
+    os.replace(other, store.path)
+    assert [r["request"] for r in store.current()] == ["z"] and store.done() == {"z"}
+
+
+class TestReplacedClips:
+    def test_only_the_caption_of_the_new_file_is_shown(self, store, tmp_path):
+        """A request of the same settings, but of another file: the older one is superseded, not forgotten."""
+        old, new = make_record(1, tmp_path / "a.mp4"), make_record(2, tmp_path / "a.mp4", text="of the new file")
+        others = [make_record(3, tmp_path / "b.mp4"), make_record(4, tmp_path / "a.mp4", prompt="Why?")]
+        others += [make_record(5, tmp_path / "a.mp4", start_seconds=1.0), make_record(6, tmp_path / "a.mp4", sample=1)]
+        for record in (old, *others, new):
+            store.append(record)
+        assert store.current() == [*others, new]
+        assert store.done() == {record["request"] for record in (old, new, *others)}
+        assert store.latest([old["request"], "none", new["request"]]) == [old, new]
+
+    def test_an_error_supersedes_no_caption(self, store, tmp_path):
+        old = make_record(1, tmp_path / "a.mp4")
+        gone = an_error(make_record(2, tmp_path / "a.mp4"), "no such file")
+        for records in ([old, gone], [gone, old]):
+            store.path.unlink(missing_ok=True)
+            store = CaptionStore(store.path)
+            for record in records:
+                store.append(record)
+            assert store.current() == [old]
+        store.append(make_record(3, tmp_path / "a.mp4", finish_reason="stopped"))
+        assert store.current() == [old]
+
+    @pytest.mark.parametrize("same_content", [True, False])
+    def test_a_hand_edit_goes_over_to_a_copy_of_the_same_content(self, store, tmp_path, same_content):
+        for number in (1, 2):
+            sha256 = "same" if same_content else str(number)
+            store.append(make_record(number, tmp_path / "a.mp4", video_sha256=sha256))
+            if number == 1:
+                store.edit(f"{1:020x}", "By hand.")
+        (record,) = store.current()
+        assert record["request"] == f"{2:020x}" and record.get("edited_text") == ("By hand." if same_content else None)
+        store.edit(f"{2:020x}", "By hand, again.")
+        assert store.current()[0]["edited_text"] == "By hand, again."
+
+    def test_records_that_lack_a_setting_supersede_none(self, store):
+        for name in "ab":
+            store.append(attempt(name, video="/clips/same.mp4"))
+        assert len(store.current()) == 2
+
+
+class TestTakenAway:
+    """A store that goes away while it is in use ends the run with an error that names it."""
+
+    @pytest.fixture
+    def used(self, store):
+        for name in "abc":
+            store.append(attempt(name))
+        return store
+
+    def take_away(self, store, how):
+        if how == "file deleted":
+            store.path.unlink()
+        elif how == "folder deleted":
+            shutil.rmtree(store.path.parent)
+        elif how == "folder moved":
+            store.path.parent.rename(store.path.parent.with_name("moved"))
+        elif how == "folder made anew":
+            shutil.rmtree(store.path.parent)
+            store.path.parent.mkdir()
+        else:
+            store.path.write_text(json.dumps(attempt("other")) + "\n")
+
+    HOW = ("file deleted", "folder deleted", "folder moved", "folder made anew", "shorter file")
+
+    @pytest.mark.parametrize("how", HOW)
+    @pytest.mark.parametrize("was_read", [True, False])
+    def test_appending(self, used, how, was_read):
+        store = CaptionStore(used.path) if was_read else used
+        assert not was_read or len(store.current()) == 3
+        self.take_away(store, how)
+        with pytest.raises(OSError, match=f"{store.path}: was (deleted or moved|replaced by a shorter file) while it"):
+            store.append(attempt("d"))
+        store.append(attempt("d"))  # who was told so may go on
+        assert [r["request"] for r in store.current()] == (["other"] if how == "shorter file" else []) + ["d"]
+
+    @pytest.mark.parametrize("how", HOW)
+    def test_reading(self, used, how):
+        records = used.current()
+        self.take_away(used, how)
+        for read in (list, lambda records: records[2], lambda records: records == [1, 2, 3]):
+            with pytest.raises(OSError, match=str(used.path)):
+                read(records)
+        assert len(used.current()) == (how == "shorter file") and len(used.done()) == (how == "shorter file")
+
+    @pytest.mark.parametrize("how", HOW)
+    def test_a_run(self, used, how, captioner, tmp_path):
+        items = find_clips("demo", limit=3)
+
+        class Lost(CaptionStore):
+            num_appended = 0
+
+            def append(store, record):
+                super().append(record)
+                store.num_appended += 1
+                if store.num_appended == 2:
+                    self.take_away(store, how)
+
+        with pytest.raises(OSError, match=str(used.path)):
+            caption_clips(captioner, items, Lost(used.path), decoding=Decoding(max_new_tokens=2))

@@ -3,6 +3,7 @@
 import json
 import re
 from html import unescape
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -148,3 +149,22 @@ class TestThePage:
         html = page.read_text()
         assert html.count("data:image/webp;base64,") == html.count("<article>") == 1000
         assert "content-visibility: auto" in html
+
+    def test_more_than_a_thousand_are_on_several_pages_that_lead_to_each_other(self, make_store, tmp_path):
+        first = tmp_path / "out" / "my gallery.html"
+        gallery = write_gallery(make_store(*map(a_record, range(2500))), order_by="num_tokens", descending=True)
+        assert gallery.save(first) == first and len(gallery.records) == 2500
+        pages = ["my gallery.html", "my gallery.page2.html", "my gallery.page3.html"]
+        assert sorted(path.name for path in first.parent.iterdir()) == pages
+        texts = []
+        for number, name in enumerate(pages):
+            html = (first.parent / name).read_text()
+            texts += re.findall(r"Text \d+", html)
+            links = re.findall(r'<a href="([^"]+)">(\w+)</a>', html)
+            assert len(links) == 2 * (2 if number != 1 else 4) and f"page {number + 1} of 3" in html
+            by_name = {name: unquote(target) for target, name in links}
+            assert by_name.get("next") == (pages[number + 1] if number < 2 else None)
+            assert by_name.get("previous") == (pages[number - 1] if number else None)
+        assert texts == [f"Text {number}" for number in reversed(range(2500))]
+        write_gallery(make_store(*map(a_record, range(1000)))).save(first)
+        assert [path.name for path in first.parent.iterdir()] == pages[:1] and "<a href" not in first.read_text()
