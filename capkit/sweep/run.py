@@ -13,6 +13,7 @@ from capkit.captioning import Caption, Captioner, Decoding, SharedVideo
 from capkit.cogvlm2 import Prompt, is_out_of_memory
 from capkit.runs import CaptionStore, Progress, new_record, read_ahead, read_rows, request_settings
 from capkit.sweep.plan import Source, SweepPlan, plan_sweep
+from capkit.text import encodable
 from capkit.video import Clip, FrameSampling
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class SweepResult:
                 if record["video"] in references:
                     row["reference"] = references[record["video"]]
                 rows.append(row | {name: record.get(name) for name in names})
-        return pd.DataFrame(rows)
+        as_utf_8 = ({k: encodable(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
+        return pd.DataFrame(as_utf_8)
 
     @property
     def all_records(self) -> list[dict[str, Any]]:

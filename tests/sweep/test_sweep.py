@@ -342,3 +342,11 @@ def test_soak_killed_ten_times_in_a_row_none_is_computed_twice(tmp_path):
     lines = kill_and_go_on(tmp_path / "sweep.jsonl", num_prompts=60, num_kills=10)
     print(f"10 kills, {len(lines)} lines, {len({line['request'] for line in lines})} requests")
     assert len(lines) == len({line["request"] for line in lines}) == 6 * 60 * 3
+
+
+def test_a_file_name_that_is_not_utf_8_has_its_row(demo, capsys):
+    result = run_sweep(demo, ["/nowhere/\udcff.mp4"], prompts=["a"])
+    (row,) = result.to_frame().to_dict("records")
+    assert row["clip"] == r"\udcff.mp4" and row["error"] == r"/nowhere/\udcff.mp4: no such file"
+    assert result.records[0]["video"] == "/nowhere/\udcff.mp4"
+    assert r"error: /nowhere/\udcff.mp4: no such file" in "".join(capsys.readouterr())
