@@ -55,13 +55,18 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a file with `atomic_writer`, text as UTF-8; returns its path.
-
-    Lone surrogates, which UTF-8 cannot encode, become escapes that JSON readers understand.
-    """
+    """Write a file with `atomic_writer`, text as UTF-8 with lone surrogates escaped; returns its path."""
     with atomic_writer(path) as file:
-        file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        file.write(content if isinstance(content, bytes) else printable(content).encode())
     return Path(path)
+
+
+def printable(text: str) -> str:
+    """Escape lone surrogates, as in file names that are not UTF-8, so that terminals, tables and files take the text.
+
+    JSON readers turn the escapes back.
+    """
+    return text.encode(errors="backslashreplace").decode()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -79,15 +84,13 @@ def write_page(path: str | os.PathLike[str], title: str, body: str) -> Path:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append a line of JSON to a file and wait until it is on disk.
-
-    Lone surrogates, as in file names that are not UTF-8, become escapes that JSON readers understand.
+    """Append a line of JSON to a file and wait until it is on disk; see `printable`.
 
     Raises:
         ValueError: the line contains a value that JSON cannot represent, such as NaN.
         OSError: with the path, for example when the disk is full; the file is as long as before.
     """
-    content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+    content = printable(json.dumps(line, ensure_ascii=False, allow_nan=False)).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         try:

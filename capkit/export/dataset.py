@@ -16,7 +16,8 @@ from capkit.export.clip_names import name_clips
 from capkit.export.layouts import LAYOUTS, Layout, Pair
 from capkit.export.report import COLUMNS, ExportReport, shared_openings
 from capkit.export.write import is_exported, write_export
-from capkit.files import file_sha256
+from capkit.files import file_sha256, printable
+from capkit.runs import to_frame
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
 
 ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
@@ -131,7 +132,7 @@ def _check_value(name: str, value: Any, values: Sequence[str] | dict[str, Any]) 
 def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
     record = chosen.record
     caption = record.get("edited_text", record.get("text")) or ""
-    original = caption.encode("utf-8", "backslashreplace").decode()  # tables and files cannot hold lone surrogates
+    original = printable(caption)  # tables and files cannot hold lone surrogates
     text, changed_by = clean(original.strip(), record, rules)
     return {
         "clip": chosen.clip,
@@ -189,7 +190,7 @@ def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:
 
 def _table(rows: list[dict[str, Any]], limit: _TokenLimit) -> pd.DataFrame:
     """The report's table: the rows and measures of the captions; the trigger word counts for tokens only."""
-    table = pd.DataFrame(rows)
+    table = to_frame(rows)
     table["status"] = table["reason"].eq("").map({True: "exported", False: "refused"})
     table["changed_by"] = table["changed_by"].map(", ".join)
     exported = table[table["status"] == "exported"]

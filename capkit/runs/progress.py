@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from capkit.files import atomic_write, now
+from capkit.files import atomic_write, now, printable
 
 LINE_SECONDS = 10.0  # least time between log lines
 BEAT_SECONDS = 5.0  # least time between writes of the heartbeat
@@ -47,7 +47,7 @@ class Progress:
         self.count += 1
         if record["status"] == "error":
             self.errors += 1
-            tqdm.write(f"error: {record['error']}")
+            tqdm.write(f"error: {printable(record['error'])}")
         if time.monotonic() - self.last_beat >= BEAT_SECONDS:
             self._beat("running", record["video"])
         if self.bar is not None:

@@ -28,9 +28,9 @@ from filelock import FileLock, Timeout
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.files import atomic_write, atomic_writer, now
+from capkit.files import atomic_write, atomic_writer, now, printable
 from capkit.runs.caption import caption_planned, current_records, plan_clips
-from capkit.runs.clips import Item
+from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore
 from capkit.video import FrameSamplingLike
@@ -258,7 +258,7 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
     with ExitStack() as stack:
         files = {path: stack.enter_context(open(path, "rb")) for path in {line.path for line in lines}}
         target = stack.enter_context(atomic_writer(merged.path))
-        target.writelines(line.encode() + b"\n" for line in kept)
+        target.writelines(printable(line).encode() + b"\n" for line in kept)
         for line in lines:
             files[line.path].seek(line.offset)
             target.write(files[line.path].readline())

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from capkit.runs.clips import Item
+from capkit.files import atomic_write
+from capkit.runs.manifests import Item
 from capkit.video import VideoError, VideoInfo, WorkerProcess
 
 TRAINERS = ("cogvideo", "cogkit", "diffusers", "sat")
@@ -103,7 +104,7 @@ def write_webvtt(records: Iterable[dict[str, Any]], folder: str | os.PathLike[st
         number = num_named[stem.lower()]
         paths.append(target / (f"{stem}.vtt" if number == 1 else f"{stem} ({number}).vtt"))
         blocks = [f"{_clock(start)} --> {_clock(end)}\n{text}" for start, end, text in sorted(of_video)]
-        paths[-1].write_text("\n\n".join(["WEBVTT", *blocks]) + "\n", encoding="utf-8")
+        atomic_write(paths[-1], "\n\n".join(["WEBVTT", *blocks]) + "\n")
     return paths
 
 
@@ -215,7 +216,7 @@ def _with_frame_times(
     with ThreadPoolExecutor(2) as pool:
         even, odd = pool.map(list_each, (videos[::2], videos[1::2]))
     listings = dict(zip(videos[::2] + videos[1::2], even + odd, strict=True))
-    return [(item, listings[item.video]) for item in items]
+    return [(item, None if item.error else listings[item.video]) for item in items]
 
 
 def _frame_times(worker: WorkerProcess, video: str, timeout_seconds: float) -> tuple[np.ndarray, VideoInfo] | None:

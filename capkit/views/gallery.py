@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from capkit.files import write_page
+from capkit.files import printable, write_page
 from capkit.runs import CaptionStore
 from capkit.views.html import MUTED, card, frames_strip
 
@@ -42,7 +42,7 @@ class Gallery:
         rest = len(self.records) - SHOWN_IN_NOTEBOOK
         more = f"<p>{rest} more on the full page: <code>.save(path)</code></p>" if rest > 0 else ""
         cards = "".join(map(self._card, self.records[:SHOWN_IN_NOTEBOOK]))
-        return f"<b>{escape(self.title)}</b>{self._heading()}{cards}{more}"
+        return printable(f"<b>{escape(self.title)}</b>{self._heading()}{cards}{more}")
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write one page with all captions and pictures; returns its path."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from capkit.files import printable
 from capkit.runs import CaptionStore
 
 # In an untrusted notebook JupyterLab removes <style> and <svg>, and currentColor and aspect-ratio from inline CSS.
@@ -28,7 +29,7 @@ class HTML:
     """A piece of HTML that a notebook shows."""
 
     def __init__(self, html: str):
-        self.html = html
+        self.html = printable(html)  # a file name may hold what UTF-8 cannot
 
     def _repr_html_(self) -> str:
         return self.html

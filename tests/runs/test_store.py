@@ -22,7 +22,7 @@ import capkit
 import capkit.__main__
 from capkit import CaptionStore, Decoding, Prompt, plan_sweep
 from capkit.export import export_dataset
-from capkit.runs import caption_clips, find_clips, new_record, request_settings
+from capkit.runs import Item, caption_clips, find_clips, new_record, request_settings
 from capkit.runs.caption import plan_clips
 from capkit.runs.store import ModelIdentity
 from capkit.views import show_caption
@@ -218,7 +218,7 @@ class TestStoresWrittenBefore:
         planned = plan_clips(model, find_clips([*items, {"video": missing["video"]}]))
         planned += plan_clips(
             model,
-            find_clips(video),
+            [Item(video)],
             Prompt("What moves?", history=[("Is it day?", "Yes.")], frame_numbers="seconds"),
             Decoding(max_new_tokens=6, temperature=0.8, seed=3),
             {"strategy": "uniform", "num_frames": 3},
