@@ -52,7 +52,7 @@ def _add_caption_shard(commands: Subparsers) -> None:
         "3 another process is captioning this shard.",
     )
     add = parser.add_argument
-    add("videos", nargs="+", help="manifest (.csv, .jsonl), folder, glob or video")
+    add("videos", nargs="+", help="manifest (.csv, .tsv, .jsonl, .json, .parquet), folder, glob or video")
     add("--output", required=True, type=Path, metavar="DIR", help="folder that all shards share")
     add("--shard", help="such as 2/8, the first is 0/8; default: from the environment of Slurm or torchrun, else 0/1")
     add("--model", default="demo", help='"demo", a folder, or a name on the Hugging Face hub')
@@ -100,6 +100,7 @@ def _batch(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from capkit.files import printable
     from capkit.runs import CaptionStore
 
     if not arguments.store.is_file():
@@ -109,10 +110,10 @@ def _show(arguments: argparse.Namespace) -> int:
         start, end = record.get("start_seconds"), record.get("end_seconds")
         is_window = bool(start) or end is not None
         window = f" ({start or 0:g} s to {'the end' if end is None else f'{end:g} s'})" if is_window else ""
-        print(f"\n{record['video']}{window}")
+        print(f"\n{printable(record['video'])}{window}")
         text = f"error: {record['error']}" if record["status"] != "ok" else record["text"].strip()
         text = record.get("edited_text", text)
-        print("  " + "".join(letter if letter.isprintable() else " " for letter in text))
+        print("  " + "".join(letter if letter.isprintable() else " " for letter in printable(text)))
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
     return 0
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from capkit.captioning import Decoding
-from capkit.files import append_line
+from capkit.files import append_line, printable
 from capkit.playground.controls import button
 from capkit.runs import CaptionStore, is_stopped
 from capkit.sweep import OUTCOMES, bradley_terry
@@ -119,7 +119,7 @@ class BlindRating(widgets.VBox):
         )
         left = "1 pair left" if len(self.pairs) == 1 else f"{len(self.pairs)} pairs left"
         self.shown.value = (
-            f'<div style="line-height:1.45"><div style="{MUTED}"><bdi>{escape(Path(clip).name)}</bdi>, {left}</div>'
+            f'<div style="line-height:1.45"><div style="{MUTED}"><bdi>{escape(printable(Path(clip).name))}</bdi>, {left}</div>'
             f"{frames_strip(self.store, records[0])}"
             f'<div style="display:flex;flex-wrap:wrap;gap:10px;margin:6px 0">{sides}</div></div>'
         )

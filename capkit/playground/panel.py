@@ -17,6 +17,7 @@ from PIL import Image
 
 from capkit.captioning import Caption, Captioner, CaptionStream, Decoding
 from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
+from capkit.files import printable
 from capkit.playground.blind import settings_name
 from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls
 from capkit.runs import CaptionStore, new_record, request_settings
@@ -76,7 +77,7 @@ class Playground(widgets.VBox):
         self._lock = threading.RLock()
         self._stream: CaptionStream | None = None
         self._thread: threading.Thread | None = None
-        names = [(Path(clip).name, str(clip)) for clip in clips]
+        names = [(printable(Path(clip).name), str(clip)) for clip in clips]
         self.video = widgets.Dropdown(options=names, description="clip", layout=WIDE)
         self.upload = widgets.FileUpload(accept="video/*", description="add a clip")
         self.path = widgets.Text(placeholder="or a file name, for any size", continuous_update=False, layout=WIDE)

@@ -232,7 +232,7 @@ class Merged:
 
     def __str__(self) -> str:
         counts = f"{self.num_ok} captions and {self.num_errors} errors in {self.store.path}"
-        return "\n".join([counts, *(f"problem: {problem}" for problem in self.problems)])
+        return printable("\n".join([counts, *(f"problem: {problem}" for problem in self.problems)]))
 
 
 def merge(output_dir: str | os.PathLike[str]) -> Merged:

@@ -106,7 +106,7 @@ def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str
 
 def file_name(record: dict[str, Any]) -> str:
     """The name of a record's video as HTML, isolated from the writing direction of the text around it."""
-    return f"<b><bdi>{escape(Path(record['video']).name)}</bdi></b>"
+    return f"<b><bdi>{escape(printable(Path(record['video']).name))}</bdi></b>"
 
 
 def note(html: str) -> str:
