@@ -117,9 +117,10 @@ class BlindRating(widgets.VBox):
             f'<b>{side}</b><div dir="auto" style="white-space:pre-wrap">{escape(record_text(record))}</div></div>'
             for side, record in zip("AB", records, strict=True)
         )
+        name = escape(printable(Path(clip).name))
         left = "1 pair left" if len(self.pairs) == 1 else f"{len(self.pairs)} pairs left"
         self.shown.value = (
-            f'<div style="line-height:1.45"><div style="{MUTED}"><bdi>{escape(printable(Path(clip).name))}</bdi>, {left}</div>'
+            f'<div style="line-height:1.45"><div style="{MUTED}"><bdi>{name}</bdi>, {left}</div>'
             f"{frames_strip(self.store, records[0])}"
             f'<div style="display:flex;flex-wrap:wrap;gap:10px;margin:6px 0">{sides}</div></div>'
         )

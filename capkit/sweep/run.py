@@ -27,7 +27,7 @@ from capkit.video import Clip, FrameSampling
 if TYPE_CHECKING:
     import pandas as pd
 
-CAPTION_COLUMNS = {"video": ("video", "file_name", "path"), "text": ("text", "caption")}
+CAPTION_COLUMNS = {"video": ("video", "file_name", "path"), "text": ("text",), "caption": ("caption",)}
 
 Request = tuple[dict[str, Any], Prompt, Decoding]  # settings of a record, and the nouns that they were made from
 
@@ -121,16 +121,20 @@ class SweepResult:
 def read_captions(path: str | Path) -> list[dict[str, str]]:
     """Read captions of another tool from a table, see `capkit.runs.read_rows`: dictionaries of `video` and `text`.
 
-    A warning names the columns that are ignored, or known by another name: `file_name` or `path`, and `caption`.
+    The columns are those of `SweepResult.with_captions`; a warning names the others, which are ignored.
 
     Raises:
         ValueError: a file that cannot be read so, or a row without a video or a text, with its place.
     """
     rows = read_rows(Path(path).expanduser(), "captions")
     rows, _, note = choose_columns(rows, CAPTION_COLUMNS, str(path))
+    captions = []
+    for row in rows:
+        text = row.text("text" if row.cells.get("text") is not None else "caption")
+        captions.append({"video": row.text("video"), "text": text})
     if note:
-        warnings.warn(note, stacklevel=3)
-    return [{name: row.text(name) for name in CAPTION_COLUMNS} for row in rows]
+        warnings.warn(note, stacklevel=2)
+    return captions
 
 
 def run_sweep(
