@@ -85,7 +85,7 @@ def find_clips(
         raise ValueError(f"videos: {items[0].video!r}: there is no such file")
     if errors:
         first = "; ".join(errors[:3] + ["..."] * (len(errors) > 3))
-        notes.append(f"{len(errors)} of {len(items)} clips will not be captioned, but have an error: {first}")
+        notes.append(f"{len(errors)} of {len(items)} clips get a record with an error: {first}")
     if left_out:
         notes.append(f"{entries[0] if len(entries) == 1 else 'videos'}: {_describe(left_out)}")
     for note in dict.fromkeys(filter(None, notes)):

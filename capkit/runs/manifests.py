@@ -286,7 +286,7 @@ def dictionary_to_item(entries: Mapping[str, Any], place: str) -> tuple[Item, st
     try:
         (row,), unknown, note = choose_columns([row], COLUMNS, "videos")
     except ValueError:
-        unknown, note = list(row.cells), ""
+        unknown, note = [name for name in row.cells if name not in COLUMNS], ""
     if unknown:
         allowed = f"must have 'video', and may have {', '.join([*COLUMNS][1:])}, nothing else"
         row, note = row._replace(error=f"{allowed}; not {reprlib.repr(unknown)}"), ""

@@ -213,7 +213,7 @@ def caption_one_bad_row(captioner, manifest, store, words, place):
     assert len(items) == 3 and (items[0].error, items[2].error) == (None, None)
     if items[1].error is not None:
         (warning,) = said
-        assert warning.startswith("1 of 3 clips will not be captioned") and items[1].error in warning
+        assert warning.startswith("1 of 3 clips get a record with an error") and items[1].error in warning
         assert items[1].error.startswith(f"{place}, ") and len(items[1].error) < 1000
     records = caption_clips(captioner, items, CaptionStore(store), decoding=FEW, timeout_seconds=None)
     assert [record["status"] for record in records] == ["ok", "error", "ok"]
