@@ -222,6 +222,24 @@ def test_a_clip_whose_numbers_overflow_is_recorded(new_captioner, eight_clips, t
     assert [records[0]["text"], records[2]["text"]] == [swept[0]["text"], swept[2]["text"]] == alone
 
 
+def test_a_clip_whose_file_fails_is_recorded_and_a_disk_that_fails_stops(captioner, eight_clips, tmp_path, monkeypatch):
+    good, store = find_clips(f"{eight_clips}/good [0-2]*"), CaptionStore(tmp_path / "c.jsonl")
+    load, errors = capkit.runs.prefetch.load_clip, [OSError(116, "Stale file handle", good[1].video)]
+
+    def failing(video, *settings):
+        if video == good[1].video:
+            raise errors[-1]
+        return load(video, *settings)
+
+    monkeypatch.setattr(capkit.runs.prefetch, "load_clip", failing)
+    records = caption_clips(captioner, good, store, decoding=FEW)
+    assert [record["status"] for record in records] == ["ok", "error", "ok"] and "Stale" in records[1]["error"]
+    errors.append(OSError(28, "No space left on device"))  # as for a worker's temporary files
+    with pytest.raises(OSError, match="No space left"):
+        caption_clips(captioner, good, store, decoding=FEW, retry_errors=True)
+    assert store.current() == records
+
+
 def test_a_clip_that_the_model_refuses_is_recorded(new_captioner, eight_clips, tmp_path, monkeypatch):
     good = find_clips(f"{eight_clips}/good [0-2]*")
     batch = new_captioner.caption_batch
