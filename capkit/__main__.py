@@ -54,7 +54,7 @@ def _add_caption_shard(commands: Subparsers) -> None:
         "3 another process is captioning this shard.",
     )
     add = parser.add_argument
-    add("videos", nargs="+", help="manifest (.csv, .jsonl), folder, glob or video")
+    add("videos", nargs="+", help="manifest (.csv, .tsv, .jsonl, .json, .parquet), folder, glob or video")
     add("--output", required=True, type=Path, metavar="DIR", help="folder that all shards share")
     add("--shard", help="such as 2/8, the first is 0/8; default: from the environment of Slurm or torchrun, else 0/1")
     add("--model", default="demo", help='"demo", a folder, or a name on the Hugging Face hub')

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
-from capkit.text import escape, plain_text
+from capkit.text import encodable, escape, plain_text
 
 # What flock answers on file systems without it, such as some of Lustre and NFS.
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
@@ -65,12 +65,9 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a file with `atomic_writer`, text as UTF-8; returns its path.
-
-    Lone surrogates, which UTF-8 cannot encode, become escapes that JSON readers understand.
-    """
+    """Write a file with `atomic_writer`, text as UTF-8 with lone surrogates escaped; returns its path."""
     with atomic_writer(path) as file:
-        file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+        file.write(content if isinstance(content, bytes) else encodable(content).encode())
     return Path(path)
 
 
@@ -99,7 +96,7 @@ def append_line(path: Path, line: dict[str, Any]) -> int:
         ValueError: the line contains a value that JSON cannot represent, such as NaN.
         OSError: with the path, for example when the disk is full; part of the line may be in the file.
     """
-    content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+    content = encodable(json.dumps(line, ensure_ascii=False, allow_nan=False)).encode() + b"\n"
     try:
         with open(path, "ab+", buffering=0) as file:
             is_begun = False

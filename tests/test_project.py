@@ -72,7 +72,7 @@ def test_rooms_are_attributes():
 @pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", README, re.S))
 def test_readme_examples_run_as_printed(example, tmp_path):
     """In an empty folder, with the clip that they name."""
-    shown = re.search(r'load_clip\("([^"]+)"', example)
+    shown = re.search(r'(?:load_clip|find_clips)\("([^"]+)"', example)
     if shown:
         from video_factory import encode_clip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,6 +12,7 @@ from capkit.video import Clip
 # From CogVideo's tools/caption, which wrote the training captions of CogVideoX.
 DEFAULT_PROMPT = "Please describe this video in detail."
 
+MAX_CHARACTERS = 100_000  # of a prompt; a whole file pasted by mistake would fill the memory
 TEMPLATES = ("chat", "vqa", "base")  # the original's `template_version`
 FRAME_NUMBERS = ("index", "seconds")
 _ANSWER = {"chat": "Answer:", "vqa": "Short answer:"}
@@ -30,8 +32,8 @@ class Prompt:
             clip's start in whole "seconds". The two are equal at one frame a second.
 
     Raises:
-        ValueError: unknown template or frame numbers, an empty text, history that is not pairs of texts, or a setting
-            that has no effect in combination with the others.
+        ValueError: unknown template or frame numbers, an empty text, one that is longer than 100,000 characters or not
+            UTF-8, history that is not pairs of texts, or a setting that has no effect in combination with the others.
     """
 
     text: str = DEFAULT_PROMPT
@@ -43,8 +45,8 @@ class Prompt:
         for name, allowed in (("template", TEMPLATES), ("frame_numbers", FRAME_NUMBERS)):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-        if not isinstance(self.text, str) or not self.text.strip():
-            raise ValueError(f"prompt={self.text!r}: must be a text that is not empty")
+        if problem := _problem(self.text):
+            raise ValueError(f"prompt={reprlib.repr(self.text)}: {problem}")
         for turn in self.history if isinstance(self.history, (list, tuple)) else [self.history]:
             if not isinstance(turn, (list, tuple)) or [isinstance(part, str) for part in turn] != [True, True]:
                 raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
@@ -103,6 +105,19 @@ class Prompt:
         answer = _ANSWER[self.template]
         turns = "".join(f"Question: {question} {answer} {reply}\n" for question, reply in self.history)
         return f"{turns}Question: {self.text} {answer}"
+
+
+def _problem(text: Any) -> str:
+    """What is wrong with a prompt's text, or ""."""
+    if not isinstance(text, str) or not text.strip():
+        return "must be a text that is not empty"
+    if len(text) > MAX_CHARACTERS:
+        return f"has {len(text)} characters, more than {MAX_CHARACTERS}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8, or was cut within a character"
+    return ""
 
 
 PromptLike = Prompt | str | dict[str, Any]

@@ -18,6 +18,7 @@ from capkit.export.layouts import LAYOUTS, Layout, Pair
 from capkit.export.report import COLUMNS, ExportReport, shared_openings
 from capkit.export.write import is_exported, write_export
 from capkit.files import file_sha256
+from capkit.runs import to_frame
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
 from capkit.text import encodable, plain_text
 from capkit.video import FrameSampling, VideoError, load_clip
@@ -199,7 +200,7 @@ def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:
 
 def _table(rows: list[dict[str, Any]], limit: _TokenLimit) -> pd.DataFrame:
     """The report's table: the rows and measures of the captions; the trigger word counts for tokens only."""
-    table = pd.DataFrame(rows)
+    table = to_frame(rows)
     table["status"] = table["reason"].eq("").map({True: "exported", False: "refused"})
     table["changed_by"] = table["changed_by"].map(", ".join)
     exported = table[table["status"] == "exported"]

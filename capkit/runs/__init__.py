@@ -1,15 +1,23 @@
 """Caption many clips into a store, on one or many machines; runs resume after crashes, bad clips and full disks."""
 
 from capkit.runs.caption import caption_clips
-from capkit.runs.clips import DEMO_CLIPS, Item, find_clips, read_rows
+from capkit.runs.clips import DEMO_CLIPS, find_clips
 from capkit.runs.index import Records, is_stopped
+from capkit.runs.manifests import Item, choose_columns, read_rows
 from capkit.runs.merging import merge
 from capkit.runs.prefetch import read_ahead
 from capkit.runs.progress import Progress, is_interactive
 from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
 from capkit.runs.shards import Shard, ShardBusy, caption_shard
-from capkit.runs.store import STRIP_FRAME_PIXELS, CaptionStore, StoreBusy, new_record, request_settings
+from capkit.runs.store import (
+    STRIP_FRAME_PIXELS,
+    CaptionStore,
+    StoreBusy,
+    new_record,
+    request_settings,
+    to_frame,
+)
 from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "DEMO_CLIPS",
     "Item",
     "find_clips",
+    "choose_columns",
     "read_rows",
     "read_ahead",
     "Progress",
@@ -34,6 +43,7 @@ __all__ = [
     "is_stopped",
     "new_record",
     "request_settings",
+    "to_frame",
     "cut_into",
     "unseen_by_trainer",
     "write_webvtt",

@@ -10,8 +10,8 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
-from capkit.runs.clips import Item
 from capkit.runs.index import is_complete
+from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress
 from capkit.runs.store import CaptionStore, ModelIdentity, new_record, request_settings, sha256_if_there
@@ -73,7 +73,7 @@ def plan_clips(
     planned = []
     for item in items:
         shared = (prompt, decoding, frame_sampling, item.start, item.end)
-        planned.append(request_settings(captioner, item.video, *shared, own_text=item.prompt))
+        planned.append(request_settings(captioner, item.video, *shared, own_text=item.prompt, error=item.error))
         if item.reference is not None:
             planned[-1]["reference"] = item.reference
     return planned
@@ -199,8 +199,8 @@ def _caption_batch(captioner: Captioner, pairs: Sequence[tuple[dict[str, Any], C
     try:
         prompts = [Prompt.from_record(settings) for settings, _ in pairs]
         captions = captioner.caption_batch([clip for _, clip in pairs], prompts, pairs[0][0]["decoding"])
-    except (ValueError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, ValueError) and not is_out_of_memory(error):
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, (ValueError, TypeError)) and not is_out_of_memory(error):
             raise
         reason = f"{pairs[0][0]['video']}: {error}"
     else:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import fnmatch
 import glob
-import json
 import os
 import re
+import sys
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from capkit.runs.manifests import MANIFEST_SUFFIXES, Item, dictionary_to_item, frame_rows, read_rows, to_items
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 from capkit.text import plain_text
 
@@ -27,32 +30,14 @@ VIDEO_SUFFIXES = frozenset(
     """.split()
 )
 TYPESCRIPT_SUFFIXES = frozenset((".ts", ".mts"))  # which are also MPEG transport streams
-MANIFEST_SUFFIXES = frozenset((".csv", ".jsonl"))
 NO_VIDEO = "not named like videos"
 LeftOut = defaultdict[str, Counter[str]]  # names or suffixes by reason
-COLUMNS = ("video", "prompt", "reference", "start", "end")
 DEMO_CLIPS = Path(__file__).parents[1] / "demo" / "clips"
 
 
-@dataclass(frozen=True)
-class Item:
-    """A clip to caption: a video file, and its entries in a manifest.
-
-    Attributes:
-        video: file name.
-        prompt: this clip's own question; None for the one that all clips share.
-        reference: a caption to compare with; kept in the record, not shown to the model.
-        start, end: window in seconds; end None for the end of the video.
-    """
-
-    video: str
-    prompt: str | None = None
-    reference: str | None = None
-    start: float = 0.0
-    end: float | None = None
-
-
-def find_clips(videos: str | os.PathLike[str] | dict[str, Any] | Iterable[Any], limit: int | None = None) -> list[Item]:
+def find_clips(
+    videos: str | os.PathLike[str] | dict[str, Any] | pd.DataFrame | Iterable[Any], limit: int | None = None
+) -> list[Item]:
     """Find the clips named by a glob, a folder, a file, a manifest, or a list of these.
 
     Links are followed. Each folder is searched once, even if links form a circle or several lead to it; a link to a
@@ -63,59 +48,95 @@ def find_clips(videos: str | os.PathLike[str] | dict[str, Any] | Iterable[Any], 
     - `.ts` and `.mts` files that are text, such as TypeScript;
     - links to nowhere, and folders that may not be read.
 
+    A row that cannot be used, of a manifest or a dictionary, becomes an item with an `error`; a warning names it.
+
     Args:
         videos: "demo" for the clips that come with capkit; a pattern such as "clips/**/*.mp4"; a folder, searched with
-            its subfolders; a video; a manifest (.csv or .jsonl) with a column `video` and optionally `prompt`,
-            `reference`, `start`, `end`, its paths relative to itself; a dictionary with those keys; or a list of these.
+            its subfolders; a video; a manifest (.csv, .tsv, .jsonl, .json with a list of objects, or .parquet) or a
+            pandas DataFrame with a column `video` (or `file_name`, `path`) and optionally `prompt`, `reference` (or
+            `caption`, `text`), `start`, `end`, a manifest's paths relative to itself; a dictionary with those keys; or
+            a list of these. Empty cells and NaN are as if they were not there.
         limit: only the first so many.
 
     Returns:
         Items, sorted for globs and folders, in the given order for lists and manifests.
 
     Raises:
-        ValueError: no clips, an empty or unusable entry, a manifest that cannot be read or has no column `video`, or a
-            limit below 1.
+        ValueError: no clips, none of them usable, a single one that is not there, an empty or unusable entry, a
+            manifest that cannot be read or has no column `video`, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit!r}: must be at least 1, or None for all")
-    entries: list[Any] = [videos]
-    if isinstance(videos, Iterable) and not isinstance(videos, (str, os.PathLike, dict)):
+    entries = [videos]
+    if isinstance(videos, Iterable) and not isinstance(videos, (str, os.PathLike, dict)) and not _is_frame(videos):
         entries = list(videos)
     items: list[Item] = []
     left_out: LeftOut = defaultdict(Counter)
-    for entry in entries:
-        found = _items(entry, left_out)
+    notes: list[str] = []
+    for number, entry in enumerate(entries, 1):
+        found = _items(entry, number, left_out, notes)
         if not found and len(entries) > 1:
             left_out["without videos"][str(entry)] += 1
         items += found
     if not items:
         raise ValueError(f"no videos found in {str(videos)!r}: {_describe(left_out) or 'nothing is there'}")
+    errors = [item.error for item in items if item.error is not None]
+    if len(errors) == len(items):
+        raise ValueError(f"{'' if len(items) == 1 else f'none of {len(items)} clips can be captioned: '}{errors[0]}")
+    if len(entries) == len(items) == 1 and not os.path.exists(items[0].video):
+        raise ValueError(f"videos: {items[0].video!r}: there is no such file")
+    if errors:
+        first = "; ".join(errors[:3] + ["..."] * (len(errors) > 3))
+        notes.append(f"{len(errors)} of {len(items)} clips get a record with an error: {first}")
     if left_out:
-        message = f"{entries[0] if len(entries) == 1 else 'videos'}: {_describe(left_out)}"
-        warnings.warn(plain_text(message), stacklevel=2)
+        notes.append(f"{entries[0] if len(entries) == 1 else 'videos'}: {_describe(left_out)}")
+    for note in dict.fromkeys(filter(None, notes)):
+        warnings.warn(plain_text(note), stacklevel=2)
     return items[:limit]
 
 
-def _items(entry: Any, left_out: LeftOut) -> list[Item]:
+def _items(entry: Any, number: int, left_out: LeftOut, notes: list[str]) -> list[Item]:
     if isinstance(entry, dict):
-        return [_item(entry, Path(), repr(entry))]
+        item, note = dictionary_to_item(entry, f"videos, row {number}")
+        notes.append(note)
+        return [item]
     if not isinstance(entry, (str, os.PathLike)):
+        if _is_frame(entry):
+            items, note = to_items([*frame_rows(entry, "DataFrame")], Path(), "DataFrame")
+            notes.append(note)
+            return items
         raise ValueError(f"videos: {entry!r} must be a name, a pattern, or a dictionary with 'video'")
     if not os.fspath(entry).strip():
         raise ValueError('videos: a name is empty; name a folder, a video, ...; "." is the current folder')
-    path = DEMO_CLIPS if entry == "demo" else Path(entry).expanduser()
+    path = DEMO_CLIPS if entry == "demo" else Path(os.path.expanduser(entry))
     folder, pattern = _split_pattern(path)
     if os.path.isdir(path):
         return [Item(file) for file in _search(folder, ["**"], left_out)]
-    if path.suffix.lower() in MANIFEST_SUFFIXES and os.path.isfile(path):
-        return _read_manifest(path)
     if pattern:
-        return [Item(file) for file in _search(folder, pattern, left_out)]
+        return [item for file in _search(folder, pattern, left_out) for item in _file(Path(file), notes)]
     if isinstance(entry, str) and "://" in entry:
         raise ValueError(f"videos: {entry!r} is an address; download it first")
     if not os.path.lexists(path) and (path.suffix.lower() in MANIFEST_SUFFIXES or str(entry).endswith(os.sep)):
         raise ValueError(f"videos: {str(entry)!r}: there is no such {'folder' if str(entry)[-1] == os.sep else 'file'}")
-    return [Item(str(path))]  # a missing file gets a record with an error
+    return _file(path, notes)
+
+
+def _file(path: Path, notes: list[str]) -> list[Item]:
+    """The items of a file that was named: of a manifest all, of a video one. A missing file's record has the error."""
+    suffix = path.suffix.lower()
+    if suffix in MANIFEST_SUFFIXES and path.is_file():
+        items, note = to_items(read_rows(path, "a manifest"), path.parent, str(path))
+        notes.append(note)
+        return items
+    if suffix not in VIDEO_SUFFIXES and _is_text(str(path)):
+        kinds = ", ".join(sorted(MANIFEST_SUFFIXES))
+        return [Item(str(path), error=f"{path}: is a text, not a video; a manifest is named {kinds}")]
+    return [Item(str(path))]
+
+
+def _is_frame(value: object) -> bool:
+    pandas = sys.modules.get("pandas")  # whoever has a DataFrame has imported it
+    return pandas is not None and isinstance(value, pandas.DataFrame)
 
 
 def _split_pattern(path: Path) -> tuple[str, list[str]]:
@@ -212,39 +233,3 @@ def _describe(left_out: LeftOut) -> str:
         names += ["..."] if len(counts) > 3 else []
         parts.append(f"{counts.total()} {reason} ({', '.join(names)})")
     return f"left out {', '.join(parts)}" if parts else ""
-
-
-def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
-    """Read a CSV file, or a file of JSON lines, as dictionaries. A ValueError calls it `kind`, such as "a manifest"."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            is_csv = path.suffix.lower() == ".csv"
-            rows = list(csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file)))
-        if any(not isinstance(row, dict) for row in rows):
-            raise ValueError("a line is not a JSON object")
-    except (ValueError, csv.Error, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as {kind}: {error}") from error
-    return rows
-
-
-def _read_manifest(path: Path) -> list[Item]:
-    rows = read_rows(path, "a manifest")
-    columns = dict.fromkeys(name for row in rows for name in row)
-    if rows and "video" not in columns:
-        raise ValueError(f"{path}: has no column 'video', but {list(columns)}; columns are {', '.join(COLUMNS)}")
-    if ignored := [name for name in columns if name not in COLUMNS]:
-        message = f"{path}: ignored columns {ignored}; columns are {', '.join(COLUMNS)}"
-        warnings.warn(plain_text(message), stacklevel=4)
-        rows = [{name: value for name, value in row.items() if name in COLUMNS} for row in rows]
-    return [_item(row, path.parent, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _item(row: dict[str, Any], folder: Path, where: str) -> Item:
-    fields = {name: value for name, value in row.items() if value not in (None, "")}
-    if "video" not in fields or set(fields) - set(COLUMNS):
-        raise ValueError(f"{where}: must have 'video', and may have {', '.join(COLUMNS[1:])}, nothing else")
-    try:
-        fields |= {name: float(fields[name]) for name in ("start", "end") if name in fields}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: start and end must be seconds") from error
-    return Item(**fields | {"video": str(folder / Path(fields["video"]).expanduser())})

@@ -107,6 +107,8 @@ def read_clip(
 ) -> Clip | Exception:
     """Read the clip of a request with `reader`; returns the clip, or the error. Other arguments as in `read_ahead`."""
     video, window = settings["video"], (settings["start_seconds"], settings["end_seconds"])
+    if settings.get("error") is not None:  # such as a bad row of a manifest
+        return ValueError(settings["error"])
     try:
         Prompt.from_record(settings)  # a clip may have an invalid prompt of its own
         if quarantine is not None:
@@ -118,7 +120,11 @@ def read_clip(
         if quarantine is not None:
             quarantine.add(video, error.reason)
         return error
-    except (VideoError, ValueError) as error:
+    except (VideoError, ValueError, TypeError) as error:
+        return error
+    except OSError as error:
+        if error.filename != os.path.expanduser(video):
+            raise  # the machine's, such as a full disk
         return error
 
 

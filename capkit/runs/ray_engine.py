@@ -21,11 +21,12 @@ import numpy as np
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, loading
 from capkit.runs.caption import caption_batch_into, current_records, missing, plan_clips, prepare_clip
-from capkit.runs.clips import Item
+from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
 from capkit.runs.shards import Shard, ShardBusy, heartbeat_path, shard_store, shard_stores, write_plan
 from capkit.runs.store import CaptionStore, ModelIdentity
+from capkit.text import encodable
 from capkit.video import Clip, ClipReader, FrameSamplingLike
 
 SHARD = Shard()  # on Ray a folder is one shard, in several stores
@@ -172,4 +173,5 @@ class _CaptionerActor:
             if isinstance(clip, Clip):
                 prepare_clip(settings, clip, self.store, self.captioner.processor.image_size)
         records = caption_batch_into(self.captioner, pairs, self.store)
-        return {name: [record[name] or "" for record in records] for name in ("status", "error", "video")}
+        names = ("status", "error", "video")
+        return {name: [encodable(record[name] or "") for record in records] for name in names}

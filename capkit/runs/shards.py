@@ -28,7 +28,7 @@ from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.files import atomic_write, now
 from capkit.runs.caption import caption_planned, current_records, plan_clips
-from capkit.runs.clips import Item
+from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore, StoreBusy
 from capkit.video import FrameSamplingLike

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -23,13 +24,17 @@ from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_fram
 from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now
 from capkit.runs.index import Records, StoreIndex
 from capkit.runs.lines import MAX_LINE_BYTES, check_line, read_store
+from capkit.text import encodable
 from capkit.video import Clip, FrameSampling, FrameSamplingLike
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
 STRIP_COLUMNS = 12
+STRIP_MAX_ROWS = 140  # WebP takes 16383 pixels; more frames go into more columns
 STRIP_GAP_PIXELS = 2
-# The largest that is shown. WebP ends at 16,383 pixels a side, which is a strip of 1,716 frames.
-MOST_STRIP_BYTES, MOST_STRIP_PIXELS = 5_000_000, 12 * (STRIP_FRAME_PIXELS + STRIP_GAP_PIXELS) * 16_383
+MOST_STRIP_BYTES, MOST_STRIP_PIXELS = 2**24, 2**26  # that are shown: of some 5,000 frames
 
 
 class StoreBusy(Busy):
@@ -172,7 +177,7 @@ class CaptionStore:
         if path.exists():
             return path
         seen = pixels_to_frames(preprocess_frames(clip.frames, image_size))
-        side, columns = STRIP_FRAME_PIXELS, min(len(seen), STRIP_COLUMNS)
+        side, columns = STRIP_FRAME_PIXELS, min(len(seen), max(STRIP_COLUMNS, -(-len(seen) // STRIP_MAX_ROWS)))
         pitch, rows = side + STRIP_GAP_PIXELS, -(-len(seen) // columns)
         strip = Image.new("RGB", (columns * pitch - STRIP_GAP_PIXELS, rows * pitch - STRIP_GAP_PIXELS), "white")
         for index, frame in enumerate(seen):
@@ -203,6 +208,7 @@ def request_settings(
     end_seconds: float | None = None,
     sample: int = 0,
     own_text: str | None = None,
+    error: str | None = None,
 ) -> dict[str, Any]:
     """The first part of a record: all settings of a request and, as `request`, their digest, by which runs resume.
 
@@ -213,8 +219,9 @@ def request_settings(
         video: file name; need not exist.
         sample: number among repeats of the same request.
         own_text: replaces the text of the prompt; checked only when the clip is read, so that only this clip fails.
+        error: why the clip is not to be read; its record will have this error.
     """
-    path = Path(video).expanduser().absolute()
+    path = Path(os.path.expanduser(video)).absolute()
     frames = {
         "video": str(path),
         "frame_sampling": FrameSampling.of(frame_sampling).to_dict(),
@@ -229,9 +236,15 @@ def request_settings(
         "dtype": captioner.dtype,
         "quantization": captioner.quantization,
     }
-    file = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+    try:
+        status = path.stat()
+        file = [status.st_size, status.st_mtime_ns]
+    except (OSError, ValueError):  # not there, not to be reached, or no file name at all: reading it reports why
+        file = None
     names = {"model": captioner.name, "strip": f"{_digest([frames, file])}.webp"}
-    return {"request": _digest([frames, file, settings])} | frames | settings | names
+    request = _digest([frames, file, settings] + ([] if error is None else [error]))
+    wrong = {} if error is None else {"error": error}
+    return {"request": request} | frames | settings | names | wrong
 
 
 def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Clip | None = None) -> dict[str, Any]:
@@ -244,6 +257,9 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
     """
     names = ("video_sha256", "duration_seconds", "frame_indices", "timestamps_seconds", "video_notes")
     record = settings | dict.fromkeys(names)
+    if isinstance(outcome, Caption) and not math.isfinite(outcome.mean_logprob):
+        reason = f"log probabilities are not finite; its numbers overflow in {settings['dtype']}, try another dtype"
+        outcome = ValueError(f"{settings['video']}: the model's {reason}")
     if clip is not None:
         end = clip.info.duration_seconds if clip.end_seconds is None else clip.end_seconds
         record["duration_seconds"] = round(min(end, clip.info.duration_seconds) - clip.start_seconds, 3)
@@ -265,6 +281,14 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
         empty = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds")
         record |= dict.fromkeys(empty) | {"status": "error", "error": str(outcome) or repr(outcome)}
     return record | {"capkit_version": __version__, "created": now()}
+
+
+def to_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """A pandas table with a row for each record; what UTF-8 cannot hold, as in some file names, is escaped."""
+    import pandas as pd
+
+    rows = ({name: encodable(v) if isinstance(v, str) else v for name, v in record.items()} for record in records)
+    return pd.DataFrame(rows)
 
 
 def _digest(content: Any) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from capkit.files import atomic_write
-from capkit.runs.clips import Item
+from capkit.runs.manifests import Item
 from capkit.text import without_controls
 from capkit.video import VideoError, VideoInfo, WorkerProcess
 
@@ -222,7 +222,7 @@ def _with_frame_times(
     with ThreadPoolExecutor(2) as pool:
         even, odd = pool.map(list_each, (videos[::2], videos[1::2]))
     listings = dict(zip(videos[::2] + videos[1::2], even + odd, strict=True))
-    return [(item, listings[item.video]) for item in items]
+    return [(item, None if item.error else listings[item.video]) for item in items]
 
 
 def _frame_times(worker: WorkerProcess, video: str, timeout_seconds: float) -> tuple[np.ndarray, VideoInfo] | None:

@@ -303,9 +303,11 @@ def read_axes(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix.lower() == ".csv":
             rows = read_rows(path, "axes")
+            if wrong := [f"{row.place}, {row.error}" for row in rows if row.error is not None]:
+                raise ValueError(wrong[0])
             axes: Any = {
-                name: [yaml.safe_load(row[name]) if name in AXES[1:3] else row[name] for row in rows if row[name]]
-                for name in (rows[0] if rows else ())
+                name: [yaml.safe_load(cell) if name in AXES[1:3] else cell for row in rows if (cell := row.cells[name])]
+                for name in (rows[0].cells if rows else ())
             }
         else:
             axes = yaml.safe_load(path.read_text(encoding="utf-8-sig"))

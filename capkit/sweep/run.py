@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,13 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from capkit.captioning import Caption, Captioner, Decoding, SharedVideo
 from capkit.cogvlm2 import Prompt, is_out_of_memory
-from capkit.runs import CaptionStore, Progress, new_record, read_ahead, read_rows, request_settings
+from capkit.runs import (
+    CaptionStore,
+    Progress,
+    choose_columns,
+    new_record,
+    read_ahead,
+    read_rows,
+    request_settings,
+    to_frame,
+)
 from capkit.sweep.plan import Source, SweepPlan, plan_sweep
-from capkit.text import encodable
 from capkit.video import Clip, FrameSampling
 
 if TYPE_CHECKING:
     import pandas as pd
+
+CAPTION_COLUMNS = {"video": ("video", "file_name", "path"), "text": ("text",), "caption": ("caption",)}
 
 Request = tuple[dict[str, Any], Prompt, Decoding]  # settings of a record, and the nouns that they were made from
 
@@ -48,8 +59,6 @@ class SweepResult:
         `finish_reason`, `seconds`, `duration_seconds`, `status`, `error`, `request`, and `reference` where clips have
         one. Captions made elsewhere have their cell's name, and no axes.
         """
-        import pandas as pd
-
         names = "text num_tokens mean_logprob finish_reason seconds duration_seconds status error".split()
         numbers = {cell: number for number, cell in enumerate(self.plan.cells)}
         axes = {cell: cell.to_strings() for cell in self.plan.cells}
@@ -67,8 +76,7 @@ class SweepResult:
                 if record["video"] in references:
                     row["reference"] = references[record["video"]]
                 rows.append(row | {name: record.get(name) for name in names})
-        as_utf_8 = ({k: encodable(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
-        return pd.DataFrame(as_utf_8)
+        return to_frame(rows)
 
     @property
     def all_records(self) -> list[dict[str, Any]]:
@@ -82,7 +90,8 @@ class SweepResult:
 
         Args:
             name: of the cell.
-            path: JSONL or CSV with the columns `video` (path or file name) and `text` or `caption`.
+            path: a table (.csv, .tsv, .jsonl, .json, .parquet) with the columns `video`, `file_name` or `path` (a path
+                or file name), and `text` or `caption`.
 
         Returns:
             A new result; this one stays as it is.
@@ -111,17 +120,21 @@ class SweepResult:
 
 
 def read_captions(path: str | Path) -> list[dict[str, str]]:
-    """Read captions of another tool from JSONL or CSV: dictionaries of `video` and `text`.
+    """Read captions of another tool from a table, see `capkit.runs.read_rows`: dictionaries of `video` and `text`.
+
+    The columns are those of `SweepResult.with_captions`; a warning names the others, which are ignored.
 
     Raises:
-        ValueError: a file that cannot be read so.
+        ValueError: a file that cannot be read so, or a row without a video or a text, with its place.
     """
+    rows = read_rows(Path(path).expanduser(), "captions")
+    rows, _, note = choose_columns(rows, CAPTION_COLUMNS, str(path))
     captions = []
-    for row in read_rows(Path(path).expanduser(), "captions"):
-        text = row.get("text", row.get("caption"))
-        if text is None or row.get("video") is None:
-            raise ValueError(f"{path}: every row needs video, and text or caption; got {row}")
-        captions.append({"video": str(row["video"]), "text": str(text)})
+    for row in rows:
+        text = row.text("text" if row.cells.get("text") is not None else "caption")
+        captions.append({"video": row.text("video"), "text": text})
+    if note:
+        warnings.warn(note, stacklevel=2)
     return captions
 
 
@@ -177,7 +190,7 @@ def _run_plan(
     for source, cell, sample in plan.requests():
         decoding = cell.sampled(sample)
         frames = (cell.frame_sampling, source.start, source.end)
-        settings = request_settings(captioner, source.video, cell.prompt, decoding, *frames, sample)
+        settings = request_settings(captioner, source.video, cell.prompt, decoding, *frames, sample, error=source.error)
         order.append(settings["request"])
         if settings["request"] not in done:
             done.add(settings["request"])  # a clip may be named twice
@@ -224,8 +237,8 @@ def _caption_group(
     try:
         for caption in SharedVideo(captioner, clip).caption([(prompt, decoding) for _, prompt, decoding in remaining]):
             yield remaining.pop(0)[0], caption
-    except (ValueError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, ValueError) and not is_out_of_memory(error):
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, (ValueError, TypeError)) and not is_out_of_memory(error):
             raise
         reason = ValueError(f"{group[0][0]['video']}: {error}")
         yield from ((settings, reason) for settings, *_ in remaining)

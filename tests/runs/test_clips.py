@@ -128,11 +128,21 @@ class TestFindClips:
         "name, content, message",
         [
             ("a.csv", "file,prompt\nx.mp4,\n", "has no column 'video'"),
+            ("a.csv", "video,prompt,video\nx.mp4,,\n", "column 'video' is there twice"),
+            ("a.csv", 'video,"prompt\nx.mp4,\n', "cannot be read as a manifest"),
+            ("a.tsv", "", "no videos found"),
+            ("a.json", '{"video": "x.mp4"}', "must be a list"),
+            ("a.json", "[]", "no videos found"),
+            ("a.jsonl", "\n\n", "no videos found"),
+            ("a.jsonl", '{"video": "a.mp4"}\n{"video": "b\n', "line 2"),
+            ("a.jsonl", "[" * 100_000, "line 1"),
+            ("a.parquet", "PAR1", "cannot be read as a manifest"),
+            ("a.txt", "video\nx.mp4\n", "is a text, not a video; a manifest is named .csv"),
             ("a.csv", "", "no videos found"),
-            ("a.csv", "video\n\x00\xff", "cannot be read as a manifest"),
-            ("a.jsonl", "[1]\n", "cannot be read as a manifest"),
+            ("a.csv", "video\n\x00\xff", "row 1 (line 2), "),
+            ("a.jsonl", "[1]\n", "row 1 (line 1), must be an object"),
             ("a.jsonl", "{broken", "cannot be read as a manifest"),
-            ("a.csv", "video,start\nx.mp4,soon\n", "start and end must be seconds"),
+            ("a.csv", "video,start\nx.mp4,soon\n", "row 1 (line 2), column start: start_seconds must be"),
             ("a.csv", "video\n", "no videos found"),
         ],
     )
@@ -144,6 +154,7 @@ class TestFindClips:
 
     def test_misspelt_columns_are_named(self, tmp_path):
         (tmp_path / "a.csv").write_text("video,promt\nx.mp4,Why?\n")
+        (tmp_path / "x.mp4").touch()
         with pytest.warns(UserWarning, match=r"ignored columns \['promt'\]; columns are video, prompt"):
             find_clips(tmp_path / "a.csv")
         with pytest.raises(ValueError, match="nothing else"):
@@ -177,7 +188,20 @@ class TestFindClips:
                 find_clips(videos)
             assert repr(entry) in str(error.value)
 
-    def test_a_dictionary_is_one_clip_and_any_iterable_a_list(self):
+    @pytest.mark.parametrize("form", ["x.mp4", ["x.mp4"], "x/", "x/*.mp4", ["x/*.mp4"], "x.csv", {"video": "x.mp4"}])
+    def test_what_is_not_there_is_an_error(self, tmp_path, monkeypatch, form):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=r"x\.mp4.*no such file|no such f|no videos found"):
+            find_clips(form)
+
+    def test_a_pattern_may_name_manifests(self, tmp_path):
+        for name in "ab":
+            (tmp_path / f"{name}.csv").write_text(f"video\n{name}1.mp4\n{name}2.mp4\n")
+        assert found(tmp_path, "*.csv") == (["a1.mp4", "a2.mp4", "b1.mp4", "b2.mp4"], "")
+
+    def test_a_dictionary_is_one_clip_and_any_iterable_a_list(self, tmp_path, monkeypatch):
+        touch(tmp_path, "a.mp4")
+        monkeypatch.chdir(tmp_path)
         clip = {"video": "a.mp4", "prompt": "Why?"}
         assert find_clips(clip) == find_clips([clip]) == find_clips(iter([clip])) == [Item("a.mp4", "Why?")]
 

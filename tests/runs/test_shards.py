@@ -24,12 +24,25 @@ import capkit.__main__
 import capkit.runs.prefetch
 import capkit.runs.shards
 from capkit import CaptionStore, Decoding, Prompt, VideoError
-from capkit.runs import Shard, ShardBusy, caption_clips, caption_shard, find_clips, merge, read_ahead
+from capkit.export import export_dataset
+from capkit.runs import (
+    Shard,
+    ShardBusy,
+    caption_clips,
+    caption_shard,
+    find_clips,
+    merge,
+    read_ahead,
+    to_frame,
+    write_webvtt,
+)
 from capkit.runs.caption import plan_clips
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.shards import write_plan
+from capkit.sweep import run_sweep
 from capkit.video import ReaderHung, ReaderLost
+from capkit.views import show_captions, write_gallery
 
 FEW = Decoding(max_new_tokens=6)
 
@@ -185,6 +198,66 @@ def test_a_clip_that_does_not_fit_into_memory_is_recorded(new_captioner, eight_c
     assert "out of memory" in failed[0]["error"] and failed[0]["video"] in failed[0]["error"]
 
 
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.8, "seed": 1}, {"num_beams": 2}])
+def test_a_clip_whose_numbers_overflow_is_recorded(new_captioner, eight_clips, tmp_path, monkeypatch, more):
+    """As in float16: the features of one clip's frames are not numbers, and so are its log probabilities."""
+    model, good = new_captioner.model.model, find_clips(f"{eight_clips}/good [0-2]*")
+    encode = model.get_video_features
+    pixels = new_captioner.processor([capkit.load_clip(good[1].video)], capkit.Prompt())["pixel_values_videos"]
+
+    def overflowing(pixel_values_videos):
+        features = encode(pixel_values_videos).clone()
+        of_frames = features.unflatten(0, (len(pixel_values_videos), -1))
+        for number, frame in enumerate(pixel_values_videos):
+            if any(torch.equal(frame, other) for other in pixels):
+                of_frames[number] = torch.nan
+        return features
+
+    monkeypatch.setattr(model, "get_video_features", overflowing)
+    store, decoding = CaptionStore(tmp_path / "captions.jsonl"), {"max_new_tokens": 3} | more
+    records = caption_clips(new_captioner, good, store, decoding=decoding, batch_size=3)
+    swept = run_sweep(new_captioner, good, tmp_path / "sweep.jsonl", decodings=[decoding]).records
+    for each in (records, swept):
+        assert [record["status"] for record in each] == ["ok", "error", "ok"]
+        assert good[1].video in each[1]["error"] and "not finite; its numbers overflow in float32" in each[1]["error"]
+    monkeypatch.undo()
+    alone = [new_captioner.caption(capkit.load_clip(good[number].video), decoding=decoding).text for number in (0, 2)]
+    assert [records[0]["text"], records[2]["text"]] == [swept[0]["text"], swept[2]["text"]] == alone
+
+
+def test_a_clip_whose_file_fails_is_recorded_and_a_disk_that_fails_stops(captioner, eight_clips, tmp_path, monkeypatch):
+    good, store = find_clips(f"{eight_clips}/good [0-2]*"), CaptionStore(tmp_path / "c.jsonl")
+    load, errors = capkit.runs.prefetch.load_clip, [OSError(116, "Stale file handle", good[1].video)]
+
+    def failing(video, *settings):
+        if video == good[1].video:
+            raise errors[-1]
+        return load(video, *settings)
+
+    monkeypatch.setattr(capkit.runs.prefetch, "load_clip", failing)
+    records = caption_clips(captioner, good, store, decoding=FEW)
+    assert [record["status"] for record in records] == ["ok", "error", "ok"] and "Stale" in records[1]["error"]
+    errors.append(OSError(28, "No space left on device"))  # as for a worker's temporary files
+    with pytest.raises(OSError, match="No space left"):
+        caption_clips(captioner, good, store, decoding=FEW, retry_errors=True)
+    assert store.current() == records
+
+
+def test_a_clip_that_the_model_refuses_is_recorded(new_captioner, eight_clips, tmp_path, monkeypatch):
+    good = find_clips(f"{eight_clips}/good [0-2]*")
+    batch = new_captioner.caption_batch
+
+    def refusing(clips, prompts, decoding):
+        if any(clip.info.path == good[1].video for clip in clips):
+            raise TypeError("a frame of the wrong kind")
+        return batch(clips, prompts, decoding)
+
+    monkeypatch.setattr(new_captioner, "caption_batch", refusing)
+    records = caption_clips(new_captioner, good, CaptionStore(tmp_path / "c.jsonl"), decoding=FEW, batch_size=3)
+    assert [record["status"] for record in records] == ["ok", "error", "ok"]
+    assert records[1]["error"] == f"{good[1].video}: a frame of the wrong kind"
+
+
 def test_progress_in_a_log_is_a_few_plain_lines(captioner, eight_clips, tmp_path, capsys):
     caption_clips(captioner, find_clips(eight_clips), CaptionStore(tmp_path / "c.jsonl"), decoding=FEW)
     printed = capsys.readouterr()
@@ -274,6 +347,42 @@ class TestCaptionShard:
         assert f"no record of {items[0].video}" in str(merge(tmp_path))
         with pytest.raises(ValueError, match="holds no shards"):
             merge(tmp_path / "nowhere")
+
+    def test_a_file_name_that_is_not_utf_8_is_escaped_and_read_back(self, captioner, eight_clips, tmp_path, capfd):
+        """In stores, pages, tables, subtitles and on the terminal."""
+        clips, out = tmp_path / "clips", tmp_path / "out"
+        clips.mkdir()
+        names = [os.fsdecode(name) for name in (b"a.mp4", b"caf\xe9.mp4", b"cut\xe9.mp4", b"z.mp4")]
+        try:
+            for name in names:
+                shutil.copy(eight_clips / ("short.mp4" if name[:3] == "cut" else "good 0.mp4"), clips / name)
+        except OSError:
+            pytest.skip("this file system has no such names")
+        items = find_clips(clips)
+        made = in_shards(captioner, items, out)
+        store = CaptionStore(out / "captions.jsonl")
+        store.append(made[1] | {"request": "another"})
+        store.edit("another", "half an emoji \ud83d")
+        for _ in range(2):
+            assert "3 captions and 1 errors" in str(merge(out)) and not merge(out).problems
+        records = [record for record in store.current() if record["request"] != "another"]
+        assert [Path(record["video"]).name for record in records] == names
+        assert [record["status"] for record in records] == ["ok", "ok", "error", "ok"]
+        assert [Path(item.video).name for item in find_clips([record["video"] for record in records])] == names
+        escaped, told = "caf\\udce9.mp4", "cut\\udce9.mp4"
+        subprocess.run([sys.executable, "-m", "capkit", "show", str(store.path)], check=True)
+        printed = capfd.readouterr().out
+        assert escaped in printed and told in printed
+        table = to_frame(records)
+        assert escaped in table["video"][1] and told in table["error"][2] and table["text"][0] == records[0]["text"]
+        assert told in show_captions(store, records).html and escaped in write_gallery(store)._repr_html_()
+        assert told in write_gallery(store).save(tmp_path / "page.html").read_text(encoding="utf-8")
+        assert names[1][:-4] in [path.stem for path in write_webvtt(records, tmp_path / "vtt")]
+        swept = run_sweep(captioner, items, tmp_path / "sweep.jsonl", decodings=[FEW])
+        assert swept.to_frame()["clip"].tolist() == ["a.mp4", escaped, told, "z.mp4"]
+        report = export_dataset(out / "captions.jsonl", "diffusers", tmp_path / "export")
+        in_file = [clip["video"] for clip in json.loads(report.path.read_text("utf-8"))["clips"]]
+        assert any(escaped in video for video in in_file) and in_file == list(report.table["video"])
 
     def test_a_shard_started_twice_is_refused_and_a_dead_ones_lock_is_not(self, captioner, eight_clips, tmp_path):
         items = find_clips(f"{eight_clips}/good 0.mp4")

@@ -26,7 +26,7 @@ import capkit
 import capkit.__main__
 from capkit import CaptionStore, Decoding, Prompt, plan_sweep, run_sweep
 from capkit.export import export_dataset
-from capkit.runs import StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
+from capkit.runs import Item, StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
 from capkit.runs.caption import plan_clips
 from capkit.runs.store import ModelIdentity
 from capkit.views import show_caption
@@ -224,7 +224,7 @@ class TestStoresWrittenBefore:
         planned = plan_clips(model, find_clips([*items, {"video": missing["video"]}]))
         planned += plan_clips(
             model,
-            find_clips(video),
+            [Item(video)],
             Prompt("What moves?", history=[("Is it day?", "Yes.")], frame_numbers="seconds"),
             Decoding(max_new_tokens=6, temperature=0.8, seed=3),
             {"strategy": "uniform", "num_frames": 3},

@@ -266,6 +266,47 @@ def test_captions_made_elsewhere_are_one_more_cell(demo, tmp_path):
         read_captions(tmp_path / "wordless.csv")
 
 
+def test_captions_made_elsewhere_in_any_form(tmp_path):
+    rows = [{"video": "a.mp4", "text": "Red, then blue."}, {"video": "caf\udce9.mp4", "text": "001"}]
+    (tmp_path / "a.csv").write_bytes(
+        b"\xef\xbb\xbffile_name;caption;id\r\na.mp4;Red, then blue.;1\r\n\r\ncaf\xe9.mp4;001;2\r\n"
+    )
+    with pytest.warns(UserWarning, match=r"file_name is read as video; ignored columns \['id'\]"):
+        assert read_captions(tmp_path / "a.csv") == rows
+    (tmp_path / "a.tsv").write_bytes(b"video\ttext\na.mp4\tRed, then blue.\ncaf\xe9.mp4\t001\n")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    for name in ("a.tsv", "a.json", "a.jsonl"):
+        assert read_captions(tmp_path / name) == rows
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b"b.mp4,Red, then blue.", "column caption: followed by 1 more, 'then blue.'; put quotation marks around"),
+        (b'b.mp4,"Red', "not valid CSV"),
+        (b"b.mp4,", "column caption: must be a text, not None"),
+        (b"b.mp4", "column caption: must be a text, not None"),
+        (b"b.mp4,NaN", "column caption: must be a text, not None"),
+        (b"b.mp4,Caf\xe9", "column caption: 'Caf\\udce9' is not UTF-8"),
+        (b",Red.", "column video: must be a file name, not None"),
+    ],
+)
+def test_a_bad_row_among_captions_made_elsewhere_is_named(tmp_path, line, words):
+    (tmp_path / "a.csv").write_bytes(b"video,caption\na.mp4,Red.\n" + line + b"\n")
+    with pytest.raises(ValueError) as error:
+        read_captions(tmp_path / "a.csv")
+    assert str(error.value).startswith(f"{tmp_path / 'a.csv'}, row 2 (line 3), {words}")
+
+
+def test_a_row_that_cannot_be_used_is_an_error_of_its_own_requests(demo, tmp_path):
+    clips = [{"video": CLIPS[0]}, {"video": CLIPS[0], "start": "soon"}]
+    with pytest.warns(UserWarning, match="row 2, column start"):
+        items = find_clips(clips)
+    records = run_sweep(demo, items, tmp_path / "s.jsonl", decodings=[{"max_new_tokens": 3}]).records
+    assert [record["status"] for record in records] == ["ok", "error"] and "row 2" in records[1]["error"]
+
+
 def test_a_file_name_that_may_be_one_of_several_is_refused(demo, tmp_path):
     (tmp_path / "other").mkdir()
     twin = tmp_path / "other" / Path(CLIPS[0]).name
