@@ -19,6 +19,7 @@ from capkit.export.write import is_exported, write_export
 from capkit.files import file_sha256
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
 
+ROWS_AT_ONCE = 10_000  # the words of so many captions are in memory
 ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
 
 
@@ -130,8 +131,7 @@ def _check_value(name: str, value: Any, values: Sequence[str] | dict[str, Any]) 
 
 def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
     record = chosen.record
-    caption = record.get("edited_text", record.get("text")) or ""
-    original = caption.encode("utf-8", "backslashreplace").decode()  # tables and files cannot hold lone surrogates
+    original = record.get("edited_text", record.get("text")) or ""
     text, changed_by = clean(original.strip(), record, rules)
     return {
         "clip": chosen.clip,
@@ -139,7 +139,6 @@ def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
         "file": "",
         "text": text,
         "original": original,
-        "is_valid": original == caption,
         "edited": "edited_text" in record,
         "changed_by": changed_by,
         "sha256": "",
@@ -169,8 +168,6 @@ def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:
     text = row["text"]
     if not text:
         return "the caption is empty"
-    if not row["is_valid"]:
-        return "the caption has a lone surrogate in it, which no file in UTF-8 can hold"
     num_tokens = limit.count(text)
     if num_tokens > limit.threshold and limit.on_too_long != "report":
         counted = "estimated" if limit.is_estimate else "counted"
@@ -196,8 +193,10 @@ def _table(rows: list[dict[str, Any]], limit: _TokenLimit) -> pd.DataFrame:
     table["num_t5_tokens"] = exported["num_t5_tokens"].astype("Int64")
     table["t5_is_estimate"] = pd.Series(limit.is_estimate, exported.index, dtype="boolean")
     table["over_limit"] = table["num_t5_tokens"] > limit.threshold
-    described = describe(pd.DataFrame({"text": exported["caption"]}))
-    table[["num_words", "boilerplate_opening"]] = described[["num_words", "boilerplate_opening"]]
+    columns = ["num_words", "boilerplate_opening"]
+    texts = pd.DataFrame({"text": exported["caption"]})
+    parts = [texts[start : start + ROWS_AT_ONCE] for start in range(0, len(texts), ROWS_AT_ONCE)]
+    table[columns] = pd.concat([describe(part)[columns] for part in parts])
     repeats = near_duplicates(list(exported["caption"]), exported.index)
     table["near_duplicate"] = pd.Series(repeats, exported.index, dtype="boolean")
     first = exported.groupby("sha256")["video"].transform("first")

@@ -61,7 +61,7 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
     merged = CaptionStore(folder / MERGED)
     places = _planned(plans)
     best = _Best(len(places))
-    kept, edits, num_bad = array("q"), dict[str, None](), 0
+    kept, edits, num_bad = array("q"), dict[str, str](), 0
     stores = sorted(shard_stores(folder), key=lambda path: path == merged.path)  # the merged one last
     for number, path in enumerate(stores):
         is_merged = path == merged.path
@@ -69,7 +69,7 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
             if line.record is None:
                 num_bad += is_merged
             elif "edits" in line.record:
-                edits[json.dumps(line.record, ensure_ascii=False)] = None
+                edits[json.dumps(line.record, ensure_ascii=False)] = line.record.get("created", "")
             elif (place := places.get(line.record["request"])) is not None:
                 best.offer(place, line.record, number, line.start, may_be_older=is_merged)
             elif is_merged:
@@ -80,7 +80,9 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
         warnings.warn(f"{merged.path}: the lines that are skipped are no longer in it, but in {aside}", stacklevel=2)
     with atomic_writer(merged.path) as target:
         target.writelines(_lines([merged.path], ((0, start) for start in kept)))
-        target.writelines(edit.encode(errors="backslashreplace") + b"\n" for edit in edits)
+        target.writelines(
+            edit.encode(errors="backslashreplace") + b"\n" for edit in sorted(edits, key=edits.__getitem__)
+        )
         target.writelines(_lines(stores, zip(best.files, best.starts, strict=True)))
     if NOWHERE in best.files:
         gone = {request for request, place in places.items() if best.files[place] == NOWHERE}
@@ -121,10 +123,11 @@ def _clips(plans: dict[int, Path]) -> Iterator[tuple[str, str]]:
 def _planned(plans: dict[int, Path]) -> dict[str, int]:
     """The place of each request in the order of the manifest."""
     rows: dict[str, int] = {}
+    count = max(plans) + 1
     # Shards took every count-th clip: row by row over the shards is the manifest's order.
     for index, path in plans.items():
         for row, (request, _) in enumerate(read_plan(path)["clips"]):
-            place = row * (max(plans) + 1) + index
+            place = row * count + index
             rows[request] = min(place, rows.get(request, place))
     return {request: place for place, request in enumerate(sorted(rows, key=rows.__getitem__))}
 
