@@ -22,8 +22,8 @@ VIDEO = Path(f"/data/a folder of clips/some more of them/{NAME}.mp4")
 RECORD = make_record(77, VIDEO, request=NAME, strip=f"{NAME}.webp", text=SENTENCE * 8, mean_logprob=-0.5)
 SETTINGS = {name: RECORD[name] for name in SETTINGS_OF_RUN}
 
-SETUP = """
-import resource, sys, time
+SETUP = r"""
+import re, sys, time
 from pathlib import Path
 import capkit, capkit.export, capkit.runs, capkit.views
 folder = Path(sys.argv[1])
@@ -31,7 +31,7 @@ store = capkit.CaptionStore(folder / "captions.jsonl")
 started = time.monotonic()
 def report(what):
     global started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
     print(f"{what}: {time.monotonic() - started:.0f} s, peak of memory so far {peak:.2f} GB", flush=True)
     assert peak < 1, what
     started = time.monotonic()
