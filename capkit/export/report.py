@@ -87,10 +87,11 @@ class ExportReport:
         head = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1).removesuffix("\n}")
         with atomic_writer(self.path) as file:
             file.write(f'{head},\n "clips": ['.encode(errors="backslashreplace"))
-            for number, row in enumerate(self.table.itertuples(index=False)):
-                values = {name: None if value is pd.NA else value for name, value in row._asdict().items()}
-                clip = json.dumps(values, ensure_ascii=False, allow_nan=False)
-                file.write(f"{',' * (number > 0)}\n  {clip}".encode(errors="backslashreplace"))
+            for start in range(0, len(self.table), 1000):
+                for number, row in enumerate(self.table[start : start + 1000].to_dict("records"), start):
+                    values = {name: None if value is pd.NA else value for name, value in row.items()}
+                    clip = json.dumps(values, ensure_ascii=False, allow_nan=False)
+                    file.write(f"{',' * (number > 0)}\n  {clip}".encode(errors="backslashreplace"))
             file.write(b"\n ]\n}\n")
         return self.path
 
