@@ -23,6 +23,7 @@ from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_c
 from capkit.text import encodable, plain_text
 from capkit.video import FrameSampling, VideoError, load_clip
 
+ROWS_AT_ONCE = 10_000  # the words of so many captions are in memory
 ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
 
 
@@ -134,8 +135,7 @@ def _check_value(name: str, value: Any, values: Sequence[str] | dict[str, Any]) 
 
 def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
     record = chosen.record
-    caption = record.get("edited_text", record.get("text")) or ""
-    original = encodable(caption)
+    original = record.get("edited_text", record.get("text")) or ""
     text, changed_by = clean(original.strip(), record, rules)
     return {
         "clip": chosen.clip,
@@ -143,7 +143,6 @@ def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
         "file": "",
         "text": text,
         "original": original,
-        "is_valid": original == caption,
         "edited": "edited_text" in record,
         "changed_by": changed_by,
         "sha256": "",
@@ -180,8 +179,6 @@ def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:
     text = row["text"]
     if not text:
         return "the caption is empty"
-    if not row["is_valid"]:
-        return "the caption has a lone surrogate in it, which no file in UTF-8 can hold"
     num_tokens = limit.count(text)
     if num_tokens > limit.threshold and limit.on_too_long != "report":
         counted = "estimated" if limit.is_estimate else "counted"
@@ -207,8 +204,10 @@ def _table(rows: list[dict[str, Any]], limit: _TokenLimit) -> pd.DataFrame:
     table["num_t5_tokens"] = exported["num_t5_tokens"].astype("Int64")
     table["t5_is_estimate"] = pd.Series(limit.is_estimate, exported.index, dtype="boolean")
     table["over_limit"] = table["num_t5_tokens"] > limit.threshold
-    described = describe(pd.DataFrame({"text": exported["caption"]}))
-    table[["num_words", "boilerplate_opening"]] = described[["num_words", "boilerplate_opening"]]
+    columns = ["num_words", "boilerplate_opening"]
+    texts = pd.DataFrame({"text": exported["caption"]})
+    parts = [texts[start : start + ROWS_AT_ONCE] for start in range(0, len(texts), ROWS_AT_ONCE)]
+    table[columns] = pd.concat([describe(part)[columns] for part in parts])
     repeats = near_duplicates(list(exported["caption"]), exported.index)
     table["near_duplicate"] = pd.Series(repeats, exported.index, dtype="boolean")
     first = exported.groupby("sha256")["video"].transform("first")

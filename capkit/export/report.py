@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from capkit import __version__
-from capkit.files import atomic_write, now
+from capkit.files import atomic_writer, now
 from capkit.text import escape, plain_text
 
 OPENING_WORDS = 4
@@ -76,17 +76,24 @@ class ExportReport:
         return self.table[self.table["status"] == "refused"]
 
     def save(self) -> Path:
-        """Write the report to `path` atomically; returns the path."""
-        rows = self.table.to_dict("records")
+        """Write the report to `path` atomically, clip by clip; returns the path."""
         content = vars(self) | {
             "output_dir": str(self.output_dir),
             "shared_openings": self.shared_openings.to_dict("records"),
-            "clips": [{key: None if value is pd.NA else value for key, value in row.items()} for row in rows],
             "capkit_version": __version__,
             "created": now(),
         }
         del content["table"]
-        return atomic_write(self.path, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1))
+        head = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1).removesuffix("\n}")
+        with atomic_writer(self.path) as file:
+            file.write(f'{head},\n "clips": ['.encode(errors="backslashreplace"))
+            for start in range(0, len(self.table), 1000):
+                for number, row in enumerate(self.table[start : start + 1000].to_dict("records"), start):
+                    values = {name: None if value is pd.NA else value for name, value in row.items()}
+                    clip = json.dumps(values, ensure_ascii=False, allow_nan=False)
+                    file.write(f"{',' * (number > 0)}\n  {clip}".encode(errors="backslashreplace"))
+            file.write(b"\n ]\n}\n")
+        return self.path
 
     def __str__(self) -> str:
         return "\n".join(map(plain_text, self._lines()))

@@ -123,7 +123,7 @@ def check_line(line: Any) -> None:
     if not isinstance(line, dict):
         raise ValueError(f"no record, but {_shorten(line)}")
     if "edits" in line:
-        _check_texts(line, "edits", "text")
+        _check_texts(line, "edits", "text", *({"created"} & line.keys()))
         return
     if "request" not in line:
         raise ValueError("a record needs its `request`: make it with new_record()")

@@ -68,7 +68,7 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
 def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str]) -> Merged:
     places = _planned(plans)
     best = _Best(len(places))
-    kept, edits, num_bad = array("q"), dict[str, None](), 0
+    kept, edits, num_bad = array("q"), dict[str, str](), 0
     stores = sorted(shard_stores(merged.path.parent), key=lambda path: path == merged.path)  # the merged one last
     for number, path in enumerate(stores):
         is_merged = path == merged.path
@@ -76,7 +76,7 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
             if line.record is None:
                 num_bad += is_merged
             elif "edits" in line.record:
-                edits[json.dumps(line.record, ensure_ascii=False)] = None
+                edits[json.dumps(line.record, ensure_ascii=False)] = line.record.get("created", "")
             elif (place := places.get(line.record["request"])) is not None:
                 best.offer(place, line.record, number, line.start, may_be_older=is_merged)
             elif is_merged:
@@ -88,7 +88,9 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
         warnings.warn(plain_text(message), stacklevel=3)
     with atomic_writer(merged.path) as target:
         target.writelines(_lines([merged.path], ((0, start) for start in kept)))
-        target.writelines(edit.encode(errors="backslashreplace") + b"\n" for edit in edits)
+        target.writelines(
+            edit.encode(errors="backslashreplace") + b"\n" for edit in sorted(edits, key=edits.__getitem__)
+        )
         target.writelines(_lines(stores, zip(best.files, best.starts, strict=True)))
     if NOWHERE in best.files:
         gone = {request for request, place in places.items() if best.files[place] == NOWHERE}
@@ -129,10 +131,11 @@ def _clips(plans: dict[int, Path]) -> Iterator[tuple[str, str]]:
 def _planned(plans: dict[int, Path]) -> dict[str, int]:
     """The place of each request in the order of the manifest."""
     rows: dict[str, int] = {}
+    count = max(plans) + 1
     # Shards took every count-th clip: row by row over the shards is the manifest's order.
     for index, path in plans.items():
         for row, (request, _) in enumerate(read_plan(path)["clips"]):
-            place = row * (max(plans) + 1) + index
+            place = row * count + index
             rows[request] = min(place, rows.get(request, place))
     return {request: place for place, request in enumerate(sorted(rows, key=rows.__getitem__))}
 

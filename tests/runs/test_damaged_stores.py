@@ -63,6 +63,7 @@ def damages():
     yield "a key twice inside", lambda r: encode(r).replace(b'"strategy"', b'"strategy": "base", "strategy"')
     yield "a file name with NUL", lambda r: encode(r, video="/clips/\0.mp4")
     yield "an edit without text", lambda r: encode({"edits": r["request"], "created": "2026"})
+    yield "an edit of no time", lambda r: encode({"edits": r["request"], "text": "By hand.", "created": 5})
     yield "an edit of a number", lambda r: encode({"edits": 5, "text": "By hand."})
     yield "an edit with half a character", lambda r: encode({"edits": r["request"], "text": "\udc00"})
     yield "an error without a reason", lambda r: without(an_error(r), "error")

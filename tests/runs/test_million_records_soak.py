@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from store_records import an_error, make_record
@@ -12,13 +13,17 @@ from store_records import an_error, make_record
 from capkit import Prompt
 from capkit.runs import Shard
 from capkit.runs.clips import Item
-from capkit.runs.shards import write_plan
+from capkit.runs.shards import SETTINGS_OF_RUN, write_plan
 
 NUM_RECORDS, NUM_SHARDS = int(os.environ.get("CAPKIT_SOAK_RECORDS", 10**6)), 4
-SENTENCE = " A {} dog runs over the {} lawn, turns at the tree, and comes back to the man in the {} coat with a stick."
+NAME = "0" * 18 + "77"
+SENTENCE = f" Dog {NAME} runs over the lawn, turns at the tree, and comes back to the man in the red coat with a stick."
+VIDEO = Path(f"/data/a folder of clips/some more of them/{NAME}.mp4")
+RECORD = make_record(77, VIDEO, request=NAME, strip=f"{NAME}.webp", text=SENTENCE * 8, mean_logprob=-0.5)
+SETTINGS = {name: RECORD[name] for name in SETTINGS_OF_RUN}
 
-SETUP = """
-import resource, sys, time
+SETUP = r"""
+import re, sys, time
 from pathlib import Path
 import capkit, capkit.export, capkit.runs, capkit.views
 folder = Path(sys.argv[1])
@@ -26,7 +31,7 @@ store = capkit.CaptionStore(folder / "captions.jsonl")
 started = time.monotonic()
 def report(what):
     global started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
     print(f"{what}: {time.monotonic() - started:.0f} s, peak of memory so far {peak:.2f} GB", flush=True)
     assert peak < 1, what
     started = time.monotonic()
@@ -58,23 +63,15 @@ report("gallery: the first 100,000 written")
 @pytest.mark.soak
 def test_soak_a_million_records(tmp_path):
     assert shutil.disk_usage(tmp_path).free > 15e9
+    templates = [json.dumps(record) for record in (an_error(RECORD), RECORD)]
     for index in range(NUM_SHARDS):
         planned = []
         with open(tmp_path / f"{Shard(index, NUM_SHARDS).name}.jsonl", "w") as file:
             for number in range(index, NUM_RECORDS, NUM_SHARDS):
-                record = make_record(
-                    number, tmp_path / "clips" / f"a folder of clips {number % 1000}" / f"{number}.mp4"
-                )
-                words = (number % 997, number, number % 89)
-                record |= {"text": SENTENCE.format(*words) * 8, "mean_logprob": -(number % 100_003) / 1e6}
-                file.write(json.dumps(an_error(record) if number % 50 == 0 else record) + "\n")
-                planned.append(
-                    {
-                        name: record[name]
-                        for name in record
-                        if name not in ("text", "frame_indices", "timestamps_seconds")
-                    }
-                )
+                name = f"{number:020}"
+                file.write(templates[number % 50 > 0].replace(NAME, name).replace("-0.5", f"-{number * 7 % 10_007}e-4"))
+                file.write("\n")
+                planned.append(SETTINGS | {"request": name, "video": RECORD["video"].replace(NAME, name)})
         write_plan(tmp_path, Shard(index, NUM_SHARDS), [Item("all")], planned, Prompt("Describe."))
     size = sum(path.stat().st_size for path in tmp_path.glob("*.jsonl"))
     print(f"\n{NUM_RECORDS:,} records of {size / NUM_RECORDS:,.0f} bytes")
