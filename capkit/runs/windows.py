@@ -208,12 +208,12 @@ def _with_frame_times(
     items = list(items)
     videos = list(dict.fromkeys(item.video for item in items))
 
-    def list_each(videos: list[str]) -> list[tuple[np.ndarray, VideoInfo] | None]:
-        with WorkerProcess("capkit.video.reading", "read_timestamps") as worker:
-            return [_frame_times(worker, video, timeout_seconds) for video in videos]
+    def list_each(worker: WorkerProcess, videos: list[str]) -> list[tuple[np.ndarray, VideoInfo] | None]:
+        return [_frame_times(worker, video, timeout_seconds) for video in videos]
 
-    with ThreadPoolExecutor(2) as pool:
-        even, odd = pool.map(list_each, (videos[::2], videos[1::2]))
+    one, other = (WorkerProcess("capkit.video.reading", "read_timestamps") for _ in range(2))
+    with ThreadPoolExecutor(2) as pool, one, other:  # interrupted, it closes the workers, which ends the threads
+        even, odd = pool.map(list_each, (one, other), (videos[::2], videos[1::2]))
     listings = dict(zip(videos[::2] + videos[1::2], even + odd, strict=True))
     return [(item, listings[item.video]) for item in items]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,8 +170,11 @@ def run_sweep(
             done.add(settings["request"])  # a clip may be named twice
             todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
     num_todo = sum(len(group) for group in todo.values())
-    with Progress("captions", num_todo, len(order) - num_todo) as progress:
-        for group, clip in _read_clips(todo, timeout_seconds):
+    with (
+        Progress("captions", num_todo, len(order) - num_todo) as progress,
+        closing(_read_clips(todo, timeout_seconds)) as clips_read,
+    ):
+        for group, clip in clips_read:
             seen = clip if isinstance(clip, Clip) else None
             for settings, outcome in _caption_group(captioner, clip, group):
                 records[settings["request"]] = record = new_record(settings, outcome, seen)
@@ -184,7 +188,7 @@ def run_sweep(
 
 def _read_clips(
     todo: dict[tuple[Source, FrameSampling], list[Request]], timeout_seconds: float | None
-) -> Iterator[tuple[list[Request], Clip | Exception]]:
+) -> Generator[tuple[list[Request], Clip | Exception]]:
     """The requests for each clip and frame sampling, with its frames, or the error in reading it; files read ahead."""
     from_files = []
     for (source, sampling), group in todo.items():
@@ -192,9 +196,9 @@ def _read_clips(
             yield group, source.clip
         else:
             from_files.append(group)
-    clips = read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2)
-    for group, (_, clip) in zip(from_files, clips, strict=True):
-        yield group, clip
+    with closing(read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2)) as clips:
+        for group, (_, clip) in zip(from_files, clips, strict=True):
+            yield group, clip
 
 
 def _caption_group(
