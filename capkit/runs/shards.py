@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.files import atomic_write, atomic_writer, now
-from capkit.runs.caption import caption_planned, current_records, plan_clips
+from capkit.files import atomic_write, atomic_writer, now, output_folder
+from capkit.runs.caption import caption_planned, check_numbers, current_records, plan_clips
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore
@@ -134,12 +134,12 @@ def caption_shard(
 
     Raises:
         ShardBusy: another process is working on this shard (a dead process holds no lock).
-        ValueError: settings that are invalid for every clip.
-        OSError: the folder cannot be written; earlier captions are kept.
+        ValueError: settings that are invalid for every clip, or a folder that cannot be written.
+        OSError: writing fails, for example on a full disk; earlier captions are kept.
     """
     shard = Shard.parse(shard) if isinstance(shard, str) else shard
-    folder = Path(output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    check_numbers(batch_size, timeout_seconds, num_readers)
+    folder = output_folder(output_dir)
     items = list(dict.fromkeys(items))
     with hold_shard(folder, shard) as heartbeat:
         quarantined = folder / f"{shard.name}.quarantine.jsonl"

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from capkit.captioning import Caption, Captioner, Decoding, SharedVideo
 from capkit.cogvlm2 import Prompt, is_out_of_memory
-from capkit.runs import CaptionStore, Progress, new_record, read_ahead, read_rows, request_settings
+from capkit.runs import CaptionStore, Progress, check_numbers, new_record, read_ahead, read_rows, request_settings
+from capkit.sweep.diagnostics import describe
 from capkit.sweep.plan import Source, SweepPlan, plan_sweep
 from capkit.video import Clip, FrameSampling
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Request = tuple[dict[str, Any], Prompt, Decoding]  # settings of a record, and the nouns that they were made from
 
@@ -47,8 +48,6 @@ class SweepResult:
         `finish_reason`, `seconds`, `duration_seconds`, `status`, `error`, `request`, and `reference` where clips have
         one. Captions made elsewhere have their cell's name, and no axes.
         """
-        import pandas as pd
-
         names = "text num_tokens mean_logprob finish_reason seconds duration_seconds status error".split()
         numbers = {cell: number for number, cell in enumerate(self.plan.cells)}
         axes = {cell: cell.to_strings() for cell in self.plan.cells}
@@ -89,23 +88,59 @@ class SweepResult:
             ValueError: not such a file, a name that a cell already has, no video of this sweep in it, or a file name
                 that several of them share.
         """
-        if name in self.elsewhere or name in self.plan.labels.values():
+        if name in self.elsewhere:
             raise ValueError(f"name={name!r}: a cell already has this name")
-        by_video = defaultdict(list)
-        for (_, cell, sample), record in zip(self.plan.requests(), self.records, strict=True):
-            if cell == self.plan.baseline and not sample:
-                for key in {record["video"], Path(record["video"]).name}:
-                    by_video[key].append(record)
+        requests = zip(self.plan.requests(), self.records, strict=True)
+        baseline = [record for (_, cell, sample), record in requests if cell == self.plan.baseline and not sample]
         empty = dict.fromkeys(("num_tokens", "mean_logprob", "finish_reason", "seconds", "request", "error"))
-        added = []
-        for caption in read_captions(path):
-            records = by_video.get(caption["video"]) or by_video.get(Path(caption["video"]).name, [])
-            if len(records) > 1:
-                raise ValueError(f"{path}: {caption['video']!r} may be any of {len(records)} clips of this sweep")
-            added += [record | empty | {"text": caption["text"], "status": "ok"} for record in records]
-        if not added:
-            raise ValueError(f"{path}: has none of the sweep's videos, such as {self.records[0]['video']!r}")
+        added = [
+            baseline[number] | empty | {"text": text, "status": "ok"}
+            for number, text in match_captions(self.plan, name, path)
+        ]
         return replace(self, elsewhere={**self.elsewhere, name: added})
+
+
+def match_captions(plan: SweepPlan, name: str, path: str | Path) -> list[tuple[int, str]]:
+    """The captions that `SweepResult.with_captions` would add, to find out before the sweep whether it can.
+
+    Returns:
+        (number of the clip among the plan's, text) of each.
+
+    Raises:
+        ValueError: as in `with_captions`.
+    """
+    if name in plan.labels.values():
+        raise ValueError(f"name={name!r}: a cell already has this name")
+    by_video = defaultdict(list)
+    for number, source in enumerate(plan.sources):
+        video = Path(source.video).expanduser().absolute()
+        for key in {str(video), video.name}:
+            by_video[key].append(number)
+    matched = []
+    for caption in read_captions(path):
+        numbers = by_video.get(caption["video"]) or by_video.get(Path(caption["video"]).name, [])
+        if len(numbers) > 1:
+            raise ValueError(f"{path}: {caption['video']!r} may be any of {len(numbers)} clips of this sweep")
+        matched += [(number, caption["text"]) for number in numbers]
+    if not matched:
+        raise ValueError(f"{path}: has none of the sweep's videos, such as {plan.sources[0].video!r}")
+    return matched
+
+
+def check_measure(plan: SweepPlan, measure: str) -> None:
+    """Check before a sweep that its cells can be compared by a measure.
+
+    Raises:
+        ValueError: it is neither "support", nor "agreement", nor a column of numbers in `SweepResult.to_frame` or
+            `describe`.
+        ImportError: as in `describe`.
+    """
+    references = [source.reference for source in plan.sources if source.reference is not None]
+    example = pd.DataFrame({"text": ["x"]} | ({"reference": ["x"]} if references else {}))
+    columns = describe(example).select_dtypes("number", exclude=["boolean"])
+    measures = ["support", "agreement", "num_tokens", "mean_logprob", "seconds", *columns]
+    if measure not in measures:
+        raise ValueError(f"measure={measure!r}: must be one of {', '.join(measures)}")
 
 
 def read_captions(path: str | Path) -> list[dict[str, str]]:
@@ -114,6 +149,8 @@ def read_captions(path: str | Path) -> list[dict[str, str]]:
     Raises:
         ValueError: a file that cannot be read so.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"{path!r}: must be the name of a file of captions")
     captions = []
     for row in read_rows(Path(path).expanduser(), "captions"):
         text = row.get("text", row.get("caption"))
@@ -156,6 +193,7 @@ def run_sweep(
     plan = clips if isinstance(clips, SweepPlan) else plan_sweep(clips, **axes)
     for cell in plan.cells:  # refuse prompts that this tokenizer cannot take
         captioner.processor.text_ids(cell.prompt)
+    check_numbers(timeout_seconds=timeout_seconds)
     store = store if isinstance(store, CaptionStore) or store is None else CaptionStore(store)
     records = {record["request"]: record for record in store.current()} if store else {}
     done = store.done(retry_errors) if store else set()

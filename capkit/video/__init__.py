@@ -3,7 +3,7 @@
 from capkit.video.clip import Clip, ClipReader, ReaderHung, ReaderLost, load_clip, memory_budget
 from capkit.video.container import VideoError
 from capkit.video.pictures import VideoInfo
-from capkit.video.sampling import STRATEGIES, FrameSampling, FrameSamplingLike, finite_float
+from capkit.video.sampling import STRATEGIES, FrameSampling, FrameSamplingLike, at_least_one, finite_float, positive
 from capkit.video.worker import WorkerProcess
 
 __all__ = [
@@ -17,7 +17,9 @@ __all__ = [
     "VideoError",
     "VideoInfo",
     "WorkerProcess",
+    "at_least_one",
     "finite_float",
     "load_clip",
     "memory_budget",
+    "positive",
 ]

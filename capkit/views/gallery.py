@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from capkit.files import write_page
-from capkit.runs import CaptionStore
+from capkit.runs import RECORD_FIELDS, CaptionStore
 from capkit.views.html import MUTED, card, frames_strip
 
 STRIP_BYTES = 19_000  # larger picture strips are scaled down, so that a page of 1000 stays under 30 MB
@@ -101,8 +101,8 @@ def write_gallery(
         ]
         criteria.append(f"at most {max_tokens} tokens")
     if order_by is not None:
-        fields = dict.fromkeys(name for record in records for name in record)
-        if records and order_by not in fields:
+        fields = dict.fromkeys([*RECORD_FIELDS, *(name for record in records for name in record)])
+        if order_by not in fields:
             raise ValueError(f"order_by={order_by!r}: no record has it; there are {', '.join(fields)}")
         chosen.sort(key=lambda record: _sort_key(record.get(order_by)), reverse=descending)
         chosen.sort(key=lambda record: record.get(order_by) is None)
