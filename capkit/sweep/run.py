@@ -95,20 +95,13 @@ class SweepResult:
         empty = dict.fromkeys(("num_tokens", "mean_logprob", "finish_reason", "seconds", "request", "error"))
         added = [
             baseline[number] | empty | {"text": text, "status": "ok"}
-            for number, text in match_captions(self.plan, name, path)
+            for number, text in _match_captions(self.plan, name, path)
         ]
         return replace(self, elsewhere={**self.elsewhere, name: added})
 
 
-def match_captions(plan: SweepPlan, name: str, path: str | Path) -> list[tuple[int, str]]:
-    """The captions that `SweepResult.with_captions` would add, to find out before the sweep whether it can.
-
-    Returns:
-        (number of the clip among the plan's, text) of each.
-
-    Raises:
-        ValueError: as in `with_captions`.
-    """
+def _match_captions(plan: SweepPlan, name: str, path: str | Path) -> list[tuple[int, str]]:
+    """Captions made elsewhere: of each the number of its clip in the plan, and the text."""
     if name in plan.labels.values():
         raise ValueError(f"name={name!r}: a cell already has this name")
     by_video = defaultdict(list)
@@ -127,14 +120,19 @@ def match_captions(plan: SweepPlan, name: str, path: str | Path) -> list[tuple[i
     return matched
 
 
-def check_measure(plan: SweepPlan, measure: str) -> None:
-    """Check before a sweep that its cells can be compared by a measure.
+def check_comparison(plan: SweepPlan, measure: str, captions_elsewhere: dict[str, Any]) -> None:
+    """Check before a sweep what its cells are to be compared by, and with.
+
+    Args:
+        measure: "support", "agreement", or a column of numbers in `SweepResult.to_frame` or `describe`.
+        captions_elsewhere: names and files for `SweepResult.with_captions`.
 
     Raises:
-        ValueError: it is neither "support", nor "agreement", nor a column of numbers in `SweepResult.to_frame` or
-            `describe`.
+        ValueError: another measure, or as in `SweepResult.with_captions`.
         ImportError: as in `describe`.
     """
+    for name, path in captions_elsewhere.items():
+        _match_captions(plan, name, path)
     references = [source.reference for source in plan.sources if source.reference is not None]
     example = pd.DataFrame({"text": ["x"]} | ({"reference": ["x"]} if references else {}))
     columns = describe(example).select_dtypes("number", exclude=["boolean"])
