@@ -7,7 +7,7 @@ from capkit.runs.prefetch import read_ahead
 from capkit.runs.progress import Progress, is_interactive
 from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
-from capkit.runs.shards import Shard, ShardBusy, caption_shard, merge
+from capkit.runs.shards import Shard, ShardBusy, caption_shard, merge, shard_stores
 from capkit.runs.store import RECORD_FIELDS, STRIP_FRAME_PIXELS, CaptionStore, is_stopped, new_record, request_settings
 from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
 
@@ -28,6 +28,7 @@ __all__ = [
     "ShardBusy",
     "caption_shard",
     "merge",
+    "shard_stores",
     "RECORD_FIELDS",
     "STRIP_FRAME_PIXELS",
     "CaptionStore",

@@ -70,7 +70,10 @@ class Shard:
         """The shard of this Slurm array task, srun task or torchrun rank, also of several tasks per array job."""
 
         def number(name: str, default: int) -> int:
-            return int(environment.get(name) or default)
+            try:
+                return int(environment.get(name) or default)
+            except ValueError:
+                raise ValueError(f"environment variable {name}={environment[name]!r}: must be a number") from None
 
         inner = cls()
         for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
