@@ -62,7 +62,12 @@ def export_dataset(
             something else, cached latents among it, which trainers would use for the new clips.
         ExportError: it could not be written, or not read back.
     """
-    options = {"cleaning": cleaning, "token_limit": token_limit, "on_too_long": on_too_long, "clips": clips}
+    options: dict[str, Any] = {
+        "cleaning": cleaning,
+        "token_limit": token_limit,
+        "on_too_long": on_too_long,
+        "clips": clips,
+    }
     check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
