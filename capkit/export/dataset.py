@@ -122,8 +122,8 @@ def check_export(
     _check_value("layout", layout, LAYOUTS)
     _check_value("on_too_long", on_too_long, ("report", "trim", "refuse"))
     _check_value("clips", clips, ("link", "copy", "hardlink"))
-    for rule in rules:
-        _check_value("cleaning", rule, CLEANING)
+    if set(rules) - set(CLEANING):
+        raise ValueError(f"cleaning={rules!r}: must be of {', '.join(map(repr, CLEANING))}")
     if token_limit < 2:
         raise ValueError(f"token_limit={token_limit!r}: must be at least 2, one of them for </s>")
     check_choices(choose)

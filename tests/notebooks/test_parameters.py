@@ -51,7 +51,7 @@ def execute_here(name, **parameters):
         ("03", {"templates": "poem"}, "template='poem'"),
         ("04", {"output_dir": "file/out"}, "output_dir='file/out': no folder to write into"),
         ("05", {"layout": "cogvide"}, "layout='cogvide': must be one of 'cogvideo'"),
-        ("05", {"cleaning": "nfd"}, "cleaning='nfd': must be one of 'nfc'"),
+        ("05", {"cleaning": "nfd"}, "cleaning=['nfd']: must be of 'nfc'"),
         ("05", {"choose": "newest"}, "choose='newest': must be 'edited', 'latest'"),
         ("05", {"export_dir": "file"}, "file is a file"),
         ("05", {"export_dir": 2024}, "export_dir: 2024 is a whole number, not str"),
