@@ -36,7 +36,7 @@ exit codes, of all commands:
   3    another process is at work on this shard
   130  stopped by Ctrl-C or SIGTERM"""
 STOPPED = "capkit: stopped; all that is written is kept, and the same command continues"
-GRACE_SECONDS = 1.8  # from Ctrl-C to the end of the process, even if a library does not return
+GRACE_SECONDS = 1.5  # from Ctrl-C to the end of the process, even if a library does not return
 
 
 def main() -> None:
@@ -312,9 +312,10 @@ def _end_soon_after_ctrl_c() -> None:
 
     def end() -> None:
         os.read(signals, 1)
-        time.sleep(GRACE_SECONDS)
+        since = time.monotonic()
         import psutil
 
+        time.sleep(max(since + GRACE_SECONDS - time.monotonic(), 0))
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 child.kill()

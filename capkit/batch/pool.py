@@ -120,7 +120,7 @@ class Pool:
     def _stop(self) -> None:
         for running in self.running.values():
             running.stdin.close()
-        until = time.monotonic() + STOPPING_SECONDS + 0.3
+        until = time.monotonic() + STOPPING_SECONDS + 0.2
         for running in self.running.values():
             process = running.process
             try:

@@ -26,7 +26,7 @@ from capkit.files import atomic_write, now
 
 BUSY = 75  # exit code: another command is running this run
 SAVING_SECONDS = 20.0  # for papermill to save the notebook after its kernel was killed at the time limit
-STOPPING_SECONDS = 1.0  # the same if the batch stops: a person waits, and the run will be repeated
+STOPPING_SECONDS = 0.8  # the same if the batch stops: a person waits, and the run will be repeated
 LONGEST_HEADLINE = 500  # characters
 
 
