@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,44 +23,78 @@ from capkit.text import plain_text
 
 if TYPE_CHECKING:
     from capkit.captioning import Captioner
-    from capkit.runs import Item, Shard
+    from capkit.runs import CaptionStore, Item, Shard
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+EXIT_CODES = """\
+exit codes, of all commands:
+  0    done. A clip that cannot be captioned has a record with its error, is counted in the last line, and is no
+       failure: one broken file among thousands stops neither `set -e` nor what waits for a Slurm array (afterok)
+  1    failed or incomplete: full disk, damaged checkpoint, no clip captioned at all, missing records, a failed run
+  2    wrong arguments, or nothing there under a name that they give
+  3    another process is at work on this shard
+  130  stopped by Ctrl-C or SIGTERM"""
+STOPPED = "capkit: stopped; all that is written is kept, and the same command continues"
+GRACE_SECONDS = 1.5  # from Ctrl-C to the end of the process, even if a library does not return
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m capkit", description="Caption videos with CogVLM2-Caption.")
+    parser = _with_exit_codes(argparse.ArgumentParser, "Caption videos with CogVLM2-Caption.", prog="python -m capkit")
     commands = parser.add_subparsers(required=True)
     _add_caption_shard(commands)
-    merge = commands.add_parser(
-        "merge",
-        help="merge the shards' captions and check that no clip is missing",
-        epilog="Exit code: 0 every clip has exactly one record; 1 records are missing, as listed; 2 wrong arguments; "
-        "3 a run is captioning into captions.jsonl.",
-    )
-    merge.add_argument("output", type=Path, metavar="DIR", help="the shards' folder; captions.jsonl is written there")
+    about = "Merge the shards' captions, and check that every clip has exactly one record."
+    merge = _with_exit_codes(commands.add_parser, about, name="merge", help="merge the captions of all shards")
+    merge.add_argument("output", type=_path, metavar="DIR", help="the shards' folder; captions.jsonl is written there")
     merge.set_defaults(run=_merge)
-    show = commands.add_parser("show", help="print the captions in a store")
-    show.add_argument("store", type=Path, help="captions.jsonl")
+    show = _with_exit_codes(commands.add_parser, "Print captions.", name="show", help="print the captions in a store")
+    show.add_argument("store", type=_path, help="captions.jsonl, or the folder that it is in")
     show.set_defaults(run=_show)
     _add_batch(commands)
-    doctor = commands.add_parser("doctor", help="check the installation: package versions, decord, CUDA")
+    about = "Check the installation: package versions, decord, CUDA."
+    doctor = _with_exit_codes(commands.add_parser, about, name="doctor", help="check the installation")
     doctor.set_defaults(run=lambda arguments: run_doctor())
     arguments = parser.parse_args()
-    sys.exit(arguments.run(arguments))
+    try:
+        code = arguments.run(arguments)
+    except (ValueError, ImportError) as error:
+        code = _fail(2, error)
+    except BrokenPipeError:  # as in `show | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = _fail(1, error)
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _with_exit_codes(make: Callable[..., argparse.ArgumentParser], about: str, **names: str) -> argparse.ArgumentParser:
+    return make(description=about, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter, **names)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text).expanduser()
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON, such as '{{\"max_new_tokens\": 300}}'") from None
 
 
 def _add_caption_shard(commands: Subparsers) -> None:
-    parser = commands.add_parser(
-        "caption-shard",
-        help="caption one shard of a data set",
-        description="Caption one shard of a data set. Started again, it captions the clips that are still missing.",
-        epilog="Exit code: 0 every clip has a record, a caption or an error; 1 the run was aborted; 2 wrong arguments; "
-        "3 another process is captioning this shard.",
-    )
+    about = "Caption one shard of a data set. Started again, it captions the clips that are still missing."
+    names = {"name": "caption-shard", "help": "caption one shard of a data set"}
+    parser = _with_exit_codes(commands.add_parser, about, **names)
     add = parser.add_argument
     add("videos", nargs="+", help="manifest (.csv, .tsv, .jsonl, .json, .parquet), folder, glob or video")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder that all shards share")
+    add("--output", required=True, type=_path, metavar="DIR", help="folder that all shards share")
     add("--shard", help="such as 2/8, the first is 0/8; default: from the environment of Slurm or torchrun, else 0/1")
     add("--model", default="demo", help='"demo", a folder, or a name on the Hugging Face hub')
     add("--revision", help="branch, tag or commit on the hub")
@@ -71,8 +110,8 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--frames-per-second", type=float, help="for --frame-sampling fps")
     add("--window-seconds", type=float, help="caption long videos in windows of this length")
     add("--trainer", help="caption only the part of each video that cogvideo, cogkit, diffusers or sat trains on")
-    add("--trainer-num-frames", type=int, default=49, help="number of frames that the trainer is set to")
-    add("--decoding", type=json.loads, default={}, help="JSON, such as '{\"max_new_tokens\": 300}'")
+    add("--trainer-num-frames", type=int, help="number of frames that the trainer is set to; default: 49")
+    add("--decoding", type=_json, default={}, help="JSON, such as '{\"max_new_tokens\": 300}'")
     add("--batch-size", type=int, default=8, help="clips in a batch of the model")
     add("--num-readers", type=int, default=2, help="clips that are read in parallel")
     add("--timeout-seconds", type=float, default=60.0, help="maximum time for reading a clip")
@@ -82,9 +121,10 @@ def _add_caption_shard(commands: Subparsers) -> None:
 
 
 def _add_batch(commands: Subparsers) -> None:
-    batch = commands.add_parser("batch", help="run a table of notebooks")
-    batch.add_argument("table", type=Path, help="runs.yaml or runs.csv; its relative paths start at its folder")
-    batch.add_argument("--output-dir", type=Path, help="folder of all runs, in place of the table's output_dir")
+    about = "Run what is left to do of a table of notebooks."
+    batch = _with_exit_codes(commands.add_parser, about, name="batch", help="run a table of notebooks")
+    batch.add_argument("table", type=_path, help="runs.yaml or runs.csv; its relative paths start at its folder")
+    batch.add_argument("--output-dir", type=_path, help="folder of all runs, in place of the table's output_dir")
     batch.add_argument("--workers", type=int, metavar="N", help="number of notebooks that run in parallel")
     batch.add_argument("--gpus", default="", metavar="0,1", help="a GPU for each worker")
     batch.add_argument("--retry", nargs="*", metavar="NAME", help="rerun the failed runs, or only these of them")
@@ -95,7 +135,6 @@ def _add_batch(commands: Subparsers) -> None:
 def _batch(arguments: argparse.Namespace) -> int:
     from capkit.batch import run_command
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C
     gpus = [name for name in arguments.gpus.split(",") if name]
     a = arguments
     return run_command(a.table, a.output_dir, a.workers, a.retry, gpus, a.dry_run)
@@ -104,10 +143,37 @@ def _batch(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from capkit.runs import CaptionStore
 
-    if not arguments.store.is_file():
-        return _fail(2, f"{arguments.store}: no such file")
-    store = CaptionStore(arguments.store)
-    for record in store.current():
+    for store in map(CaptionStore, _stores(arguments.store)):
+        _print_captions(store)
+    return 0
+
+
+def _stores(path: Path) -> list[Path]:
+    """The caption stores that a path stands for; ValueError if it is or holds none."""
+    from capkit.runs import shard_stores
+
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.is_dir():
+        stores = shard_stores(path)
+        if (merged := path / "captions.jsonl") in stores:
+            return [merged]
+        if not stores:
+            below = [str(store) for store in islice(path.glob("**/captions.jsonl"), 5)]
+            hint = f"; give one of {', '.join(below)}" if below else "; notebook 01 and caption-shard write some"
+            raise ValueError(f"{path}: there are no captions in this folder{hint}")
+        return stores
+    with open(path, "rb") as file:
+        if file.read(1) != b"{":
+            raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
+    return [path]
+
+
+def _print_captions(store: CaptionStore) -> None:
+    records = store.current()
+    if not records:
+        raise ValueError(f"{store.path}: there are no captions in this file")
+    for record in records:
         start, end = record.get("start_seconds"), record.get("end_seconds")
         is_window = bool(start) or end is not None
         window = f" ({start or 0:g} s to {'the end' if end is None else f'{end:g} s'})" if is_window else ""
@@ -116,39 +182,41 @@ def _show(arguments: argparse.Namespace) -> int:
         text = record.get("edited_text", text)
         print(plain_text(f"  {' '.join(text.split())}"))
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
-    return 0
 
 
 def _caption_shard(arguments: argparse.Namespace) -> int:
     from capkit.captioning import load_captioner
-    from capkit.cogvlm2 import CheckpointError
-    from capkit.runs import Shard, ShardBusy, caption_shard, find_clips
+    from capkit.cogvlm2 import CheckpointError, CheckpointNotFound
+    from capkit.runs import Shard, ShardBusy, caption_shard, check_numbers, find_clips
+
+    shard = Shard.parse(arguments.shard) if arguments.shard else Shard.from_environment()
+    settings = _settings(arguments)
+    names = ("batch_size", "num_readers", "timeout_seconds", "retry_errors", "retry_quarantined")
+    settings |= {name: getattr(arguments, name) for name in names}
+    check_numbers(*(settings[name] for name in ("batch_size", "timeout_seconds", "num_readers")))
+    cut = _cut(arguments)
+    for video in arguments.videos:
+        if video != "demo" and not glob.has_magic(video) and not os.path.lexists(os.path.expanduser(video)):
+            raise ValueError(f"{video}: no such file or folder")
+    items = find_clips(arguments.videos[0] if len(arguments.videos) == 1 else arguments.videos)
+    if arguments.devices:
+        return _one_process_each(shard, [device for device in arguments.devices.split(",") if device])
+
+    def load() -> Captioner:
+        device = _local_device() if arguments.device == "auto" else arguments.device
+        return load_captioner(arguments.model, device, arguments.dtype, arguments.quantization, arguments.revision)
 
     try:
-        shard = Shard.parse(arguments.shard) if arguments.shard else Shard.from_environment()
-        if arguments.devices:
-            return _one_process_each(shard, arguments.devices.split(","))
-        settings = _settings(arguments)
-        items = find_clips(arguments.videos[0] if len(arguments.videos) == 1 else arguments.videos)
-
-        def load() -> Captioner:
-            device = _local_device() if arguments.device == "auto" else arguments.device
-            return load_captioner(arguments.model, device, arguments.dtype, arguments.quantization, arguments.revision)
-
-        names = ("batch_size", "num_readers", "timeout_seconds", "retry_errors", "retry_quarantined")
-        settings |= {name: getattr(arguments, name) for name in names}
-        records = caption_shard(load, items, arguments.output, shard, cut=_cut(arguments), **settings)
-    except (ValueError, ImportError) as error:
-        return _fail(2, error)
+        records = caption_shard(load, items, arguments.output, shard, cut=cut, **settings)
     except CheckpointError as error:
-        return _fail(1, error)
+        return _fail(2 if isinstance(error, CheckpointNotFound) else 1, error)
     except ShardBusy as error:
         return _fail(3, error)
     except OSError as error:
         return _fail(1, f"{error}; captions written so far are kept, and the same command continues")
     num_errors = sum(record["status"] == "error" for record in records)
     print(f"shard {shard}: {len(records)} clips, {num_errors} with an error, in {arguments.output.absolute()}")
-    return 0
+    return 1 if records and num_errors == len(records) else 0
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -183,17 +251,24 @@ def _local_device() -> str:
 
 def _one_process_each(shard: Shard, devices: list[str]) -> int:
     """Run this command in a process for each device, with its part of the shard; returns the highest exit code."""
+    from capkit.cogvlm2 import loading
     from capkit.runs import Shard
 
+    for device in devices:
+        loading.choose_device(device)  # raises for one that is not there
     command, processes = [sys.executable, "-m", "capkit", *sys.argv[1:], "--devices", ""], []
     try:
         for index, device in enumerate(devices):
             part = shard.split(Shard(index, len(devices)))
             processes.append(subprocess.Popen([*command, "--device", device, "--shard", str(part)]))
-        return max(abs(process.wait()) for process in processes)
-    finally:
+        codes = [process.wait() for process in processes]
+    except BaseException:
         for process in processes:
             process.terminate()
+        for process in processes:
+            process.wait()
+        raise
+    return max(code if code >= 0 else 1 for code in codes)  # below 0: ended by a signal
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -201,14 +276,10 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     try:
         merged = merge(arguments.output)
-    except ValueError as error:
-        return _fail(2, error)
     except StoreBusy as error:
         return _fail(3, error)
-    except OSError as error:
-        return _fail(1, error)
     print(merged)
-    return 1 if merged.problems else 0
+    return 1 if merged.problems or not merged.num_ok and merged.num_errors else 0
 
 
 def _fail(code: int, error: Exception | str) -> int:
@@ -225,6 +296,41 @@ def _format_warning(
     return _format_python_warning(message, category, filename, lineno, line)
 
 
+def _end_soon_after_ctrl_c() -> None:
+    """Have Ctrl-C and SIGTERM end this process and its children after GRACE_SECONDS, whatever the main thread does.
+
+    Python raises KeyboardInterrupt only once a library returns, such as one that computes or waits for a dead disk.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        for once in (signal.SIGINT, signal.SIGTERM):  # a second one would only interrupt the end
+            signal.signal(once, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as shells have it ignored by what runs in the background
+            signal.signal(number, stop)
+    signals, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
+
+    def end() -> None:
+        os.read(signals, 1)
+        since = time.monotonic()
+        import psutil
+
+        time.sleep(max(since + GRACE_SECONDS - time.monotonic(), 0))
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        os.write(2, f"{STOPPED}\n".encode())
+        os._exit(130)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
 if __name__ == "__main__":
+    _end_soon_after_ctrl_c()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names that are not UTF-8
     _format_python_warning, warnings.formatwarning = warnings.formatwarning, _format_warning
     main()

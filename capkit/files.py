@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,6 +70,27 @@ def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
     with atomic_writer(path) as file:
         file.write(content if isinstance(content, bytes) else encodable(content).encode())
     return Path(path)
+
+
+def output_folder(path: str | os.PathLike[str], name: str = "output_dir") -> Path:
+    """Make the folder that an argument names, and check that files can be made in it; returns its path.
+
+    Raises:
+        ValueError: it is empty, a file, or cannot be written; names the argument and its value.
+        OSError: the disk is full.
+    """
+    if not str(path).strip():
+        raise ValueError(f'{name}={str(path)!r}: is empty; name a folder, "." is the current one')
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise ValueError(f"{name}={str(path)!r}: no folder to write into: {reason}") from error
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from capkit.batch.parameters import unknown_name
 from capkit.batch.pool import Pool
 from capkit.batch.table import Run, Table, TableError, read_table
+from capkit.files import output_folder
 from capkit.text import plain_text
 
 
@@ -60,6 +61,8 @@ def run_command(
         table = read_table(path, output_dir)
         runs = runs_to_do(table, retry)
         pool = Pool(table, runs, workers, gpus)
+        if not dry_run:
+            output_folder(table.output_dir)
     except ValueError as error:
         print(error if isinstance(error, TableError) else plain_text(error), file=sys.stderr)
         return 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import difflib
 import json
-import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,68 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     **{"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict},
     "None": type(None),
 }
+EXAMPLES = {
+    **{"str": '"text"', "int": "3", "float": "0.5", "bool": "true", "None": "null"},
+    **{"list": '["one", "two"]', "dict": '{"name": 3}'},
+}
 DESCRIPTIONS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
 
 
-def check_parameters(cells: Sequence[str]) -> None:
-    """Check that a notebook has all parameters that papermill passed; call it in the notebook: `check_parameters(In)`.
+def check_parameters(cells: Sequence[str], namespace: dict[str, Any] | None = None) -> None:
+    """Check a notebook's parameters by name and type; call it in the notebook: `check_parameters(In, globals())`.
 
-    papermill only warns about unknown names, so a misspelt parameter would run with its default.
+    papermill only warns about unknown names, so a misspelt parameter would run with its default; and `-p overwrite
+    false` passes the text "false", which Python takes for true. Text with one sensible meaning is converted, see
+    `convert_value`.
 
     Args:
-        cells: sources of the cells run so far, as in IPython's `In`: the parameters cell, and right after it the one
-            that papermill injects, if any.
+        cells: sources of the cells run so far, as in IPython's `In`: the parameters cell, whose lines are all annotated
+            assignments, and right after it the one that papermill injects, if any.
+        namespace: the notebook's variables; converted values are put back. None only checks what papermill passed, and
+            refuses what would have to be converted.
 
     Raises:
-        ValueError: names the unknown parameter, the nearest match and all parameters of the notebook.
+        ValueError: names an unknown parameter, the nearest match and all parameters of the notebook; or a parameter,
+            its value and what is wanted, with an example.
     """
     sources = [source for source in cells if source.strip()]
-    for defaults, injected in zip(sources, sources[1:], strict=False):
-        if injected.startswith(INJECTED):
-            parameters = parameter_annotations(defaults)
-            for name in parameter_annotations(injected):
+    annotations: dict[str, ast.expr | None] = {}
+    passed: dict[str, Any] = {}
+    for before, source in zip(["", *sources], sources, strict=False):
+        if source.startswith(INJECTED):
+            parameters = parameter_annotations(before)
+            for name in parameter_annotations(source):
                 if name not in parameters:
                     raise ValueError(unknown_name("parameter", name, parameters, "This notebook has"))
+            annotations |= parameters
+            passed |= _literals(source)
+        elif _has_only_annotations(source):
+            annotations |= parameter_annotations(source)
+    values = passed if namespace is None else namespace
+    for name in annotations:
+        if name in values:
+            converted = convert_value(name, values[name], annotations[name])
+            if namespace is not None:
+                namespace[name] = converted
+            elif converted != values[name]:
+                raise ValueError(f"{name}: {values[name]!r} must be given as {converted!r}")
+
+
+def _has_only_annotations(source: str) -> bool:
+    try:
+        return all(isinstance(node, ast.AnnAssign) for node in ast.parse(source).body)
+    except SyntaxError:  # such as a line of shell
+        return False
+
+
+def _literals(source: str) -> dict[str, Any]:
+    """The values that a cell assigns, without those that are no literals, such as papermill's float("nan")."""
+    values = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            with suppress(ValueError):
+                values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values
 
 
 def unknown_name(kind: str, name: str, names: Iterable[str], introduction: str) -> str:
@@ -83,32 +123,50 @@ def parameter_annotations(source: str) -> dict[str, ast.expr | None]:
     return annotations
 
 
-def convert_value(name: str, value: Any, annotation: ast.expr | None, from_csv: bool) -> Any:
+def convert_value(name: str, value: Any, annotation: ast.expr | None) -> Any:
     """Check a value against a parameter's annotation (see `parameter_annotations`), and return the value to pass.
 
-    Text from a CSV cell is parsed as YAML first, unless the parameter accepts text.
+    Text for a parameter that takes none is read as what it means: "no" as a bool, "3" as an int, "1e-3" as a float,
+    "null" as None, YAML's `[a, b]` and `{a: 1}` as a list and a dict, any other text for a list as its only element.
+    1000.0, as papermill passes `-p steps 1e3`, is an int too.
 
     Raises:
-        ValueError: names the parameter, the value and what is wrong with it.
+        ValueError: names the parameter, the value and what is wanted, with an example.
     """
     types = _annotated_types(annotation)
-    if from_csv and "str" not in types:
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{name}: {value!r} cannot be read as YAML") from error
-    try:
-        json.dumps(value)
-    except TypeError as error:
-        message = f"{name}: {value!r} cannot be passed to a notebook ({error}); quote it to pass text"
-        raise ValueError(message) from error
-    if types and name in ALSO_LISTS:
+    if not types:
+        return value
+    if name in ALSO_LISTS:
         types = [*types, "list"]
+    converted = value
+    if isinstance(value, str) and "str" not in types:
+        converted = _read_text(value, types)
+    if isinstance(converted, float) and "float" not in types and converted.is_integer():
+        converted = int(converted)
     # A bool is an int for Python, but not for a parameter.
-    if types and not any(isinstance(value, TYPES[kind]) for kind in types if kind == "bool" or type(value) is not bool):
-        actual = DESCRIPTIONS.get(type(value), f"a {type(value).__name__}")
-        raise ValueError(f"{name}: {value!r} is {actual}, not {' or '.join(types)}{_type_hint(value, types)}")
-    return value
+    kinds = [kind for kind in types if kind == "bool" or type(converted) is not bool]
+    if any(isinstance(converted, TYPES[kind]) for kind in kinds):
+        return converted
+    actual = DESCRIPTIONS.get(type(value), f"a {type(value).__name__}")
+    wanted = f"{' or '.join(types)}, such as {EXAMPLES[types[0]]}"
+    raise ValueError(f"{name}: {value!r} is {actual}, not {wanted}{_type_hint(value, types)}")
+
+
+def _read_text(text: str, types: Sequence[str]) -> Any:
+    """What a text means for a parameter that takes no text; the text itself if it means nothing."""
+    if "None" in types and text.strip().lower() in ("none", "null", "~", ""):
+        return None
+    if "int" in types or "float" in types:
+        for number in (int, float):
+            with suppress(ValueError):
+                return number(text)
+    if "list" in types and not text.lstrip().startswith(("[", "{")):
+        return [text]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return [value] if "list" in types and isinstance(value, dict) and "dict" not in types else value
 
 
 def _annotated_types(annotation: ast.expr | None) -> list[str]:
@@ -129,11 +187,9 @@ def _annotated_types(annotation: ast.expr | None) -> list[str]:
     return [name for member in members for name in member] if all(members) else []
 
 
-def _type_hint(value: Any, types: list[str]) -> str:
+def _type_hint(value: Any, types: Sequence[str]) -> str:
     if isinstance(value, list) and "list" not in types:
-        return "; several values to try, a run each, go under grid"
-    if "str" in types:
-        return "; put it in quotes"
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+[eE][+-]?\d+", value):
-        return "; YAML needs a point and a sign in it, such as 1.0e-3"
+        return "; in a table, several values to try, a run each, go under grid"
+    if "str" in types and value is not None:
+        return "; to pass text, put it in quotes, or use papermill's -r in place of -p"
     return ""

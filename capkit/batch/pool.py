@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from capkit.batch.index import write_index
-from capkit.batch.run import BUSY, SAVING_SECONDS
+from capkit.batch.run import BUSY, STOPPING_SECONDS
 from capkit.batch.table import Run, Table
 from capkit.files import now
 from capkit.text import plain_text
@@ -121,10 +121,11 @@ class Pool:
     def _stop(self) -> None:
         for running in self.running.values():
             running.stdin.close()
+        until = time.monotonic() + STOPPING_SECONDS + 0.2
         for running in self.running.values():
             process = running.process
             try:
-                code = process.wait(SAVING_SECONDS + 10)
+                code = process.wait(max(until - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 process.kill()  # its kernel ends when it finds its parent gone
                 code = process.wait()

@@ -24,7 +24,8 @@ from capkit.batch.table import Run
 from capkit.files import Busy, atomic_write, hold_lock, now
 
 BUSY = 75  # exit code: another command is running this run
-SAVING_SECONDS = 20.0  # for papermill to save the notebook after its kernel was killed
+SAVING_SECONDS = 20.0  # for papermill to save the notebook after its kernel was killed at the time limit
+STOPPING_SECONDS = 0.8  # the same if the batch stops: a person waits, and the run will be repeated
 LONGEST_HEADLINE = 500  # characters
 
 
@@ -57,12 +58,12 @@ class _Stop:
     def at_end_of_input(self) -> None:
         """Wait for the end of standard input, then stop the run."""
         os.read(sys.stdin.fileno(), 1)  # not buffered: the buffer's lock would abort the interpreter's exit
-        self.stop("interrupted", "stopped before it was done")
+        self.stop("interrupted", "stopped before it was done", STOPPING_SECONDS)
 
-    def stop(self, status: str, reason: str) -> None:
+    def stop(self, status: str, reason: str, saving_seconds: float = SAVING_SECONDS) -> None:
         """Kill the kernel, and exit if the run has not ended soon after."""
         self.status, self.reason = self.status or status, self.reason or reason
-        until = time.monotonic() + SAVING_SECONDS
+        until = time.monotonic() + saving_seconds
         while time.monotonic() < until:  # repeatedly, because a kernel may be about to start
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -84,7 +85,8 @@ def _run(run: Run, stop: _Stop) -> None:
         timer.start()
     executed = run.folder / run.notebook.name
     error = _execute(run, executed, stop)
-    _write_html(executed)
+    if stop.status != "interrupted":
+        _write_html(executed)
     if error is None:
         status, outcome = "done", {"headline": _read_headline(executed)}
     else:

@@ -151,7 +151,7 @@ def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] 
     `time_limit_minutes` are optional beside them. A bare list is taken for `runs`.
 
     CSV: a row for each run, with columns `notebook`, optionally `name`, and parameters. An empty cell leaves the
-    default; values of parameters that are not annotated as text are parsed as YAML.
+    default; text for parameters that take none is read as `convert_value` says, and as YAML without an annotation.
 
     Args:
         path: file, CSV by its suffix or else YAML.
@@ -301,7 +301,17 @@ def _convert(notebook: _Notebook, name: str, value: Any, from_csv: bool) -> Any:
         raise ValueError(f"unknown parameter {name!r}; {notebook.path.name} has no cell tagged 'parameters'")
     if name not in notebook.annotations:
         raise ValueError(unknown_name("parameter", name, notebook.annotations, f"{notebook.path.name} has"))
-    return convert_value(name, value, notebook.annotations[name], from_csv)
+    annotation = notebook.annotations[name]
+    try:
+        if from_csv and annotation is None:
+            value = yaml.safe_load(value)
+        json.dumps(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: {value!r} cannot be read as YAML") from error
+    except TypeError as error:
+        message = f"{name}: {value!r} cannot be passed to a notebook ({error}); quote it to pass text"
+        raise ValueError(message) from error
+    return convert_value(name, value, annotation)
 
 
 def _label(start: str, parameters: dict[str, Any], digest: str) -> str:

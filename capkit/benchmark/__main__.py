@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from capkit.benchmark.benchmark import Benchmark
+from capkit.benchmark.benchmark import PARTS, Benchmark
 from capkit.benchmark.models import SIZES
 from capkit.benchmark.results import as_markdown
 
@@ -16,9 +16,12 @@ def main() -> None:
     parser.add_argument("--out-folder", type=Path, default=Path("notebooks/results"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--parts", nargs="*", default=(), help="only these; see Benchmark.parts")
+    parser.add_argument("--parts", nargs="*", default=(), choices=PARTS, help="only these")
     arguments = parser.parse_args()
-    benchmark = Benchmark(arguments.size, arguments.device, arguments.dtype)
+    try:
+        benchmark = Benchmark(arguments.size, arguments.device, arguments.dtype)
+    except ValueError as error:
+        parser.error(str(error))
     machine = benchmark.machine
     name = machine["gpu"] or f"{machine['cpu']} {machine['torch_threads']} threads"
     slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

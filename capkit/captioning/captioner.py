@@ -78,6 +78,10 @@ def load_captioner(
         ValueError: unknown device, dtype or quantization.
         ImportError: quantization is given, but bitsandbytes is not installed.
     """
+    device = loading.choose_device(device)
+    dtype = loading.choose_dtype(dtype, device)
+    if quantization is not None:
+        loading.quantization_config(quantization, dtype)  # raises before anything is downloaded
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
     processor = CogVLM2VideoProcessor.from_pretrained(folder)
     loaded = CogVLM2VideoForConditionalGeneration.from_pretrained(

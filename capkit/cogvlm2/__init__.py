@@ -2,7 +2,7 @@
 
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig, CogVLM2VisionConfig
 from capkit.cogvlm2.linear import use_onednn
-from capkit.cogvlm2.loading import CheckpointError, is_out_of_memory
+from capkit.cogvlm2.loading import CheckpointError, CheckpointNotFound, is_out_of_memory
 from capkit.cogvlm2.modeling import (
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoModel,
@@ -24,6 +24,7 @@ __all__ = [
     "FRAME_NUMBERS",
     "TEMPLATES",
     "CheckpointError",
+    "CheckpointNotFound",
     "CogVLM2VideoConfig",
     "CogVLM2VideoForConditionalGeneration",
     "CogVLM2VideoModel",

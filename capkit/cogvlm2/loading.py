@@ -40,19 +40,24 @@ class CheckpointError(Exception):
         return f"{self.checkpoint}: {self.reason}"
 
 
+class CheckpointNotFound(CheckpointError):
+    """There is no checkpoint under this name: a wrong argument, not a damaged checkpoint."""
+
+
 def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder of a checkpoint; from a name on the hub, configuration, tokenizer and weights are downloaded.
 
     Raises:
-        CheckpointError: neither a folder nor a name on the hub, or the download failed.
+        CheckpointNotFound: neither a folder nor a name on the hub.
+        CheckpointError: the download failed.
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise CheckpointError(name, "is a file: give the folder that holds config.json and the weights")
+        raise CheckpointNotFound(name, "is a file: give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise CheckpointError(name, "no such folder, and not a name on the Hugging Face hub (owner/name)")
+        raise CheckpointNotFound(name, "no such folder, and not a name on the Hugging Face hub (owner/name)")
     from huggingface_hub import errors, snapshot_download
 
     unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError)
@@ -71,7 +76,9 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except OSError as error:  # the base class of all these
         matching = (reason for kind, reason in reasons if isinstance(error, kind))
-        raise CheckpointError(name, next(matching, f"the download failed: {error}")) from error
+        is_unknown = isinstance(error, (errors.RevisionNotFoundError, errors.RepositoryNotFoundError))
+        kind_of_error = CheckpointNotFound if is_unknown else CheckpointError
+        raise kind_of_error(name, next(matching, f"the download failed: {error}")) from error
 
 
 def read_config(folder: Path) -> CogVLM2VideoConfig:
@@ -82,7 +89,7 @@ def read_config(folder: Path) -> CogVLM2VideoConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(folder, "has no config.json: give the folder of a checkpoint")
+        raise CheckpointNotFound(folder, "has no config.json: give the folder of a checkpoint")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -247,6 +254,11 @@ def choose_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r}: must be 'auto', 'cpu', 'cuda' or 'cuda:<number>'") from error
+    if chosen.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=chosen).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"device={str(chosen)!r}: cannot be used on this machine") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={str(chosen)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return chosen

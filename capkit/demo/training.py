@@ -36,6 +36,8 @@ from capkit.demo.examples import (
     train_tokenizer,
 )
 from capkit.demo.heads import TrainingModel
+from capkit.files import output_folder
+from capkit.video import at_least_one, positive
 
 FRAMES_PER_STEP = 192
 FEATURE_LENGTH = 2.0
@@ -196,14 +198,29 @@ def train(
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        ValueError: a number out of range, or a folder that cannot be written.
+        CheckpointError: there is no checkpoint to start from.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, number in (("vision_steps", vision_steps), ("steps", steps), ("question_steps", question_steps)):
+        if number:
+            at_least_one(name, number)
+    numbers = (("batch_size", batch_size), ("num_clips", num_clips), ("num_held_out", num_held_out))
+    for name, number in (*numbers, ("num_workers", num_workers)):
+        at_least_one(name, number)
+    for name, value in (("learning_rate", learning_rate), ("vision_learning_rate", vision_learning_rate)):
+        positive(name, value)
+    if minutes is not None:
+        positive("minutes", minutes)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r}: must be from 0 to {2**32 - 1}")
+    output_dir = output_folder(output_dir)
+    captioner = load_captioner(start_from, dtype="float32") if start_from else None
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
     torch.manual_seed(seed)
     held_out = draw_clips(range(num_held_out), held_out=True, num_workers=num_workers)
-    if start_from:
-        captioner = load_captioner(start_from, dtype="float32")
+    if captioner is not None:
         model, processor = captioner.model, captioner.processor
     else:
         tokenizer = train_tokenizer(draw_clips(range(min(num_clips, TOKENIZER_CLIPS)), num_workers=num_workers))

@@ -2,9 +2,18 @@
 
 from capkit.export.choose import choose_records
 from capkit.export.cleaning import CLEANING, clean
-from capkit.export.dataset import export_dataset
+from capkit.export.dataset import check_export, export_dataset
 from capkit.export.layouts import LAYOUTS
 from capkit.export.report import ExportReport
 from capkit.export.write import ExportError
 
-__all__ = ["CLEANING", "LAYOUTS", "ExportError", "ExportReport", "choose_records", "clean", "export_dataset"]
+__all__ = [
+    "CLEANING",
+    "LAYOUTS",
+    "ExportError",
+    "ExportReport",
+    "check_export",
+    "choose_records",
+    "clean",
+    "export_dataset",
+]

@@ -54,9 +54,7 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> list[
     Raises:
         ValueError: no such file, an unknown choice, or a clip with several captions and no choice between them.
     """
-    choices = [choose] if isinstance(choose, (Mapping, str)) else list(choose)
-    for choice in choices:
-        _check(choice)
+    choices = check_choices(choose)
     by_clip: dict[Path, list[Chosen]] = {}
     for source in [stores] if isinstance(stores, (str, os.PathLike, CaptionStore)) else stores:
         store = source if isinstance(source, CaptionStore) else CaptionStore(source)
@@ -78,12 +76,16 @@ def _resolved(video: str) -> Path:
         return Path(video)
 
 
-def _check(choice: Choice) -> None:
-    if isinstance(choice, str):
-        if choice not in ("edited", "latest"):
-            raise ValueError(f"choose={choice!r}: must be 'edited', 'latest' or fields with values")
-    elif unknown := [name for name in choice if name not in SETTINGS]:
-        raise ValueError(f"choose: unknown field {unknown[0]!r}; there are {', '.join(SETTINGS)}")
+def check_choices(choose: Choice | Sequence[Choice]) -> list[Choice]:
+    """The argument of `choose_records` as a list. Raises ValueError for an unknown choice."""
+    choices = [choose] if isinstance(choose, (Mapping, str)) else list(choose)
+    for choice in choices:
+        if not isinstance(choice, Mapping):
+            if choice not in ("edited", "latest"):
+                raise ValueError(f"choose={choice!r}: must be 'edited', 'latest' or fields with values")
+        elif unknown := [name for name in choice if name not in SETTINGS]:
+            raise ValueError(f"choose: unknown field {unknown[0]!r}; there are {', '.join(SETTINGS)}")
+    return choices
 
 
 def _candidates(attempts: list[Chosen], choices: list[Choice]) -> list[Chosen]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from capkit.export.choose import Choice, Chosen, choose_records
+from capkit.export.choose import Choice, Chosen, check_choices, choose_records
 from capkit.export.cleaning import CLEANING, clean, trim_to_sentence
 from capkit.export.clip_names import name_clips
 from capkit.export.layouts import LAYOUTS, Layout, Pair
 from capkit.export.report import COLUMNS, ExportReport, shared_openings
 from capkit.export.write import is_exported, write_export
-from capkit.files import file_sha256
+from capkit.files import file_sha256, output_folder
 from capkit.runs import to_frame
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
 from capkit.text import encodable, plain_text
@@ -67,17 +67,15 @@ def export_dataset(
             something else, cached latents among it, which trainers would use for the new clips.
         ExportError: it could not be written, or not read back.
     """
+    options: dict[str, Any] = {
+        "cleaning": cleaning,
+        "token_limit": token_limit,
+        "on_too_long": on_too_long,
+        "clips": clips,
+    }
+    check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
-    _check_value("layout", layout, LAYOUTS)
-    _check_value("on_too_long", on_too_long, ("report", "trim", "refuse"))
-    _check_value("clips", clips, ("link", "copy", "hardlink"))
-    if set(rules) - set(CLEANING):
-        raise ValueError(f"cleaning={rules!r}: must be of {', '.join(map(repr, CLEANING))}")
-    if token_limit < 2:
-        raise ValueError(f"token_limit={token_limit!r}: must be at least 2, one of them for </s>")
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
-    if reason := kind.unfit_root(root):
-        raise ValueError(f"output_dir: {reason}")
     is_estimate = tokenizer is None or tokenizer == ""
     threshold = int(token_limit * (1 - ESTIMATE_ERROR)) if is_estimate else token_limit
     trigger_word = trigger_word.strip()
@@ -111,6 +109,35 @@ def export_dataset(
     )
     report.save()
     return report
+
+
+def check_export(
+    layout: str,
+    output_dir: str | os.PathLike[str],
+    *,
+    choose: Choice | Sequence[Choice] = (),
+    cleaning: str | Sequence[str] = (),
+    token_limit: int = COGVIDEOX_1_5_T5_LIMIT,
+    on_too_long: str = "report",
+    clips: str = "link",
+    tokenizer: Any = None,
+) -> None:
+    """Check arguments of `export_dataset`, for example before the captions are made; it raises the same ValueErrors."""
+    rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
+    _check_value("layout", layout, LAYOUTS)
+    _check_value("on_too_long", on_too_long, ("report", "trim", "refuse"))
+    _check_value("clips", clips, ("link", "copy", "hardlink"))
+    if set(rules) - set(CLEANING):
+        raise ValueError(f"cleaning={rules!r}: must be of {', '.join(map(repr, CLEANING))}")
+    if token_limit < 2:
+        raise ValueError(f"token_limit={token_limit!r}: must be at least 2, one of them for </s>")
+    check_choices(choose)
+    t5_counter(tokenizer)
+    kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
+    if reason := kind.unfit_root(root):
+        raise ValueError(f"output_dir: {reason}")
+    is_exported(kind, root, [], overwrite=True)  # raises for a folder that holds something else
+    output_folder(root.parent)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Caption many clips into a store, on one or many machines; runs resume after crashes, bad clips and full disks."""
 
-from capkit.runs.caption import caption_clips
+from capkit.files import output_folder
+from capkit.runs.caption import caption_clips, check_numbers
 from capkit.runs.clips import DEMO_CLIPS, find_clips
 from capkit.runs.index import Records, is_stopped
 from capkit.runs.manifests import Item, choose_columns, read_rows
@@ -9,8 +10,9 @@ from capkit.runs.prefetch import read_ahead
 from capkit.runs.progress import Progress, is_interactive
 from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
-from capkit.runs.shards import Shard, ShardBusy, caption_shard
+from capkit.runs.shards import Shard, ShardBusy, caption_shard, shard_stores
 from capkit.runs.store import (
+    RECORD_FIELDS,
     STRIP_FRAME_PIXELS,
     CaptionStore,
     StoreBusy,
@@ -22,6 +24,7 @@ from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
 
 __all__ = [
     "caption_clips",
+    "check_numbers",
     "DEMO_CLIPS",
     "Item",
     "find_clips",
@@ -31,11 +34,14 @@ __all__ = [
     "Progress",
     "is_interactive",
     "enter_project_root",
+    "output_folder",
     "caption_on_ray",
     "Shard",
     "ShardBusy",
     "caption_shard",
     "merge",
+    "shard_stores",
+    "RECORD_FIELDS",
     "STRIP_FRAME_PIXELS",
     "CaptionStore",
     "StoreBusy",

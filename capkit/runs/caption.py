@@ -15,7 +15,7 @@ from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress
 from capkit.runs.store import CaptionStore, ModelIdentity, new_record, request_settings, sha256_if_there
-from capkit.video import Clip, FrameSampling, FrameSamplingLike, memory_budget
+from capkit.video import Clip, FrameSampling, FrameSamplingLike, at_least_one, memory_budget, positive
 
 BATCHES_TO_CHOOSE_FROM = 4  # batches of clips held, to find those of similar length
 
@@ -104,9 +104,7 @@ def caption_planned(
         heartbeat, label: as in `Progress`.
         memory_bytes: approximate limit for clips from reading to caption; None: half of free memory, at most 8 GiB.
     """
-    for name, value in (("batch_size", batch_size), ("num_readers", num_readers)):
-        if value < 1:
-            raise ValueError(f"{name}={value!r}: must be at least 1")
+    check_numbers(batch_size, timeout_seconds, num_readers)
     todo = missing(planned, [store, *other_stores], retry_errors)
     half_memory = (memory_bytes or memory_budget()) // 2  # for reading ahead, and for choosing batches
     prepare = partial(prepare_clip, store=store, image_size=captioner.processor.image_size)
@@ -118,6 +116,14 @@ def caption_planned(
         for batch in _batches(pairs, batch_size, half_memory):
             for record in caption_batch_into(captioner, batch, store):
                 progress.update(record)
+
+
+def check_numbers(batch_size: int = 1, timeout_seconds: float | None = None, num_readers: int = 1) -> None:
+    """Raise ValueError for a number that no run can have, so that it is found before a model is loaded."""
+    at_least_one("batch_size", batch_size)
+    at_least_one("num_readers", num_readers)
+    if timeout_seconds is not None:
+        positive("timeout_seconds", timeout_seconds)
 
 
 def missing(

@@ -70,11 +70,11 @@ def read_ahead(
         while waiting:
             yield take_first()
     finally:
+        for reader in readers:  # first, because the pool's threads may be waiting for clips that hang
+            reader.close()
         budget.limit = math.inf
         budget.change(0)
-        pool.shutdown(cancel_futures=True)
-        for reader in readers:
-            reader.close()
+        pool.shutdown(wait=False, cancel_futures=True)  # not for the digest of a large file either
 
 
 class _MemoryBudget:

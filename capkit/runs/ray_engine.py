@@ -20,7 +20,8 @@ import numpy as np
 
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, loading
-from capkit.runs.caption import caption_batch_into, current_records, missing, plan_clips, prepare_clip
+from capkit.files import output_folder
+from capkit.runs.caption import caption_batch_into, check_numbers, current_records, missing, plan_clips, prepare_clip
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
@@ -84,8 +85,8 @@ def caption_on_ray(
         import ray.data
     except ImportError as error:
         raise ImportError("captioning on Ray needs Ray: pip install -e '.[ray]'") from error
-    folder = Path(output_dir).expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    check_numbers(batch_size, timeout_seconds)
+    folder = output_folder(output_dir).absolute()
     items = list(dict.fromkeys(items))
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
@@ -112,9 +113,11 @@ def caption_on_ray(
 
 def _identify(model: str, device: str, dtype: str, quantization: str | None, revision: str | None) -> ModelIdentity:
     """The identity of a model, without loading it. To be run where the model will, because the dtype depends on it."""
+    chosen = loading.choose_dtype(dtype, loading.choose_device(device))
+    if quantization is not None:
+        loading.quantization_config(quantization, chosen)  # raises before anything is downloaded
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
-    name = str(loading.choose_dtype(dtype, loading.choose_device(device))).removeprefix("torch.")
-    return ModelIdentity(model, loading.fingerprint(folder), name, quantization)
+    return ModelIdentity(model, loading.fingerprint(folder), str(chosen).removeprefix("torch."), quantization)
 
 
 def _stream(

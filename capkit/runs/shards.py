@@ -26,8 +26,8 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.files import atomic_write, now
-from capkit.runs.caption import caption_planned, current_records, plan_clips
+from capkit.files import atomic_write, now, output_folder
+from capkit.runs.caption import caption_planned, check_numbers, current_records, plan_clips
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore, StoreBusy
@@ -70,7 +70,10 @@ class Shard:
         """The shard of this Slurm array task, srun task or torchrun rank, also of several tasks per array job."""
 
         def number(name: str, default: int) -> int:
-            return int(environment.get(name) or default)
+            try:
+                return int(environment.get(name) or default)
+            except ValueError:
+                raise ValueError(f"environment variable {name}={environment[name]!r}: must be a number") from None
 
         inner = cls()
         for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
@@ -134,12 +137,12 @@ def caption_shard(
 
     Raises:
         ShardBusy: another process is working on this shard (a dead process holds no lock).
-        ValueError: settings that are invalid for every clip.
-        OSError: the folder cannot be written; earlier captions are kept.
+        ValueError: settings that are invalid for every clip, or a folder that cannot be written.
+        OSError: writing fails, for example on a full disk; earlier captions are kept.
     """
     shard = Shard.parse(shard) if isinstance(shard, str) else shard
-    folder = Path(output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    check_numbers(batch_size, timeout_seconds, num_readers)
+    folder = output_folder(output_dir)
     items = list(dict.fromkeys(items))
     store = shard_store(folder, shard)
     with store.hold(ShardBusy):

@@ -301,3 +301,7 @@ def sha256_if_there(path: str) -> str | None:
         return file_sha256(path)
     except OSError:
         return None
+
+
+RECORD_FIELDS = tuple(new_record(request_settings(ModelIdentity("", "", "", None), os.sep, Prompt()), ValueError()))
+"""The fields of every record. Some have `reference` too, and `edited_text` in `CaptionStore.current`."""

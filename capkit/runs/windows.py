@@ -26,9 +26,10 @@ import numpy as np
 from capkit.files import atomic_write
 from capkit.runs.manifests import Item
 from capkit.text import without_controls
-from capkit.video import VideoError, VideoInfo, WorkerProcess
+from capkit.video import VideoError, VideoInfo, WorkerProcess, finite_float
 
 TRAINERS = ("cogvideo", "cogkit", "diffusers", "sat")
+TRAINER_FRAMES = 49
 SAT_SKIPPED_FRAMES, SAT_FRAMES_PER_SECOND = 3, 8
 LEAST_REMAINDER = 0.25  # of a window; a shorter rest at a video's end is added to the window before
 
@@ -37,7 +38,7 @@ def cut_into(
     items: Iterable[Item],
     window_seconds: float | None = None,
     trainer: str = "",
-    num_frames: int = 49,
+    num_frames: int | None = None,
     timeout_seconds: float = 60.0,
 ) -> list[Item]:
     """Cut items by `into_windows` if `window_seconds` is set, by `trainer_windows` if `trainer` is, else not at all.
@@ -47,16 +48,19 @@ def cut_into(
     Args:
         items: from `find_clips`.
         window_seconds: length of a window.
-        trainer, num_frames: as in `trainer_indices`.
+        trainer, num_frames: as in `trainer_indices`; num_frames None is 49.
         timeout_seconds: longest time to list one file's frames.
 
     Raises:
-        ValueError: both are set, `window_seconds` is not positive, unknown trainer, `num_frames` below 1, or a trainer
-            and an item with a window of its own.
+        ValueError: both are set, `window_seconds` is not positive, unknown trainer, `num_frames` below 1 or without a
+            trainer, or a trainer and an item with a window of its own.
     """
+    if num_frames is not None and not trainer:
+        raise ValueError(f"num_frames={num_frames!r}: no effect without a trainer; one of {', '.join(TRAINERS)}")
     if window_seconds is not None and trainer:
         raise ValueError("window_seconds and trainer are both set: a trainer sees complete files, so choose one")
     if trainer:
+        num_frames = TRAINER_FRAMES if num_frames is None else num_frames
         return trainer_windows(items, trainer, num_frames, timeout_seconds)
     return list(items) if window_seconds is None else into_windows(items, window_seconds, timeout_seconds)
 
@@ -66,7 +70,7 @@ def into_windows(items: Iterable[Item], window_seconds: float, timeout_seconds: 
 
     Windows stay within an item's start and end. An item of several windows loses its reference.
     """
-    if not window_seconds > 0:
+    if (finite_float(window_seconds) or 0) <= 0:
         raise ValueError(f"window_seconds={window_seconds!r}: must be a positive number of seconds")
     windows = []
     for item, listing in _with_frame_times(items, timeout_seconds):
@@ -119,7 +123,9 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}.{milliseconds % 1000:03}"
 
 
-def trainer_indices(trainer: str, num_video_frames: int, average_fps: float, num_frames: int = 49) -> list[int]:
+def trainer_indices(
+    trainer: str, num_video_frames: int, average_fps: float, num_frames: int = TRAINER_FRAMES
+) -> list[int]:
     """The positions of the frames of a video that a trainer sees, each once, in order.
 
     Args:
@@ -135,8 +141,8 @@ def trainer_indices(trainer: str, num_video_frames: int, average_fps: float, num
     """
     if trainer not in TRAINERS:
         raise ValueError(f"unknown trainer {trainer!r}; choose one of {', '.join(TRAINERS)}")
-    if num_frames < 1 or num_video_frames < 1:
-        raise ValueError(f"num_frames={num_frames!r} of {num_video_frames!r}: both must be at least 1")
+    if type(num_frames) is not int or num_frames < 1 or num_video_frames < 1:
+        raise ValueError(f"num_frames={num_frames!r} of {num_video_frames!r}: must be whole numbers of at least 1")
     if trainer != "sat":
         indices = range(0, num_video_frames, max(num_video_frames // num_frames, 1))[:num_frames]
         return list(indices[: _4k_plus_1(len(indices))] if trainer == "diffusers" else indices)
@@ -157,7 +163,7 @@ def _4k_plus_1(count: int) -> int:
 
 
 def trainer_windows(
-    items: Iterable[Item], trainer: str, num_frames: int = 49, timeout_seconds: float = 60.0
+    items: Iterable[Item], trainer: str, num_frames: int = TRAINER_FRAMES, timeout_seconds: float = 60.0
 ) -> list[Item]:
     """Cut each clip to the part that a trainer sees, from its first frame to its last, so that only this is captioned.
 
@@ -180,7 +186,7 @@ def trainer_windows(
 
 
 def unseen_by_trainer(
-    records: Iterable[dict[str, Any]], trainer: str, num_frames: int = 49, timeout_seconds: float = 60.0
+    records: Iterable[dict[str, Any]], trainer: str, num_frames: int = TRAINER_FRAMES, timeout_seconds: float = 60.0
 ) -> list[dict[str, Any]]:
     """Find captions that rest on frames before the first or after the last one that a trainer sees.
 
@@ -215,12 +221,12 @@ def _with_frame_times(
     items = list(items)
     videos = list(dict.fromkeys(item.video for item in items))
 
-    def list_each(videos: list[str]) -> list[tuple[np.ndarray, VideoInfo] | None]:
-        with WorkerProcess("capkit.video.reading", "read_timestamps") as worker:
-            return [_frame_times(worker, video, timeout_seconds) for video in videos]
+    def list_each(worker: WorkerProcess, videos: list[str]) -> list[tuple[np.ndarray, VideoInfo] | None]:
+        return [_frame_times(worker, video, timeout_seconds) for video in videos]
 
-    with ThreadPoolExecutor(2) as pool:
-        even, odd = pool.map(list_each, (videos[::2], videos[1::2]))
+    one, other = (WorkerProcess("capkit.video.reading", "read_timestamps") for _ in range(2))
+    with ThreadPoolExecutor(2) as pool, one, other:  # interrupted, it closes the workers, which ends the threads
+        even, odd = pool.map(list_each, (one, other), (videos[::2], videos[1::2]))
     listings = dict(zip(videos[::2] + videos[1::2], even + odd, strict=True))
     return [(item, None if item.error else listings[item.video]) for item in items]
 

@@ -3,7 +3,7 @@
 from capkit.sweep.comparison import OUTCOMES, bradley_terry, compare
 from capkit.sweep.diagnostics import OPENING, SENTENCE_END, agreement, describe, describe_set, near_duplicates
 from capkit.sweep.plan import PROMPT_PRESETS, SweepPlan, plan_sweep, read_axes
-from capkit.sweep.run import SweepResult, run_sweep
+from capkit.sweep.run import SweepResult, check_comparison, run_sweep
 from capkit.sweep.t5 import COGVIDEOX_1_5_T5_LIMIT, COGVIDEOX_T5_LIMIT, t5_counter
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "plan_sweep",
     "read_axes",
     "SweepResult",
+    "check_comparison",
     "run_sweep",
     "OPENING",
     "SENTENCE_END",

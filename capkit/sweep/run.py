@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from capkit.cogvlm2 import Prompt, is_out_of_memory
 from capkit.runs import (
     CaptionStore,
     Progress,
+    check_numbers,
     choose_columns,
     new_record,
     read_ahead,
@@ -100,23 +102,61 @@ class SweepResult:
             ValueError: not such a file, a name that a cell already has, no video of this sweep in it, or a file name
                 that several of them share.
         """
-        if name in self.elsewhere or name in self.plan.labels.values():
+        if name in self.elsewhere:
             raise ValueError(f"name={name!r}: a cell already has this name")
-        by_video = defaultdict(list)
-        for (_, cell, sample), record in zip(self.plan.requests(), self.records, strict=True):
-            if cell == self.plan.baseline and not sample:
-                for key in {record["video"], Path(record["video"]).name}:
-                    by_video[key].append(record)
+        requests = zip(self.plan.requests(), self.records, strict=True)
+        baseline = [record for (_, cell, sample), record in requests if cell == self.plan.baseline and not sample]
         empty = dict.fromkeys(("num_tokens", "mean_logprob", "finish_reason", "seconds", "request", "error"))
-        added = []
-        for caption in read_captions(path):
-            records = by_video.get(caption["video"]) or by_video.get(Path(caption["video"]).name, [])
-            if len(records) > 1:
-                raise ValueError(f"{path}: {caption['video']!r} may be any of {len(records)} clips of this sweep")
-            added += [record | empty | {"text": caption["text"], "status": "ok"} for record in records]
-        if not added:
-            raise ValueError(f"{path}: has none of the sweep's videos, such as {self.records[0]['video']!r}")
+        added = [
+            baseline[number] | empty | {"text": text, "status": "ok"}
+            for number, text in _match_captions(self.plan, name, path)
+        ]
         return replace(self, elsewhere={**self.elsewhere, name: added})
+
+
+def _match_captions(plan: SweepPlan, name: str, path: str | Path) -> list[tuple[int, str]]:
+    """Captions made elsewhere: of each the number of its clip in the plan, and the text."""
+    if name in plan.labels.values():
+        raise ValueError(f"name={name!r}: a cell already has this name")
+    by_video = defaultdict(list)
+    for number, source in enumerate(plan.sources):
+        video = Path(source.video).expanduser().absolute()
+        for key in {str(video), video.name}:
+            by_video[key].append(number)
+    matched = []
+    for caption in read_captions(path):
+        numbers = by_video.get(caption["video"]) or by_video.get(Path(caption["video"]).name, [])
+        if len(numbers) > 1:
+            raise ValueError(f"{path}: {caption['video']!r} may be any of {len(numbers)} clips of this sweep")
+        matched += [(number, caption["text"]) for number in numbers]
+    if not matched:
+        raise ValueError(f"{path}: has none of the sweep's videos, such as {plan.sources[0].video!r}")
+    return matched
+
+
+def check_comparison(plan: SweepPlan, measure: str, captions_elsewhere: dict[str, Any]) -> None:
+    """Check before a sweep what its cells are to be compared by, and with.
+
+    Args:
+        measure: "support", "agreement", or a column of numbers in `SweepResult.to_frame` or `describe`.
+        captions_elsewhere: names and files for `SweepResult.with_captions`.
+
+    Raises:
+        ValueError: another measure, or as in `SweepResult.with_captions`.
+        ImportError: as in `describe`.
+    """
+    import pandas as pd
+
+    from capkit.sweep.diagnostics import describe  # needs pandas, which a bare GPU machine lacks
+
+    for name, path in captions_elsewhere.items():
+        _match_captions(plan, name, path)
+    references = [source.reference for source in plan.sources if source.reference is not None]
+    example = pd.DataFrame({"text": ["x"]} | ({"reference": ["x"]} if references else {}))
+    columns = describe(example).select_dtypes("number", exclude=["boolean"])
+    measures = ["support", "agreement", "num_tokens", "mean_logprob", "seconds", *columns]
+    if measure not in measures:
+        raise ValueError(f"measure={measure!r}: must be one of {', '.join(measures)}")
 
 
 def read_captions(path: str | Path) -> list[dict[str, str]]:
@@ -127,6 +167,8 @@ def read_captions(path: str | Path) -> list[dict[str, str]]:
     Raises:
         ValueError: a file that cannot be read so, or a row without a video or a text, with its place.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"{path!r}: must be the name of a file of captions")
     rows = read_rows(Path(path).expanduser(), "captions")
     rows, _, note = choose_columns(rows, CAPTION_COLUMNS, str(path))
     captions = []
@@ -172,6 +214,7 @@ def run_sweep(
     plan = clips if isinstance(clips, SweepPlan) else plan_sweep(clips, **axes)
     for cell in plan.cells:  # refuse prompts that this tokenizer cannot take
         captioner.processor.text_ids(cell.prompt)
+    check_numbers(timeout_seconds=timeout_seconds)
     store = store if isinstance(store, CaptionStore) or store is None else CaptionStore(store)
     with nullcontext() if store is None else store.hold():
         return _run_plan(captioner, plan, store, retry_errors, timeout_seconds)
@@ -197,8 +240,11 @@ def _run_plan(
             todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
     records = {record["request"]: record for record in store.latest(dict.fromkeys(order))} if store else {}
     num_todo = sum(len(group) for group in todo.values())
-    with Progress("captions", num_todo, len(order) - num_todo) as progress:
-        for group, clip in _read_clips(todo, timeout_seconds):
+    with (
+        Progress("captions", num_todo, len(order) - num_todo) as progress,
+        closing(_read_clips(todo, timeout_seconds)) as clips_read,
+    ):
+        for group, clip in clips_read:
             seen = clip if isinstance(clip, Clip) else None
             for settings, outcome in _caption_group(captioner, clip, group):
                 records[settings["request"]] = record = new_record(settings, outcome, seen)
@@ -212,7 +258,7 @@ def _run_plan(
 
 def _read_clips(
     todo: dict[tuple[Source, FrameSampling], list[Request]], timeout_seconds: float | None
-) -> Iterator[tuple[list[Request], Clip | Exception]]:
+) -> Generator[tuple[list[Request], Clip | Exception]]:
     """The requests for each clip and frame sampling, with its frames, or the error in reading it; files read ahead."""
     from_files = []
     for (source, sampling), group in todo.items():
@@ -220,9 +266,9 @@ def _read_clips(
             yield group, source.clip
         else:
             from_files.append(group)
-    clips = read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2)
-    for group, (_, clip) in zip(from_files, clips, strict=True):
-        yield group, clip
+    with closing(read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2)) as clips:
+        for group, (_, clip) in zip(from_files, clips, strict=True):
+            yield group, clip
 
 
 def _caption_group(

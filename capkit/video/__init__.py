@@ -3,7 +3,15 @@
 from capkit.video.clip import Clip, ClipReader, ReaderHung, ReaderLost, load_clip, memory_budget
 from capkit.video.container import VideoError
 from capkit.video.pictures import VideoInfo
-from capkit.video.sampling import STRATEGIES, FrameSampling, FrameSamplingLike, check_window, finite_float
+from capkit.video.sampling import (
+    STRATEGIES,
+    FrameSampling,
+    FrameSamplingLike,
+    at_least_one,
+    check_window,
+    finite_float,
+    positive,
+)
 from capkit.video.worker import WorkerProcess
 
 __all__ = [
@@ -17,8 +25,10 @@ __all__ = [
     "VideoError",
     "VideoInfo",
     "WorkerProcess",
+    "at_least_one",
     "check_window",
     "finite_float",
     "load_clip",
     "memory_budget",
+    "positive",
 ]

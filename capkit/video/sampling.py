@@ -29,7 +29,7 @@ def chat_indices(timestamps_seconds: ArrayLike, num_frames: int = 24) -> list[in
         ValueError: no times, times that are not finite, or `num_frames` below 1.
     """
     times = _times(timestamps_seconds).astype(np.float32)
-    seconds = range(min(round(float(times.max())) + 1, _at_least_one("num_frames", num_frames)))
+    seconds = range(min(round(float(times.max())) + 1, at_least_one("num_frames", num_frames)))
     return [int(np.abs(times - np.float32(second)).argmin()) for second in seconds]
 
 
@@ -42,8 +42,8 @@ def base_indices(num_video_frames: int, average_fps: float, num_frames: int = 24
         ValueError: no frames, `num_frames` below 1, or a frame rate that is not positive and finite.
     """
     first_minute = int(BASE_SECONDS * positive("average_fps", average_fps)) or 1  # at least the first frame
-    last = min(_at_least_one("num_video_frames", num_video_frames), first_minute) - 1
-    return np.linspace(0, last, _at_least_one("num_frames", num_frames), dtype=int).tolist()
+    last = min(at_least_one("num_video_frames", num_video_frames), first_minute) - 1
+    return np.linspace(0, last, at_least_one("num_frames", num_frames), dtype=int).tolist()
 
 
 def uniform_indices(timestamps_seconds: ArrayLike, num_frames: int = 24) -> list[int]:
@@ -55,7 +55,7 @@ def uniform_indices(timestamps_seconds: ArrayLike, num_frames: int = 24) -> list
         ValueError: as `chat_indices`.
     """
     times = _times(timestamps_seconds)
-    if len(times) <= _at_least_one("num_frames", num_frames):
+    if len(times) <= at_least_one("num_frames", num_frames):
         return list(range(len(times)))
     return sorted({int(np.abs(times - time).argmin()) for time in np.linspace(times.min(), times.max(), num_frames)})
 
@@ -70,7 +70,7 @@ def fps_indices(timestamps_seconds: ArrayLike, frames_per_second: float, num_fra
     """
     times = _times(timestamps_seconds)
     rate = min(positive("frames_per_second", frames_per_second), MAX_RATE)
-    limit = _at_least_one("num_frames", num_frames)
+    limit = at_least_one("num_frames", num_frames)
     indices: list[int] = []
     tick, last = 0, times.max() + 1e-6  # a rounding error must not exclude the tick of the last frame
     while len(indices) < limit and tick / rate <= last:
@@ -113,7 +113,7 @@ class FrameSampling:
             raise ValueError(f"unknown frame sampling {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
         if self.decoder not in DECODERS:
             raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
-        object.__setattr__(self, "num_frames", _at_least_one("num_frames", self.num_frames))
+        object.__setattr__(self, "num_frames", at_least_one("num_frames", self.num_frames))
         if self.num_frames > MAX_NUM_FRAMES:
             raise ValueError(f"num_frames must be at most {MAX_NUM_FRAMES}; got {self.num_frames}")
         if self.strategy == "fps":
@@ -194,7 +194,7 @@ def positive(name: str, value: Any) -> float:
     return number
 
 
-def _at_least_one(name: str, value: Any) -> int:
+def at_least_one(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
     return int(value)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ MAIN = (
 class WorkerProcess:
     """A process that calls one function. It starts with the first call, and again after a call that ended it.
 
-    Not thread-safe. A worker whose parent is killed ends too.
+    Not thread-safe, but for `close`. A worker whose parent is killed ends too. Ctrl-C in a terminal reaches the parent
+    only, which closes its workers: a clip that is being read then is not to blame.
 
     Args:
         module, function: names of the function; its arguments and results are pickled.
@@ -40,6 +42,7 @@ class WorkerProcess:
     def __init__(self, module: str, function: str, memory_bytes: int | None = None) -> None:
         self._task = (module, function, memory_bytes)
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock, self._is_closed = threading.Lock(), False
 
     def __enter__(self) -> "Self":
         return self
@@ -60,13 +63,12 @@ class WorkerProcess:
             TimeoutError: it took longer than this, including the start of the process, which was killed.
             ChildProcessError: the process died, for example of another exception; the message has the exit code or
                 signal, and the end of stderr.
+            CancelledError: the worker was closed, also if that happens meanwhile.
         """
         process = self._process
         if process is None or process.poll() is not None:
             process = self._start()
         assert process.stdin and process.stdout  # both are pipes
-        self._stderr.seek(0)  # moves the worker's position too, which is shared
-        self._stderr.truncate()
         expired = threading.Event()
 
         def expire() -> None:
@@ -78,17 +80,21 @@ class WorkerProcess:
         timer.daemon = True
         timer.start()
         try:
+            self._stderr.seek(0)  # moves the worker's position too, which is shared
+            self._stderr.truncate()
             pickle.dump((arguments, timeout_seconds), process.stdin, protocol=5)
             process.stdin.flush()
             result = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError):  # ValueError: a pipe was closed meanwhile
+            if self._is_closed:
+                raise CancelledError("the worker process was closed") from None
             cause = _cause_of_death(process, self._stderr)
-            self.close()
+            self._kill()
             if expired.is_set():
                 raise TimeoutError(f"took more than {timeout_seconds:g} seconds") from None
             raise ChildProcessError(cause) from None
         except BaseException:  # interrupted: the result of this call must not be taken for that of the next
-            self.close()
+            self._kill()
             raise
         finally:
             timer.cancel()
@@ -97,28 +103,37 @@ class WorkerProcess:
         return result
 
     def close(self) -> None:
-        """Kill the process, if there is one."""
-        if self._process is not None:
+        """Kill the process for good. A call that another thread waits for ends at once, with CancelledError."""
+        self._is_closed = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
             # Leaving the with statement waits and closes the pipes, where data that was never sent is an OSError.
-            with suppress(OSError), self._process:
-                self._process.kill()
+            with suppress(OSError), process:
+                process.kill()
             self._stderr.close()
-            self._process = None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.close()
-        self._stderr = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", MAIN],  # isolated: no pickle.py from the working directory
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy starts faster
-        )
-        assert self._process.stdin
-        with suppress(OSError):  # dead already: the call reports the cause
-            pickle.dump(([os.path.abspath(entry) for entry in sys.path], *self._task), self._process.stdin)
-        return self._process
+        self._kill()
+        with self._lock:
+            if self._is_closed:
+                raise CancelledError("the worker process was closed")
+            self._stderr = tempfile.TemporaryFile()
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-I", "-c", MAIN],  # isolated: no pickle.py from the working directory
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy starts faster
+                start_new_session=True,
+            )
+        assert process.stdin
+        with suppress(OSError, ValueError):  # dead or closed already: the call reports the cause
+            pickle.dump(([os.path.abspath(entry) for entry in sys.path], *self._task), process.stdin)
+        return process
 
 
 def _cause_of_death(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:

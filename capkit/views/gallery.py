@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from capkit.files import write_page
-from capkit.runs import CaptionStore, Records
+from capkit.runs import RECORD_FIELDS, CaptionStore, Records
 from capkit.text import escape
 from capkit.views.html import MUTED, card, frames_strip
 
@@ -119,7 +119,8 @@ def write_gallery(
         else:
             chosen.append((_sort_key(value), place))
     if order_by is not None:
-        if fields and order_by not in fields:
+        fields = dict.fromkeys([*RECORD_FIELDS, *fields])
+        if order_by not in fields:
             raise ValueError(f"order_by={order_by!r}: no record has it; there are {', '.join(fields)}")
         chosen.sort(key=lambda pair: pair[0], reverse=descending)
         criteria.append(f"by {order_by}, {'largest' if descending else 'smallest'} first")

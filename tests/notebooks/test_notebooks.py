@@ -31,7 +31,7 @@ class TestForm:
             assert len(cell.source.splitlines()) <= 15
         assert not any(re.search(r"sys\.path|^!|^%pip", cell.source, re.M) for cell in code)
         sources = "\n".join(cell.source for cell in code)
-        assert sources.count("\ncheck_parameters(In)") == sources.count("\nenter_project_root()") == 1
+        assert sources.count("\ncheck_parameters(In, globals())") == sources.count("\nenter_project_root()") == 1
         titles = re.findall(r"^# .*", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
         assert len(titles) == 1 and titles[0].endswith("?")
 

@@ -607,8 +607,8 @@ class TestCommandLine:
             (2, "window_seconds=-1", (eight_clips, "--output", tmp_path / "o", "--window-seconds", "-1")),
             (2, "unknown trainer", (eight_clips, "--output", tmp_path / "o", "--trainer", "sora")),
             (2, "top_q", (eight_clips, "--output", tmp_path / "o", "--decoding", '{"top_q": 1}')),
-            (1, "no/model", (eight_clips, "--output", tmp_path / "o", "--model", "no/model/here")),
-            (1, str(tmp_path / "file"), (eight_clips, "--output", tmp_path / "file" / "o", *few)),
+            (2, "no/model", (eight_clips, "--output", tmp_path / "o", "--model", "no/model/here")),
+            (2, str(tmp_path / "file"), (eight_clips, "--output", tmp_path / "file" / "o", *few)),
         ):
             ended, printed = self.run(monkeypatch, capsys, "caption-shard", *arguments)
             assert ended == code and word in printed and "Traceback" not in printed, printed

@@ -1,0 +1,228 @@
+"""The command line: one table of exit codes, errors in one line, and Ctrl-C whatever the command is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import psutil
+import pytest
+from paths import GOLDEN, ROOT
+
+import capkit.__main__
+from capkit import CaptionStore
+from capkit.runs import DEMO_CLIPS, new_record, request_settings
+from capkit.runs.store import ModelIdentity
+
+CLIPS = sorted(map(str, DEMO_CLIPS.glob("*.mp4")))[:2]
+LONGEST_SECONDS = 10  # two on a machine with nothing else to do; a clip may take HOUR
+HOUR = "3600"
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run the command in this process; returns exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["capkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            capkit.__main__.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    settings = request_settings(ModelIdentity("", "", "", None), tmp_path / "a.mp4", "What?")
+    store.append(new_record(settings, ValueError("as was to be shown")))
+    return store
+
+
+@pytest.mark.parametrize("command", ["caption-shard", "merge", "show", "batch", "doctor"])
+def test_exit_codes_are_one_table_in_every_help(main, command):
+    code, printed = main(command, "--help")
+    assert code == 0 and capkit.__main__.EXIT_CODES in printed
+
+
+class TestShow:
+    def test_a_store_and_the_folder_that_it_is_in(self, main, store):
+        for path in (store.path, store.path.parent):
+            code, printed = main("show", path)
+            assert code == 0 and "a.mp4\n  error: as was to be shown" in printed
+        store.path.rename(store.path.with_name("shard-00000-of-00001.jsonl"))
+        assert main("show", store.path.parent)[0] == 0
+
+    def test_anything_else_is_an_error_of_one_line(self, main, store, tmp_path):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x20ftypisom\n" * 10)
+        (tmp_path / "manifest.jsonl").write_text('{"video": "a.mp4"}\n')
+        for name, reason in (
+            ("nowhere", "no such file or folder"),
+            ("empty", "there are no captions in this folder"),
+            ("clip.mp4", "is no caption store"),
+            ("manifest.jsonl", "there are no captions in this file"),
+        ):
+            code, printed = main("show", tmp_path / name)
+            assert code == 2 and printed.startswith(f"capkit: {tmp_path / name}: {reason}") and printed.count("\n") == 1
+        code, printed = main("show", tmp_path.parent)
+        assert code == 2 and str(store.path) in printed  # says what to give
+
+
+class TestCaptionShard:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("nowhere.mp4",), "nowhere.mp4: no such file or folder"),
+            (("nowhere.csv",), "nowhere.csv: no such file or folder"),
+            (("nowhere*.mp4",), "no videos found"),
+            ((CLIPS[0], "--output", __file__), "it is a file"),
+            ((CLIPS[0], "--output", ""), "argument --output: is empty"),
+            ((CLIPS[0], "--decoding", "{max_new_tokens: 3}"), "is not JSON, such as"),
+            ((CLIPS[0], "--decoding", "[1]"), "decoding=[1]: must be"),
+            ((CLIPS[0], "--batch-size", "0"), "batch_size must be a whole number, at least 1; got 0"),
+            ((CLIPS[0], "--timeout-seconds", "nan"), "timeout_seconds must be a positive number"),
+            ((CLIPS[0], "--trainer-num-frames", "9"), "num_frames=9: no effect without a trainer"),
+            ((CLIPS[0], "--device", "meta"), "device='meta': cannot be used on this machine"),
+            ((CLIPS[0], "--devices", "cpu,cuda:99"), "device='cuda:99': this machine has"),
+            ((CLIPS[0], "--model", ROOT / "tests" / "data"), "has no config.json"),
+        ],
+    )
+    def test_wrong_arguments_are_code_2_before_a_model_is_loaded(self, main, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        code, printed = main("caption-shard", "--output", tmp_path / "out", *arguments)
+        assert code == 2 and message in printed and "Traceback" not in printed
+        assert not list(tmp_path.glob("out/*.jsonl"))
+
+    def test_some_clips_with_errors_are_no_failure_and_only_such_clips_are_one(self, main, tmp_path):
+        (tmp_path / "bad.mp4").touch()
+        settings = ("--output", tmp_path / "out", "--model", GOLDEN, "--device", "cpu")
+        settings += ("--decoding", '{"max_new_tokens": 2}')
+        code, printed = main("caption-shard", tmp_path / "bad.mp4", *settings)
+        assert code == 1 and "1 clips, 1 with an error" in printed
+        assert main("merge", tmp_path / "out")[0] == 1
+        code, printed = main("caption-shard", tmp_path / "bad.mp4", CLIPS[0], *settings)
+        assert code == 0 and "2 clips, 1 with an error" in printed
+        assert main("merge", tmp_path / "out")[0] == 0
+
+
+def hanging_package(folder, name, how):
+    """A package to be found before the real one; importing it notes the process in `folder/hanging`, and hangs."""
+    package = folder / name
+    package.mkdir(parents=True)
+    note = f"import ctypes, hashlib, os; print(os.getpid(), file=open({str(folder / 'hanging')!r}, 'a'), flush=True)\n"
+    (package / "__init__.py").write_text(note + how)
+
+
+IN_C = "ctypes.PyDLL(None).pause()"  # with the interpreter lock held, as a library that reads videos
+COMPUTING = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # no signal ends it
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts Python in a process group of its own, with packages of `tmp_path` before others."""
+    started = []
+
+    def run(*arguments):
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        # A shell lets what it runs in the background ignore Ctrl-C, these tests too, and the command would inherit it.
+        ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, *map(str, arguments)]
+        process = subprocess.Popen(command, **pipes, env=environment, start_new_session=True, preexec_fn=ctrl_c)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_hanging(folder, number, process):
+    """Wait until so many processes hang; returns their ids."""
+    path, until = folder / "hanging", time.monotonic() + 300
+    while not path.exists() or path.read_text().count("\n") < number:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    return [*map(int, path.read_text().split())]
+
+
+def assert_is_stopped(process, pids, since):
+    printed, errors = process.communicate(timeout=60)
+    assert time.monotonic() - since < LONGEST_SECONDS
+    assert process.returncode == 130 and "capkit: stopped" in errors and "Traceback" not in printed + errors
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        assert time.monotonic() - since < LONGEST_SECONDS
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and process groups")
+class TestCtrlC:
+    @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
+    @pytest.mark.parametrize(
+        "arguments, num_hanging", [((), 1), (("--devices", "cpu,cpu"), 2), (("--window-seconds", "3"), 1)]
+    )
+    def test_caption_shard_while_a_clip_hangs(self, start, tmp_path, arguments, num_hanging, send):
+        hanging_package(tmp_path, "av", IN_C)
+        settings = ("--output", tmp_path / "out", "--timeout-seconds", HOUR, "--model", GOLDEN)
+        process = start("-m", "capkit", "caption-shard", *CLIPS, *settings, *arguments)
+        pids = wait_for_hanging(tmp_path, num_hanging, process)
+        children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        since = time.monotonic()
+        send(process.pid, signal.SIGINT)
+        assert_is_stopped(process, [*pids, *children], since)
+        assert not list((tmp_path / "out").glob("*.jsonl"))  # the clip is not to blame
+
+    @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+    def test_a_library_that_does_not_return(self, start, tmp_path, stop):
+        hanging_package(tmp_path, "filelock", COMPUTING)
+        process = start("-m", "capkit", "merge", tmp_path)
+        pids = wait_for_hanging(tmp_path, 1, process)
+        since = time.monotonic()
+        process.send_signal(stop)
+        assert_is_stopped(process, pids, since)
+
+    @pytest.mark.parametrize("command, name", [("show", "fifo"), ("merge", "shard-00000-of-00001.plan.json")])
+    def test_a_file_that_never_ends(self, start, tmp_path, command, name):
+        os.mkfifo(tmp_path / name)
+        process = start("-m", "capkit", command, tmp_path / name if command == "show" else tmp_path)
+        with open(tmp_path / name, "w"):  # returns once the command has opened it
+            time.sleep(0.2)
+            since = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert_is_stopped(process, [], since)
+
+    def test_in_python_and_notebooks(self, start, tmp_path):
+        hanging_package(tmp_path, "av", IN_C)
+        code = f"""
+import capkit, functools
+from capkit.runs import caption_clips, caption_shard, find_clips
+captioner = capkit.load_captioner({str(GOLDEN)!r}, device="cpu")
+items, folder, limit = find_clips({CLIPS!r}), {str(tmp_path / "out")!r}, {{"timeout_seconds": {HOUR}}}
+for call in (
+    lambda: capkit.load_clip(items[0].video, **limit),
+    lambda: caption_clips(captioner, items, capkit.CaptionStore(folder + "/captions.jsonl"), **limit),
+    lambda: caption_shard(lambda: captioner, items, folder, **limit),
+    lambda: capkit.run_sweep(captioner, items, **limit),
+):
+    try:
+        call()
+    except KeyboardInterrupt:
+        print("back", flush=True)
+"""
+        process, num_hanging = start("-c", code), 0
+        for num_readers in (1, 2, 2, 2):
+            num_hanging += num_readers
+            pids = wait_for_hanging(tmp_path, num_hanging, process)
+            since = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            while "back" not in process.stdout.readline():
+                assert time.monotonic() - since < LONGEST_SECONDS
+            assert time.monotonic() - since < LONGEST_SECONDS
+            assert not any(map(psutil.pid_exists, pids))
+        assert process.wait(LONGEST_SECONDS) == 0
