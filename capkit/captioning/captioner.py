@@ -21,6 +21,7 @@ from capkit.cogvlm2 import (
     CogVLM2VideoProcessor,
     Prompt,
     PromptLike,
+    fingerprint,
     loading,
     one_prompt_each,
 )
@@ -83,7 +84,7 @@ def load_captioner(
     loaded = CogVLM2VideoForConditionalGeneration.from_pretrained(
         folder, device=device, dtype=dtype, quantization=quantization
     )
-    return Captioner(loaded.eval(), processor, str(model), loading.fingerprint(folder), quantization)
+    return Captioner(loaded.eval(), processor, str(model), fingerprint(folder), quantization)
 
 
 class Captioner:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
-from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, loading
+from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, fingerprint, loading
 from capkit.runs.caption import caption_batch_into, current_records, missing, plan_clips, prepare_clip
 from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine, read_clip
@@ -113,7 +113,7 @@ def _identify(model: str, device: str, dtype: str, quantization: str | None, rev
     """The identity of a model, without loading it. To be run where the model will, because the dtype depends on it."""
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
     name = str(loading.choose_dtype(dtype, loading.choose_device(device))).removeprefix("torch.")
-    return ModelIdentity(model, loading.fingerprint(folder), name, quantization)
+    return ModelIdentity(model, fingerprint(folder), name, quantization)
 
 
 def _stream(

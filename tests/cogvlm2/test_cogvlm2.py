@@ -19,7 +19,7 @@ from capkit.cogvlm2 import (
     CogVLM2VideoConfig,
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoProcessor,
-    loading,
+    checkpoint,
     rotary_position_ids,
 )
 
@@ -149,13 +149,13 @@ def test_saving_over_the_checkpoint_that_is_loaded(golden_copy):
     again = load(golden_copy)
     assert (again.lm_head.weight == 1).all()
     assert torch.equal(again.model.vision.conv.weight, load(GOLDEN).model.vision.conv.weight)
-    assert loading.fingerprint(golden_copy) != loading.fingerprint(GOLDEN)
+    assert checkpoint.fingerprint(golden_copy) != checkpoint.fingerprint(GOLDEN)
 
 
 def test_saving_keeps_a_rotary_base_of_its_own(captioner, tmp_path):
     config = CogVLM2VideoConfig(**captioner.model.config.to_dict() | {"rope_parameters": None, "rope_theta": 1e4})
     config.save_pretrained(tmp_path)
-    assert loading.read_config(tmp_path).rope_parameters["rope_theta"] == 1e4
+    assert checkpoint.read_config(tmp_path).rope_parameters["rope_theta"] == 1e4
 
 
 def test_positions_are_the_same_in_a_batch_and_after_a_restart(model, processor, random_clip):
@@ -501,10 +501,10 @@ else:
 
 
 def test_fingerprint_tells_models_apart(golden_copy):
-    same = loading.fingerprint(golden_copy)
-    assert same == loading.fingerprint(GOLDEN)
+    same = checkpoint.fingerprint(golden_copy)
+    assert same == checkpoint.fingerprint(GOLDEN)
     rewrite_shard(golden_copy, lambda tensors: tensors["model.norm.weight"].mul_(1.001))
-    assert loading.fingerprint(golden_copy) != same
+    assert checkpoint.fingerprint(golden_copy) != same
 
 
 def test_imports_nothing_of_the_originals_relics():
