@@ -54,6 +54,6 @@ def check_fits(
     """
     if len(token_ids) > (most := tokens_that_fit(model, processor, clip, prompt)):
         raise ValueError(
-            f"the text has {len(token_ids)} tokens, and {most} fit behind these frames and this prompt: the model reads "
+            f"the text has {len(token_ids)} tokens, and {most} fit behind the frames and the prompt: the model reads "
             f"at most {model.config.max_position_embeddings} positions (max_position_embeddings); shorten the text"
         )

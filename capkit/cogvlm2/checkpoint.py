@@ -106,11 +106,18 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 
 Rule = tuple[str, Callable[[Any], bool]]
 _SIZE: Rule = (f"a whole number from 1 to {MAX_SIZE}", lambda value: _is_whole(value, 1, MAX_SIZE))
+_TOKEN: Rule = ("a token's id", lambda value: _is_whole(value, 0, MAX_SIZE))
+_END_TOKENS: Rule = (
+    "a token's id, or a list of them",
+    lambda value: bool(value) and all(map(_TOKEN[1], value)) if isinstance(value, list) else _TOKEN[1](value),
+)
 _EPSILON: Rule = ("a number from 0 to 1", lambda value: _is_number(value, 0, 1))
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), _SIZE),
     **dict.fromkeys(("num_attention_heads", "num_multi_query_heads", "max_position_embeddings"), _SIZE),
     **dict.fromkeys(("rms_norm_eps", "initializer_range"), _EPSILON),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN),
+    "eos_token_id": _END_TOKENS,
     "rope_theta": ("a number from 1 to 1e12", lambda value: _is_number(value, 1, 1e12)),
     "template_version": ("a text", lambda value: isinstance(value, str)),
     "hidden_act": ("'silu'", lambda value: value == "silu"),
@@ -141,29 +148,31 @@ def read_config(folder: Path) -> CogVLM2VideoConfig:
     if not isinstance(vision, dict) or "num_multi_query_heads" not in content:
         kind = content.get("architectures")
         raise CheckpointError(folder, f"config.json describes another kind of model ({kind!r:.100}), not CogVLM2-Video")
-    fields = _checked(folder, content, _RULES)
-    vision = _checked(folder, vision, _VISION_RULES, "vision_config.")
-    ids = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
-    if os.path.lexists(folder / "generation_config.json"):  # what generate() takes the end tokens from
-        ends = read_json(folder, "generation_config.json").get("eos_token_id")
-        ids |= {} if ends is None else {"eos_token_id": ends}
+    fields = _checked(folder, "config.json", content, _RULES)
+    vision = _checked(folder, "config.json", vision, _VISION_RULES, "vision_config.")
+    if os.path.lexists(folder / "generation_config.json"):  # what transformers takes the end tokens from
+        generation = read_json(folder, "generation_config.json")
+        if generation.get("eos_token_id") is not None:
+            fields |= _checked(folder, "generation_config.json", generation, {"eos_token_id": _END_TOKENS})
     try:
-        config = CogVLM2VideoConfig(**fields, **ids, vision_config=vision)
-    except Exception as error:  # the types of the token ids, which transformers checks
+        config = CogVLM2VideoConfig(**fields, vision_config=vision)
+    except Exception as error:  # whatever transformers does not like
         raise CheckpointError(folder, f"config.json holds an invalid value: {error}") from error
     if problem := _contradiction(config):
         raise CheckpointError(folder, f"config.json holds an invalid value: {problem}")
     return config
 
 
-def _checked(folder: Path, content: dict[str, Any], rules: dict[str, Rule], prefix: str = "") -> dict[str, Any]:
-    """The fields that have rules."""
+def _checked(
+    folder: Path, file: str, content: dict[str, Any], rules: dict[str, Rule], prefix: str = ""
+) -> dict[str, Any]:
+    """The fields of a file's content that have rules, checked by these."""
     fields = {name: content[name] for name in rules if name in content}
     for name, value in fields.items():
         allowed, is_allowed = rules[name]
         if not is_allowed(value):
             raise CheckpointError(
-                folder, f"config.json holds an invalid value: {prefix}{name}={value!r:.100}, must be {allowed}"
+                folder, f"{file} holds an invalid value: {prefix}{name}={value!r:.100}, must be {allowed}"
             )
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -173,9 +182,9 @@ def _contradiction(config: CogVLM2VideoConfig) -> str | None:
     vision, ends = config.vision_config, config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     grid = vision.image_size // vision.patch_size
-    for name, ids in (("bos", [config.bos_token_id]), ("eos", ends), ("pad", [config.pad_token_id])):
-        if not ids or not all(_is_whole(token, 0, config.vocab_size - 1) for token in ids):
-            return f"{name}_token_id={ids!r:.100}, must be of the vocabulary's {config.vocab_size} tokens"
+    ids = [config.bos_token_id, *ends, config.pad_token_id]
+    if not all(_is_whole(token, 0, config.vocab_size - 1) for token in ids):
+        return f"tokens with the ids {ids!r:.100} (begin, end, padding) in a vocabulary of {config.vocab_size}"
     if config.pad_token_id in [config.bos_token_id, *ends]:
         return f"pad_token_id={config.pad_token_id}, must differ from bos_token_id and eos_token_id"
     for larger, smaller, whole, part in (
@@ -206,7 +215,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                         problem = "is in two files" if name in shapes else f"is of type {tensor.get_dtype()}"
                         raise CheckpointError(folder, f"tensor {name!r:.100} {problem}: fetch the checkpoint again")
                     shapes[name] = tuple(tensor.get_shape())
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             size = path.stat().st_size
             if size < 1000 and path.read_bytes().startswith(b"version"):
                 reason = "is a git-lfs pointer, not the weights: run `git lfs pull` in the folder"
