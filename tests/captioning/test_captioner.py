@@ -90,6 +90,14 @@ class TestSampling:
         together = captioner.caption_batch(clips, decoding=decoding)
         assert [c.token_ids for c in together] == [captioner.caption(c, decoding=decoding).token_ids for c in clips]
 
+    def test_a_sure_token_is_drawn_whatever_the_noise(self):
+        """Of this token, the random number in [0, 1) rounds to 1 in float32, whose noise would be minus infinity."""
+        step, token = 253, 106447
+        scores = torch.full((1, 128256), -torch.inf)
+        scores[0, token] = 20.0
+        chooser = Chooser([Decoding(temperature=0.7)], [12345])
+        assert chooser.choose(None, scores, step)[0].item() == token
+
     def test_draws_do_not_depend_on_the_length_asked_for(self, captioner, random_clip):
         short, long = (
             captioner.caption(random_clip(), decoding=Decoding(max_new_tokens=n, temperature=1.0)) for n in (5, 20)
@@ -215,6 +223,16 @@ class TestStream:
         alone = captioner.caption(random_clip(), decoding=decoding)
         assert (stream.caption.token_ids, stream.caption.logprobs) == (alone.token_ids, alone.logprobs)
         assert list(stream) == []
+
+    def test_long_captions_are_not_decoded_anew_for_each_piece(self, captioner, random_clip, monkeypatch):
+        decode, lengths = captioner.processor.decode, []
+        monkeypatch.setattr(
+            captioner.processor, "decode", lambda ids, **kw: lengths.append(len(ids)) or decode(ids, **kw)
+        )
+        stream = captioner.stream(random_clip(), decoding=Decoding(max_new_tokens=200))
+        text = "".join(stream)
+        assert text == stream.caption.text == decode(stream.caption.token_ids, skip_special_tokens=True)
+        assert sum(lengths) < 200 * 20  # all of them each time: 20,100
 
     def test_stop(self, captioner, random_clip):
         stream = captioner.stream(random_clip())
