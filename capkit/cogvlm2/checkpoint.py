@@ -180,7 +180,7 @@ def _checked(
 def _contradiction(config: CogVLM2VideoConfig) -> str | None:
     """What is wrong with a configuration whose fields are right one by one."""
     vision, ends = config.vision_config, config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = ends if isinstance(ends, list) else [ends]  # type: ignore[list-item]  # read_config refuses None
     grid = vision.image_size // vision.patch_size
     ids = [config.bos_token_id, *ends, config.pad_token_id]
     if not all(_is_whole(token, 0, config.vocab_size - 1) for token in ids):
