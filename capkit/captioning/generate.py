@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import queue
+import sys
 import threading
 import time
 import warnings
@@ -110,10 +111,12 @@ class Request:
         self, inputs: BatchFeature, streamer: BaseStreamer | None
     ) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each row, and their log probabilities."""
-        model: Any = copy.copy(self.model)  # shares its weights; annotations of generate() do not accept its class
-        # generate() would fill what GenerationConfig leaves open from the model's: only what was asked may count.
-        model.generation_config = GenerationConfig()
-        decoding, num_rows, config = self.decoding, len(self.prompts), model.config
+        decoding, num_rows, config = self.decoding, len(self.prompts), self.model.config
+        # A copy that shares the weights: generate() fills what GenerationConfig leaves open from the model's, and would
+        # compare the context length with the number of ids. Its annotations do not accept the model's class.
+        model: Any = copy.copy(self.model)
+        model.generation_config, model.config = GenerationConfig(), copy.copy(config)
+        model.config.max_position_embeddings = sys.maxsize
         prompt_length, beams = inputs["input_ids"].shape[1], decoding.num_beams > 1
         chooser = Chooser([decoding] * num_rows, self.draw_keys, prompt_length)
         cache, pixels = PreallocatedCache(config), inputs["pixel_values_videos"]

@@ -143,6 +143,7 @@ def read_config(folder: Path) -> CogVLM2VideoConfig:
     Raises:
         CheckpointError: a file is missing or damaged, or describes another kind of model.
     """
+    check_file(folder, "config.json", "has no {}: give the folder of a checkpoint")
     content = read_json(folder, "config.json")
     vision = content.get("vision_config")
     if not isinstance(vision, dict) or "num_multi_query_heads" not in content:

@@ -25,11 +25,14 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
 
     Raises:
         CheckpointError: neither a folder nor a name on the hub, or the download failed.
+        ValueError: neither a text nor a path.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ValueError(f"model={name_or_path!r}: must be a folder, or a name on the Hugging Face hub (owner/name)")
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, it takes names that are too long
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(name, "is a file: give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise CheckpointError(name, "no such folder, and not a name on the Hugging Face hub (owner/name)")
@@ -49,7 +52,7 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
     try:
         patterns = _FILES + (_WEIGHT_FILES if weights else [])
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except OSError as error:  # the base class of all these
+    except (OSError, ValueError) as error:  # the base class of all these, and names that the hub refuses
         matching = (reason for kind, reason in reasons if isinstance(error, kind))
         raise CheckpointError(name, next(matching, f"the download failed: {error}")) from error
 

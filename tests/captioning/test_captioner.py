@@ -344,7 +344,10 @@ clip = capkit.Clip.from_frames(np.zeros((2, 30, 30, 3), np.uint8))
 for settings in ({{}}, {{"num_beams": 2}}, {{"temperature": 1.0}}, {{"repetition_penalty": 1.2}}):
     captioner.caption(clip, decoding=capkit.Decoding(max_new_tokens=4, **settings))
 captioner.score(clip, "Blue.")
+captioner.model.config.max_position_embeddings = len(captioner.processor(clip)["input_ids"][0])  # of ids, not positions
+captioner.caption(clip, decoding=capkit.Decoding(max_new_tokens=4))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "warning" not in (run.stdout + run.stderr).lower() and "deprecat" not in run.stderr.lower(), run.stderr
+    assert "[transformers]" not in run.stderr, run.stderr

@@ -367,6 +367,11 @@ class TestWrongCheckpoints:
         (tmp_path / "file").touch()
         with pytest.raises(CheckpointError, match="is a file"):
             load(tmp_path / "file")
+        for name in ("x" * 5000, "a/" + "b" * 300, "a\0b"):
+            with pytest.raises(CheckpointError):
+                load(name)
+        with pytest.raises(ValueError, match="model=5: must be a folder"):
+            load(5)
 
     def test_hub_out_of_reach(self, tmp_path):
         code = (
