@@ -81,15 +81,15 @@ def show_caption(
         ValueError: the grounding is of another text, or of another number of frames than the clip has.
     """
     record = as_record(caption)
-    pieces, logprobs = [record_text(record)], None
+    pieces, logprobs, ids = [record_text(record)], None, []
+    if isinstance(caption, Caption):
+        ids = caption.token_ids[: len(caption.token_ids) - (caption.finish_reason == "eos")]  # without the end token
     if grounding is not None:
-        ids = caption.token_ids[: len(grounding.token_ids)] if isinstance(caption, Caption) else []  # no end token
         if ids != grounding.token_ids and "".join(grounding.tokens).strip() != record_text(record):
             raise ValueError("the grounding is of another text: ground the text that is shown")
         pieces, logprobs = grounding.tokens, grounding.logprobs
     elif processor is not None and isinstance(caption, Caption):
-        count = len(caption.token_ids) - (caption.finish_reason == "eos")
-        pieces, logprobs = token_texts(processor, caption.token_ids[:count]), np.array(caption.logprobs[:count])
+        pieces, logprobs = token_texts(processor, ids), np.array(caption.logprobs[: len(ids)])
     text = "".join(pieces)
     kept = t5_kept(text, t5_tokenizer, t5_limit)
     spans = [(0, escape(text[:kept])), (kept, escape(text[kept:]))]
