@@ -167,7 +167,7 @@ def make_captioner(
     torch.set_default_dtype(dtype)
     try:
         torch.manual_seed(seed)
-        with torch.device(device), loading.translate_oom_errors(Path("the random model"), device):
+        with torch.device(device), loading.translate_errors(Path("the random model"), device):
             model = CogVLM2VideoForConditionalGeneration(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)

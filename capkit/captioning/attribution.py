@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from capkit.captioning.caches import PreallocatedCache, crop, prefill
 from capkit.captioning.captioner import Captioner
 from capkit.captioning.choosing import chosen_logprobs
-from capkit.captioning.generate import Caption
+from capkit.captioning.context import check_fits
+from capkit.captioning.generate import Caption, TextDecoder, is_end
 from capkit.captioning.shared_prefix import SharedRow, encode_frames
 from capkit.cogvlm2 import (
     DEFAULT_PROMPT,
@@ -108,8 +110,9 @@ def ground(
     Args:
         captioner: from `load_captioner`.
         clip: the video.
-        captions: one, or several of this clip, which are scored together: `Caption`s (their tokens), texts, or caption
-            records (their texts). Texts are scored as continuations; `Caption`s and records have their own prompts.
+        captions: one, or several of this clip, which are scored together: `Caption`s (their tokens, without the end
+            token), texts, or caption records (their texts). Texts are scored as continuations; `Caption`s and records
+            have their own prompts.
         prompt: of texts, as in `Captioner.caption`.
         leave_one_out: False skips the passes with one frame grey: faster, but there is no `leaning`.
 
@@ -117,7 +120,7 @@ def ground(
         A Grounding for each caption, in order; for one caption that is not in a sequence, the Grounding itself.
 
     Raises:
-        ValueError: an empty text, or as in `Captioner.caption`.
+        ValueError: as in `Captioner.score`.
     """
     if isinstance(captions, (Caption, str, dict)):
         return _ground_all(captioner, clip, [captions], Prompt.of(prompt), leave_one_out)[0]
@@ -129,7 +132,7 @@ def _ground_all(
     captioner: Captioner, clip: Clip, captions: Sequence[Scorable], default: Prompt, leave_one_out: bool
 ) -> list[Grounding]:
     processor = captioner.processor
-    scored = [_prompt_and_tokens(processor, caption, default) for caption in captions]
+    scored = [_prompt_and_tokens(captioner, clip, caption, default) for caption in captions]
     seen = encode_frames(captioner, clip.frames)
     grey = encode_frames(captioner, np.full_like(clip.frames[:1], GREY))
     groups: dict[tuple[int, ...], list[int]] = {}  # captions with the same frame numbers, by the video's ids
@@ -147,13 +150,23 @@ def _ground_all(
 
 
 def _prompt_and_tokens(
-    processor: CogVLM2VideoProcessor, caption: Scorable, default: Prompt
+    captioner: Captioner, clip: Clip, caption: Scorable, default: Prompt
 ) -> tuple[Prompt, list[int]]:
+    """The prompt and the tokens to score; without the end token, which belongs to no word.
+
+    Raises:
+        ValueError: as in `Captioner.score`.
+    """
+    model, processor = captioner.model, captioner.processor
     if isinstance(caption, Caption):
-        return caption.prompt, caption.token_ids
-    if isinstance(caption, dict):
-        return Prompt.from_record(caption), processor.continuation_ids(caption["text"])
-    return default, processor.continuation_ids(caption)
+        prompt, ids = caption.prompt, [token for token in caption.token_ids if not is_end(token, model.config)]
+        if not ids:
+            raise ValueError(f"text={caption.text!r}: there is no text to score")
+    else:
+        prompt = Prompt.from_record(caption) if isinstance(caption, dict) else default
+        ids = processor.continuation_ids(caption["text"] if isinstance(caption, dict) else caption)
+    check_fits(model, processor, clip, prompt, ids)
+    return prompt, ids
 
 
 def mean_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> list[float]:
@@ -164,7 +177,7 @@ def mean_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> lis
         records: of a caption store or a sweep. Those of the same frames are scored together.
 
     Returns:
-        A number for each record; NaN where there is no text or the video cannot be read.
+        A number for each record; NaN where there is no text, one beyond the context length, or no readable video.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for place, record in enumerate(records):
@@ -177,8 +190,13 @@ def mean_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> lis
             clip = load_clip(video, records[places[0]]["frame_sampling"], *window)
         except VideoError:
             continue
-        groundings = _ground_all(captioner, clip, [records[place] for place in places], Prompt(), leave_one_out=False)
-        for place, grounding in zip(places, groundings, strict=True):
+        fitting = []
+        for place in places:
+            with suppress(ValueError):
+                _prompt_and_tokens(captioner, clip, records[place], Prompt())
+                fitting.append(place)
+        groundings = _ground_all(captioner, clip, [records[place] for place in fitting], Prompt(), leave_one_out=False)
+        for place, grounding in zip(fitting, groundings, strict=True):
             means[place] = grounding.total_support / len(grounding.token_ids)
     return means.tolist()
 
@@ -225,10 +243,5 @@ def _score_passes(
 
 def token_texts(processor: CogVLM2VideoProcessor, ids: Sequence[int]) -> list[str]:
     """Each token as text; a character split over several tokens belongs to the last of them."""
-    pieces, shown = [], ""
-    for count in range(1, len(ids) + 1):
-        text = processor.decode(ids[:count])
-        piece = "" if text.endswith("\ufffd") else text[len(shown) :]
-        pieces.append(piece)
-        shown += piece
-    return pieces
+    decoder = TextDecoder(processor)
+    return [decoder.add([token]) for token in ids]

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from capkit.captioning.context import check_fits, tokens_that_fit
 from capkit.captioning.decoding import Decoding, DecodingLike
 from capkit.captioning.generate import Caption, CaptionStream, Request, continuation_logprobs
 from capkit.captioning.graphs import GraphDecoder
@@ -21,6 +22,7 @@ from capkit.cogvlm2 import (
     CogVLM2VideoProcessor,
     Prompt,
     PromptLike,
+    fingerprint,
     loading,
     one_prompt_each,
 )
@@ -87,7 +89,7 @@ def load_captioner(
     loaded = CogVLM2VideoForConditionalGeneration.from_pretrained(
         folder, device=device, dtype=dtype, quantization=quantization
     )
-    return Captioner(loaded.eval(), processor, str(model), loading.fingerprint(folder), quantization)
+    return Captioner(loaded.eval(), processor, str(model), fingerprint(folder), quantization)
 
 
 class Captioner:
@@ -130,7 +132,7 @@ class Captioner:
             decoding: a `Decoding`, or a dictionary of its fields.
 
         Raises:
-            ValueError: as in `Prompt` and `Decoding`.
+            ValueError: as in `Prompt` and `Decoding`, or frames and prompt are beyond the model's context length.
         """
         return self.caption_batch([clip], prompt, decoding)[0]
 
@@ -159,21 +161,24 @@ class Captioner:
             ValueError: as in `caption`, or prompts and clips differ in number.
             torch.OutOfMemoryError: one clip alone does not fit.
         """
-        pairs = list(zip(clips, map(Prompt.of, one_prompt_each(prompts, len(clips))), strict=True))
         decoding = Decoding.of(decoding)
+        pairs = zip(clips, map(Prompt.of, one_prompt_each(prompts, len(clips))), strict=True)
+        rows = [(clip, prompt, self._limit(clip, prompt, decoding)) for clip, prompt in pairs]
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: must be at least 1, or None for all clips together")
         size, longest = batch_size or max(len(clips), 1), max(map(len, clips), default=1)
+        if decoding.num_beams > 1 and len({limit for _, _, limit in rows}) > 1:
+            size = 1
         while size > 1 and size * longest >= self._oom_frames:
             size //= 2
 
-        def run(batch: Sequence[tuple[Clip, Prompt]]) -> list[Caption]:
+        def run(batch: Sequence[tuple[Clip, Prompt, int]]) -> list[Caption]:
             return self._request(batch, decoding).run()
 
         def remember(size: int) -> None:
             self._oom_frames = min(self._oom_frames, size * longest)
 
-        return list(self.in_batches(run, pairs, size, remember))
+        return list(self.in_batches(run, rows, size, remember))
 
     def in_batches(
         self,
@@ -215,7 +220,8 @@ class Captioner:
         decoding = Decoding.of(decoding)
         if decoding.num_beams > 1:
             raise ValueError(f"num_beams={decoding.num_beams}: beam search has no text before its end; use caption()")
-        return CaptionStream(self._request([(clip, Prompt.of(prompt))], decoding))
+        prompt = Prompt.of(prompt)
+        return CaptionStream(self._request([(clip, prompt, self._limit(clip, prompt, decoding))], decoding))
 
     def score(self, clip: Clip, caption: Caption | str, prompt: PromptLike | None = None) -> Score:
         """Log probabilities of a caption's tokens under the model.
@@ -228,7 +234,7 @@ class Captioner:
                 the `Caption`'s prompt.
 
         Raises:
-            ValueError: an empty text, or as in `caption`.
+            ValueError: an empty text, one that is beyond the model's context length, or as in `caption`.
         """
         if isinstance(caption, Caption):
             token_ids, own_prompt = caption.token_ids, caption.prompt
@@ -236,9 +242,21 @@ class Captioner:
             token_ids, own_prompt = self.processor.continuation_ids(caption), Prompt()
         if prompt is not None:
             own_prompt = replace(own_prompt, text=prompt) if isinstance(prompt, str) else Prompt.of(prompt)
+        check_fits(self.model, self.processor, clip, own_prompt, token_ids)
         inputs = self.processor([clip], own_prompt).to(self.model.device)
         logprobs = continuation_logprobs(self.model, inputs, [token_ids])[0]
         return Score(token_ids, [self.processor.decode([token]) for token in token_ids], logprobs)
 
-    def _request(self, pairs: Sequence[tuple[Clip, Prompt]], decoding: Decoding) -> Request:
-        return Request(self.model, self.processor, self._graph_decoder, pairs, decoding)
+    def tokens_that_fit(self, clip: Clip, prompt: PromptLike = DEFAULT_PROMPT) -> int:
+        """New tokens that fit behind a clip and a prompt, by the model's context length (`max_position_embeddings`).
+
+        Raises:
+            ValueError: none fits, or the prompt contains the token that marks image positions.
+        """
+        return tokens_that_fit(self.model, self.processor, clip, Prompt.of(prompt))
+
+    def _limit(self, clip: Clip, prompt: Prompt, decoding: Decoding) -> int:
+        return min(decoding.max_new_tokens, self.tokens_that_fit(clip, prompt))
+
+    def _request(self, rows: Sequence[tuple[Clip, Prompt, int]], decoding: Decoding) -> Request:
+        return Request(self.model, self.processor, self._graph_decoder, rows, decoding)

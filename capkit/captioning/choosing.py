@@ -140,7 +140,7 @@ def _gumbel_noise(streams: Sequence[tuple[int, int]], step: int, like: torch.Ten
         bits *= signed(factor)
     bits ^= (bits >> 31) & (2**33 - 1)
     # Float32 is finest near 0, from where the largest noise comes.
-    uniform = ((bits >> 24) & (2**40 - 1)).float().add_(0.5).mul_(2**-40)
+    uniform = ((bits >> 24) & (2**40 - 1)).float().add_(0.5).mul_(2**-40).clamp_(max=1 - 2**-24)  # 1: noise of -inf
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 

@@ -59,10 +59,10 @@ class Decoding:
         if self.seed is not None:
             self._set_integer("seed", 0, 2**63 - 1)
         for name, allowed, is_allowed in (
-            ("temperature", "0 (greedy) or above", lambda x: x >= 0),
+            ("temperature", "from 1e-6 to 1e6, or 0 (greedy)", lambda x: x == 0 or 1e-6 <= x <= 1e6),
             ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
             ("min_p", "at least 0 and below 1", lambda x: 0 <= x < 1),
-            ("repetition_penalty", "above 0 (1.0 for none)", lambda x: x > 0),
+            ("repetition_penalty", "from 1e-6 to 1e6 (1.0 for none)", lambda x: 1e-6 <= x <= 1e6),
         ):
             number = finite_float(value := getattr(self, name))
             if number is None or not is_allowed(number):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import queue
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +41,7 @@ class Caption:
         token_ids: the new tokens, including the end token if there is one.
         logprobs: log P(token | clip, prompt, tokens before) of each, in nats, under the model itself: before
             temperature, top-k, top-p and penalties.
-        finish_reason: "eos", "length" (max_new_tokens reached) or "stopped".
+        finish_reason: "eos", "length" (max_new_tokens reached, or the model's context length) or "stopped".
         prompt, decoding: the settings.
         seconds: generation time; in a batch, the batch's time divided by its size.
     """
@@ -61,17 +64,21 @@ class Caption:
 
 
 class Request:
-    """A batch of clips and prompts to be captioned: inputs are made at once, `run` generates."""
+    """A batch of clips and prompts to be captioned: inputs are made at once, `run` generates.
+
+    Each clip and prompt comes with the limit of its new tokens: `max_new_tokens`, or fewer where fewer fit. In beam
+    search all must have the same limit, as it decides which beams are kept.
+    """
 
     def __init__(
         self,
         model: CogVLM2VideoForConditionalGeneration,
         processor: CogVLM2VideoProcessor,
         graph_decoder: GraphDecoder,
-        pairs: Sequence[tuple[Clip, Prompt]],
+        rows: Sequence[tuple[Clip, Prompt, int]],
         decoding: Decoding,
     ) -> None:
-        clips, self.prompts = zip(*pairs, strict=True)
+        clips, self.prompts, self.limits = zip(*rows, strict=True)
         self.model, self.processor, self.graph_decoder = model, processor, graph_decoder
         self.decoding = decoding
         self.inputs = processor(clips, self.prompts)
@@ -86,7 +93,8 @@ class Request:
         # The graphs serve one thread at a time; others decode without.
         if decoding.num_beams == 1 and graphs.is_useful and graphs.lock.acquire(blocking=False):
             try:
-                choosers = RowChoosers([decoding] * len(self.prompts), self.draw_keys)
+                limited = [replace(decoding, max_new_tokens=limit) for limit in self.limits]
+                choosers = RowChoosers(limited, self.draw_keys)
                 ends = partial(is_end, config=self.model.config)
                 rows, logprobs = graphs.caption(inputs, choosers, ends, self.stop, streamer)
             finally:
@@ -95,16 +103,20 @@ class Request:
             rows, logprobs = self._generate(inputs, streamer)
         seconds = (time.perf_counter() - started) / len(rows)
         return [
-            make_caption(ids, row_logprobs, prompt, decoding, seconds, self.model, self.processor)
-            for ids, row_logprobs, prompt in zip(rows, logprobs, self.prompts, strict=True)
+            make_caption(ids, row_logprobs, prompt, decoding, limit, seconds, self.model, self.processor)
+            for ids, row_logprobs, prompt, limit in zip(rows, logprobs, self.prompts, self.limits, strict=True)
         ]
 
     def _generate(
         self, inputs: BatchFeature, streamer: BaseStreamer | None
     ) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each row, and their log probabilities."""
-        model: Any = self.model  # the annotations of generate() do not accept its class
-        decoding, num_rows, config = self.decoding, len(self.prompts), model.config
+        decoding, num_rows, config = self.decoding, len(self.prompts), self.model.config
+        # A copy that shares the weights: generate() fills what GenerationConfig leaves open from the model's, and would
+        # compare the context length with the number of ids. Its annotations do not accept the model's class.
+        model: Any = copy.copy(self.model)
+        model.generation_config, model.config = GenerationConfig(), copy.copy(config)
+        model.config.max_position_embeddings = sys.maxsize
         prompt_length, beams = inputs["input_ids"].shape[1], decoding.num_beams > 1
         chooser = Chooser([decoding] * num_rows, self.draw_keys, prompt_length)
         cache, pixels = PreallocatedCache(config), inputs["pixel_values_videos"]
@@ -115,9 +127,8 @@ class Request:
             attention_mask=inputs["attention_mask"],
             past_key_values=cache,
             pixel_values_videos=pixels,
-            # A new one, so that a generation_config.json beside the weights has no effect.
             generation_config=GenerationConfig(
-                max_new_tokens=decoding.max_new_tokens,
+                max_new_tokens=max(self.limits),
                 num_beams=decoding.num_beams,
                 do_sample=False,  # the chooser samples
                 bos_token_id=config.bos_token_id,
@@ -128,7 +139,7 @@ class Request:
             stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
             streamer=streamer,
         )[:, prompt_length:].tolist()
-        rows = [until_end(row, config) for row in new_ids]
+        rows = [until_end(row[:limit], config) for row, limit in zip(new_ids, self.limits, strict=True)]
         if beams:  # rows change places between steps, so that log probabilities are computed afterwards
             return rows, continuation_logprobs(model, inputs, rows)
         return rows, torch.stack(chooser.logprobs, 1).tolist()
@@ -139,13 +150,22 @@ def make_caption(
     logprobs: list[float],
     prompt: Prompt,
     decoding: Decoding,
+    limit: int,
     seconds: float,
     model: CogVLM2VideoForConditionalGeneration,
     processor: CogVLM2VideoProcessor,
 ) -> Caption:
-    """A `Caption` from new tokens, cut after the first end token."""
-    is_full = len(ids) >= decoding.max_new_tokens
-    finish_reason = "eos" if is_end(ids[-1], model.config) else "length" if is_full else "stopped"
+    """A `Caption` from new tokens, cut after the first end token.
+
+    Warns where the model's context length ended it: `limit` was reached, which is below `max_new_tokens`.
+    """
+    finish_reason = "eos" if is_end(ids[-1], model.config) else "length" if len(ids) >= limit else "stopped"
+    if finish_reason == "length" and limit < decoding.max_new_tokens:
+        warnings.warn(  # without the caption's numbers, so that it is shown once
+            f"a caption was ended by the model's context length, {model.config.max_position_embeddings} positions "
+            f"(max_position_embeddings), before max_new_tokens={decoding.max_new_tokens}",
+            stacklevel=2,
+        )
     text = processor.decode(ids, skip_special_tokens=True)
     return Caption(text, ids, logprobs[: len(ids)], finish_reason, prompt, decoding, seconds)
 
@@ -206,6 +226,29 @@ class _TokenQueue(BaseStreamer):
         """Nothing: the thread marks the end itself, also after an error."""
 
 
+class TextDecoder:
+    """Decode tokens as they come: only the last ones are decoded anew, with those before them as context.
+
+    Args:
+        processor: the model's.
+        settings: of its `decode`.
+    """
+
+    def __init__(self, processor: CogVLM2VideoProcessor, **settings: Any) -> None:
+        self._decode = partial(processor.decode, **settings)
+        self._ids: list[int] = []
+        self._start = self._end = 0  # of the context
+
+    def add(self, ids: Sequence[int]) -> str:
+        """The text that these tokens complete; none while a character is incomplete."""
+        self._ids += ids
+        before, text = self._decode(self._ids[self._start : self._end]), self._decode(self._ids[self._start :])
+        if len(text) <= len(before) or text.endswith("\ufffd"):
+            return ""
+        self._start, self._end = self._end, len(self._ids)
+        return text[len(before) :]
+
+
 class CaptionStream:
     """A caption being generated: iterate for pieces of text, `stop()` to end it early, `caption` for the result.
 
@@ -216,8 +259,8 @@ class CaptionStream:
     def __init__(self, request: Request) -> None:
         self._request, self._tokens = request, _TokenQueue()
         self._result: dict[str, Any] = {}
-        self._token_ids: list[int] = []
-        self._shown = ""
+        self._decoder = TextDecoder(request.processor, skip_special_tokens=True)
+        self._num_shown = 0  # characters
         # The thread holds no reference to this object, so that deleting it stops the generation.
         arguments = (request, self._tokens, self._result)
         self._thread = threading.Thread(target=_generate_into, args=arguments, daemon=True)
@@ -227,20 +270,15 @@ class CaptionStream:
         return self
 
     def __next__(self) -> str:
-        processor = self._request.processor
         while (ids := self._tokens.items.get()) is not None:
-            self._token_ids += ids
-            text = processor.decode(self._token_ids, skip_special_tokens=True)
-            if len(text) > len(self._shown) and not text.endswith("\ufffd"):  # else a character is incomplete
-                return self._show(text)
+            if piece := self._decoder.add(ids):
+                self._num_shown += len(piece)
+                return piece
         self._tokens.items.put(None)  # the next call ends too
-        if len(self.caption.text) > len(self._shown):
-            return self._show(self.caption.text)
+        if rest := self.caption.text[self._num_shown :]:
+            self._num_shown += len(rest)
+            return rest
         raise StopIteration
-
-    def _show(self, text: str) -> str:
-        piece, self._shown = text[len(self._shown) :], text
-        return piece
 
     def stop(self) -> None:
         """End the generation after the current token; `caption` then contains the text so far."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -58,7 +59,7 @@ class SharedVideo:
         out, the number of branches is halved.
 
         Raises:
-            ValueError: as in `Prompt`, or the prompt contains the token that marks image positions.
+            ValueError: as in `Captioner.caption`, before any branch is decoded.
             torch.OutOfMemoryError: one branch alone does not fit.
         """
         most = MAX_BRANCHES
@@ -68,20 +69,24 @@ class SharedVideo:
             most = num_branches // 2 or 1
 
         pairs = [(Prompt.of(prompt), decoding) for prompt, decoding in branches]
+        fitting = {
+            prompt: self.captioner.tokens_that_fit(self.clip, prompt) for prompt in {prompt for prompt, _ in pairs}
+        }
         kinds = ((decoding.num_beams > 1, prompt.numbers(self.clip)) for prompt, decoding in pairs)
         for (is_beam_search, _), group in groupby(zip(kinds, pairs, strict=True), key=itemgetter(0)):
             together = [branch for _, branch in group]
             if is_beam_search:
                 yield from (self.captioner.caption(self.clip, *branch) for branch in together)
             else:
-                yield from self.captioner.in_batches(self._caption, together, most, remember)
+                run = partial(self._caption, fitting=fitting)
+                yield from self.captioner.in_batches(run, together, most, remember)
 
     @torch.inference_mode()
-    def _caption(self, branches: Sequence[Branch]) -> list[Caption]:
-        """Branches with the same frame numbers, decoded together."""
+    def _caption(self, branches: Sequence[Branch], fitting: dict[Prompt, int]) -> list[Caption]:
+        """Branches with the same frame numbers, decoded together; at most `fitting` tokens of each prompt."""
         started = time.perf_counter()
         model, processor = self.captioner.model, self.captioner.processor
-        decodings = [decoding for _, decoding in branches]
+        limits = [min(decoding.max_new_tokens, fitting[prompt]) for prompt, decoding in branches]
         video_ids = processor.video_ids(self.clip, branches[0][0])
         prompts = list(dict.fromkeys(prompt for prompt, _ in branches))
         prompt_of_branch = [prompts.index(prompt) for prompt, _ in branches]
@@ -91,6 +96,7 @@ class SharedVideo:
             texts = [*map(processor.text_ids, prompts)]
             hidden = torch.stack([states[-1] for states in row.prefill(texts)])
             prefilled = time.perf_counter()
+            decodings = [replace(branch[1], max_new_tokens=most) for branch, most in zip(branches, limits, strict=True)]
             choosers = RowChoosers(decodings, [draw_key(self.clip)] * len(branches))
             graphs = self.captioner._graph_decoder
             if graphs.is_useful and graphs.lock.acquire(blocking=False):
@@ -106,8 +112,8 @@ class SharedVideo:
         prefill_seconds = (prefilled - started) / len(branches)
         token_seconds = (time.perf_counter() - prefilled) / sum(map(len, new_ids))
         return [
-            make_caption(ids, row_logprobs, *branch, prefill_seconds + token_seconds * len(ids), model, processor)
-            for branch, ids, row_logprobs in zip(branches, new_ids, logprobs, strict=True)
+            make_caption(ids, row_logprobs, *branch, most, prefill_seconds + token_seconds * len(ids), model, processor)
+            for branch, most, ids, row_logprobs in zip(branches, limits, new_ids, logprobs, strict=True)
         ]
 
     def _video_cache(self, video_ids: list[int]) -> PreallocatedCache:

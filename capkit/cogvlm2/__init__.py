@@ -1,8 +1,9 @@
 """CogVLM2-Video as transformers knows models: configuration, model, processor."""
 
+from capkit.cogvlm2.checkpoint import CheckpointError, CheckpointNotFound, fingerprint
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig, CogVLM2VisionConfig
 from capkit.cogvlm2.linear import use_onednn
-from capkit.cogvlm2.loading import CheckpointError, CheckpointNotFound, is_out_of_memory
+from capkit.cogvlm2.loading import is_out_of_memory
 from capkit.cogvlm2.modeling import (
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoModel,
@@ -32,6 +33,7 @@ __all__ = [
     "CogVLM2VisionConfig",
     "Prompt",
     "PromptLike",
+    "fingerprint",
     "image_mask",
     "is_out_of_memory",
     "one_prompt_each",

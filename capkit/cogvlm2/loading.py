@@ -1,11 +1,9 @@
-"""Find a checkpoint, check it before its weights are read, choose device and dtype; readable errors."""
+"""Find a checkpoint, check that it fits into memory, choose device and dtype; readable errors."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,35 +11,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
-from capkit.cogvlm2.configuration import CogVLM2VideoConfig
+from capkit.cogvlm2.checkpoint import INDEX, CheckpointError, CheckpointNotFound
 
-IGNORED_TENSORS = r"self_attn\.rotary_emb\.inv_freq$"
-_FILES = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"]
-_WEIGHT_FILES = ["*.safetensors", "model.safetensors.index.json"]
-_INDEX = "model.safetensors.index.json"
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be loaded.
-
-    Attributes:
-        checkpoint: its folder or name.
-        reason: what is wrong with it, and what to do.
-    """
-
-    def __init__(self, checkpoint: str | os.PathLike, reason: str) -> None:
-        super().__init__(checkpoint, reason)
-        self.checkpoint, self.reason = str(checkpoint), reason
-
-    def __str__(self) -> str:
-        return f"{self.checkpoint}: {self.reason}"
-
-
-class CheckpointNotFound(CheckpointError):
-    """There is no checkpoint under this name: a wrong argument, not a damaged checkpoint."""
+_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+_WEIGHT_FILES = ["*.safetensors", INDEX]
 
 
 def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
@@ -50,11 +26,14 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
     Raises:
         CheckpointNotFound: neither a folder nor a name on the hub.
         CheckpointError: the download failed.
+        ValueError: neither a text nor a path.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ValueError(f"model={name_or_path!r}: must be a folder, or a name on the Hugging Face hub (owner/name)")
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, it takes names that are too long
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointNotFound(name, "is a file: give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise CheckpointNotFound(name, "no such folder, and not a name on the Hugging Face hub (owner/name)")
@@ -74,116 +53,11 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
     try:
         patterns = _FILES + (_WEIGHT_FILES if weights else [])
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except OSError as error:  # the base class of all these
+    except (OSError, ValueError) as error:  # the base class of all these, and names that the hub refuses
         matching = (reason for kind, reason in reasons if isinstance(error, kind))
         is_unknown = isinstance(error, (errors.RevisionNotFoundError, errors.RepositoryNotFoundError))
         kind_of_error = CheckpointNotFound if is_unknown else CheckpointError
         raise kind_of_error(name, next(matching, f"the download failed: {error}")) from error
-
-
-def read_config(folder: Path) -> CogVLM2VideoConfig:
-    """Read a checkpoint's `config.json`.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or describes another kind of model.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointNotFound(folder, "has no config.json: give the folder of a checkpoint")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(folder, f"config.json is damaged ({error}): fetch it again") from error
-    if not isinstance(config, dict) or "vision_config" not in config or "num_multi_query_heads" not in config:
-        kind = config.get("architectures") if isinstance(config, dict) else None
-        raise CheckpointError(folder, f"config.json describes another kind of model ({kind}), not CogVLM2-Video")
-    config.pop("auto_map", None)  # names of remote code, which is never run
-    try:
-        return CogVLM2VideoConfig(**config)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(folder, f"config.json holds an invalid value: {error}") from error
-
-
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, from the headers of the safetensors files.
-
-    Raises:
-        CheckpointError: weights missing, cut short, or not safetensors.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
-        if not path.is_file():
-            raise CheckpointError(folder, f"{path.name} is missing, though {_INDEX} names it: fetch it again")
-        try:
-            with safe_open(path, framework="pt") as shard:
-                shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}
-        except (SafetensorError, OSError) as error:
-            if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version"):
-                reason = "is a git-lfs pointer, not the weights: run `git lfs pull` in the folder"
-            else:
-                reason = f"is cut short or damaged ({path.stat().st_size} bytes; {error}): fetch it again"
-            raise CheckpointError(folder, f"{path.name} {reason}") from error
-    return shapes
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").is_file():  # preferred to an index, as in transformers
-        return [folder / "model.safetensors"]
-    if not (folder / _INDEX).is_file():
-        raise CheckpointError(folder, f"has no weights: neither {_INDEX} nor model.safetensors is there")
-    try:
-        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(folder, f"{_INDEX} is damaged ({error!r}): fetch it again") from error
-    return [folder / name for name in sorted(names)]
-
-
-def check_shapes(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Check that a checkpoint holds exactly the expected tensors, in their shapes.
-
-    Raises:
-        CheckpointError: naming the first tensors that are missing, unexpected or of another shape.
-    """
-    shapes = read_shapes(folder)
-    unexpected = [name for name in shapes if name not in expected and not re.search(IGNORED_TENSORS, name)]
-    if any("vision_expert" in name for name in unexpected):
-        reason = "is the image model's checkpoint (it has vision experts); capkit runs the video and caption models"
-        raise CheckpointError(folder, f"{reason}, such as THUDM/cogvlm2-llama3-caption")
-    misshapen = [
-        f"{name} (is {list(shapes[name])}, should be {list(shape)})"
-        for name, shape in expected.items()
-        if shapes.get(name, shape) != shape
-    ]
-    missing = [name for name in expected if name not in shapes]
-    problems = [
-        f"{len(names)} tensors {kind}: {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(folder, f"the weights do not fit config.json: {'; '.join(problems)}")
-
-
-def fingerprint(folder: Path) -> str:
-    """Digest of a model, 16 hexadecimal digits; the folder's name is not part of it.
-
-    Covers config.json, tokenizer.json and the first 64 KiB of every tensor: any retraining changes them, and reading
-    all 25 GB would take longer than captioning a clip.
-    """
-    digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        digest.update((folder / name).read_bytes())
-    for path in _weight_files(folder):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            start = file.tell()
-            for name, tensor in sorted(header.items()):
-                if name != "__metadata__":
-                    digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
-                    first, end = tensor["data_offsets"]
-                    file.seek(start + first)
-                    digest.update(file.read(min(end - first, 65536)))
-    return digest.hexdigest()[:16]
 
 
 def check_memory(
@@ -223,15 +97,30 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def translate_oom_errors(folder: Path, device: torch.device) -> Iterator[None]:
-    """Context in which running out of memory is raised as a `CheckpointError`."""
+def translate_errors(folder: Path, device: torch.device) -> Iterator[None]:
+    """Context in which what libraries raise about a checkpoint, or about memory, becomes a `CheckpointError`."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = f"not enough memory on {device}: free memory, choose another device, or set quantization"
+    except (RuntimeError, MemoryError, OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = f"cannot be loaded ({type(error).__name__}: {str(error)[:500]})"
+        if is_out_of_memory(error):
+            reason = f"not enough memory on {device}: free memory, choose another device, or set quantization"
         raise CheckpointError(folder, reason) from error
+
+
+def check_finite(folder: Path, model: torch.nn.Module) -> None:
+    """Check that no weight is NaN or infinite: captions would be nonsense.
+
+    Raises:
+        CheckpointError: naming the first tensor with such weights.
+    """
+    totals = {
+        name: tensor.sum(dtype=torch.float32) for name, tensor in model.named_parameters() if tensor.is_floating_point()
+    }
+    finite = torch.stack([*totals.values()]).isfinite().tolist()  # one copy from the device
+    if not all(finite):
+        name = [*totals][finite.index(False)]
+        raise CheckpointError(folder, f"tensor {name} has values that are NaN or infinite: fetch the weights again")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils import is_accelerate_available
 
-from capkit.cogvlm2 import loading
+from capkit.cogvlm2 import checkpoint, loading
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig
 from capkit.cogvlm2.linear import use_onednn
 from capkit.cogvlm2.vision import PatchEmbedding, VisionTower
@@ -129,7 +129,7 @@ class _CogVLM2VideoPreTrainedModel(LlamaPreTrainedModel):
     _supports_flex_attn = False
     _no_split_modules = ["LlamaDecoderLayer", "VisionLayer"]
     # Computed from the configuration; the published checkpoint contains 32 copies.
-    _keys_to_ignore_on_load_unexpected = [loading.IGNORED_TENSORS]
+    _keys_to_ignore_on_load_unexpected = [checkpoint.IGNORED_TENSORS]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -322,7 +322,7 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
 
         Raises:
             CheckpointError: no such folder or name, hub not reachable, files missing or cut short, tensors that are
-                missing, unexpected or of another shape, not enough memory.
+                missing, unexpected, of another shape, NaN or infinite, not enough memory.
             ImportError: bitsandbytes or accelerate is not installed.
             ValueError: unknown device, dtype or quantization.
         """
@@ -331,18 +331,24 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
         if quantization is not None:
             kwargs["quantization_config"] = loading.quantization_config(quantization, dtype)
         folder = loading.find(pretrained_model_name_or_path, revision)
-        config = loading.read_config(folder)
-        with torch.device("meta"):
+        config = checkpoint.read_config(folder)
+        checkpoint.check_layers(folder, config)
+        with torch.device("meta"), loading.translate_errors(folder, device):  # sizes may be beyond what torch counts
             expected = cls(config).published_state_dict()
-        loading.check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+        checkpoint.check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in expected.items()})
         loading.check_memory(folder, expected, device, dtype, quantization)
         if quantization is not None or (device.type != "cpu" and is_accelerate_available()):
             kwargs["device_map"] = {"": device}
-        with loading.translate_oom_errors(folder, device):
+        # Given, so that generation_config.json is not read: its penalties and filters would change every caption.
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        kwargs = {"generation_config": GenerationConfig(**ids)} | kwargs
+        kwargs |= {"use_safetensors": True, "local_files_only": True}
+        with loading.translate_errors(folder, device):
             load: Any = super().from_pretrained  # its type omits output_loading_info
             model, info = load(folder, config=config, dtype=dtype, output_loading_info=True, **kwargs)
             if info["missing_keys"] or info["mismatched_keys"] or info["error_msgs"]:
-                raise loading.CheckpointError(folder, f"weights were not all loaded: {info}")
+                raise checkpoint.CheckpointError(folder, f"weights were not all loaded: {info}")
+            loading.check_finite(folder, model)
             return use_onednn(model if "device_map" in kwargs else model.to(device))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from capkit.cogvlm2 import loading
+from capkit.cogvlm2.checkpoint import read_config
 from capkit.cogvlm2.prompt import DEFAULT_PROMPT, Prompt, PromptLike
+from capkit.cogvlm2.tokenizer import read_tokenizer
 from capkit.video import Clip
 
 # CLIP's mean and standard deviation, as in the original's preprocessing.
@@ -88,19 +90,8 @@ class CogVLM2VideoProcessor(ProcessorMixin):
             CheckpointError: no such folder or name, or the tokenizer's files are missing or damaged.
         """
         folder = loading.find(pretrained_model_name_or_path, revision, weights=False)
-        config = loading.read_config(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise loading.CheckpointError(folder, "has no tokenizer.json: fetch it again")
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise loading.CheckpointError(
-                folder, f"the tokenizer's files are damaged ({error}): fetch them again"
-            ) from error
-        tokenizer.clean_up_tokenization_spaces = False  # transformers 5 sets it too, with a warning
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.video_token_id)
-        tokenizer.padding_side = "left"
-        return cls(tokenizer, config.vision_config.image_size, config.tokens_per_frame)
+        config = read_config(folder)
+        return cls(read_tokenizer(folder, config), config.vision_config.image_size, config.tokens_per_frame)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> Any:
         """Write the tokenizer's files; the published layout has nothing else of a processor."""

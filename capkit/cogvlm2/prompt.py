@@ -50,7 +50,10 @@ class Prompt:
         for turn in self.history if isinstance(self.history, (list, tuple)) else [self.history]:
             if not isinstance(turn, (list, tuple)) or [isinstance(part, str) for part in turn] != [True, True]:
                 raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
-        object.__setattr__(self, "history", tuple((question, answer) for question, answer in self.history))
+        # Strings of NumPy and the like become Python's.
+        object.__setattr__(self, "history", tuple((str(question), str(answer)) for question, answer in self.history))
+        for name in ("text", "template", "frame_numbers"):
+            object.__setattr__(self, name, str(getattr(self, name)))
         if self.history and self.template == "base":
             raise ValueError('history: no effect under template "base", which takes the prompt as it is')
         if self.frame_numbers == "seconds" and self.template != "chat":

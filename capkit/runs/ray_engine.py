@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
-from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, loading
+from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, fingerprint, loading
 from capkit.files import output_folder
 from capkit.runs.caption import caption_batch_into, check_numbers, current_records, missing, plan_clips, prepare_clip
 from capkit.runs.manifests import Item
@@ -117,7 +117,7 @@ def _identify(model: str, device: str, dtype: str, quantization: str | None, rev
     if quantization is not None:
         loading.quantization_config(quantization, chosen)  # raises before anything is downloaded
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
-    return ModelIdentity(model, loading.fingerprint(folder), str(chosen).removeprefix("torch."), quantization)
+    return ModelIdentity(model, fingerprint(folder), str(chosen).removeprefix("torch."), quantization)
 
 
 def _stream(

@@ -278,8 +278,15 @@ def _caption_group(
     if isinstance(clip, Exception):
         yield from ((settings, clip) for settings, *_ in group)
         return
+    remaining = []
+    for request in group:
+        try:
+            captioner.tokens_that_fit(clip, request[1])
+            remaining.append(request)
+        except ValueError as error:  # this prompt is too long for this clip; others may not be
+            yield request[0], ValueError(f"{request[0]['video']}: {error}")
     # Sorted by frame numbers, so that the video is prefilled once for each kind of numbers.
-    remaining = sorted(group, key=lambda request: (request[1].template, request[1].frame_numbers))
+    remaining.sort(key=lambda request: (request[1].template, request[1].frame_numbers))
     try:
         for caption in SharedVideo(captioner, clip).caption([(prompt, decoding) for _, prompt, decoding in remaining]):
             yield remaining.pop(0)[0], caption

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,13 +81,15 @@ def show_caption(
         ValueError: the grounding is of another text, or of another number of frames than the clip has.
     """
     record = as_record(caption)
-    pieces, logprobs = [record_text(record)], None
+    pieces, logprobs, ids = [record_text(record)], None, []
+    if isinstance(caption, Caption):
+        ids = caption.token_ids[: len(caption.token_ids) - (caption.finish_reason == "eos")]  # without the end token
     if grounding is not None:
-        grounding = _without_end(grounding, caption)
+        if ids != grounding.token_ids and "".join(grounding.tokens).strip() != record_text(record):
+            raise ValueError("the grounding is of another text: ground the text that is shown")
         pieces, logprobs = grounding.tokens, grounding.logprobs
     elif processor is not None and isinstance(caption, Caption):
-        count = len(caption.token_ids) - (caption.finish_reason == "eos")
-        pieces, logprobs = token_texts(processor, caption.token_ids[:count]), np.array(caption.logprobs[:count])
+        pieces, logprobs = token_texts(processor, ids), np.array(caption.logprobs[: len(ids)])
     text = "".join(pieces)
     kept = t5_kept(text, t5_tokenizer, t5_limit)
     spans = [(0, escape(text[:kept])), (kept, escape(text[kept:]))]
@@ -135,23 +136,6 @@ def t5_kept(text: str, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LI
 
 
 # ---- tokens and words ----------------------------------------------------------------------------------------------
-
-
-def _without_end(grounding: Grounding, caption: CaptionLike) -> Grounding:
-    """A grounding without the end token of its `Caption`.
-
-    Raises:
-        ValueError: it is of another text.
-    """
-    if not isinstance(caption, Caption) or grounding.token_ids != caption.token_ids:
-        if "".join(grounding.tokens).strip() != record_text(as_record(caption)):
-            raise ValueError("the grounding is of another text: ground the text that is shown")
-        return grounding
-    if caption.finish_reason != "eos":
-        return grounding
-    names, by_frame = ("token_ids", "tokens", "logprobs", "grey_logprobs"), grounding.frame_logprobs
-    shorter = {name: getattr(grounding, name)[:-1] for name in names}
-    return replace(grounding, frame_logprobs=None if by_frame is None else by_frame[:, :-1], **shorter)
 
 
 def _token_spans(pieces: Sequence[str], logprobs: np.ndarray) -> list[tuple[int, str]]:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from capkit import Clip, Decoding, Prompt
+from capkit import Caption, Clip, Decoding, Prompt
 from capkit.captioning import GREY, SharedVideo, ground
 
 pytestmark = pytest.mark.golden  # caches and masks, on the oldest transformers too
@@ -73,6 +73,17 @@ def test_words_take_their_tokens_together(captioner, clip):
     assert [place for places in taken for place in places] == list(range(len(grounding.tokens)))
     assert grounding.of_words(grounding.support).sum() == pytest.approx(grounding.total_support)
     assert grounding.of_words(grounding.leaning).shape == (5, len(grounding.words))
+
+
+def test_the_end_token_belongs_to_no_word(captioner, clip):
+    prompt, end = Prompt("Why?"), captioner.model.config.eos_token_id
+    ids = captioner.processor.continuation_ids(TEXT)
+    caption = Caption(f" {TEXT}", [*ids, end], [-1.0] * (len(ids) + 1), "eos", prompt, Decoding(), 1.0)
+    grounding, plain = ground(captioner, clip, [caption, TEXT], prompt, leave_one_out=False)
+    assert grounding.token_ids == ids and grounding.words == plain.words and grounding.words[-1][0] == "3."
+    assert grounding.support == pytest.approx(plain.support, abs=4e-4)
+    with pytest.raises(ValueError, match="no text to score"):
+        ground(captioner, clip, dataclasses.replace(caption, token_ids=[end], text=""))
 
 
 def test_without_leaving_frames_out(captioner, clip):

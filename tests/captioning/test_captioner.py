@@ -90,6 +90,14 @@ class TestSampling:
         together = captioner.caption_batch(clips, decoding=decoding)
         assert [c.token_ids for c in together] == [captioner.caption(c, decoding=decoding).token_ids for c in clips]
 
+    def test_a_sure_token_is_drawn_whatever_the_noise(self):
+        """Of this token, the random number in [0, 1) rounds to 1 in float32, whose noise would be minus infinity."""
+        step, token = 253, 106447
+        scores = torch.full((1, 128256), -torch.inf)
+        scores[0, token] = 20.0
+        chooser = Chooser([Decoding(temperature=0.7)], [12345])
+        assert chooser.choose(None, scores, step)[0].item() == token
+
     def test_draws_do_not_depend_on_the_length_asked_for(self, captioner, random_clip):
         short, long = (
             captioner.caption(random_clip(), decoding=Decoding(max_new_tokens=n, temperature=1.0)) for n in (5, 20)
@@ -216,6 +224,16 @@ class TestStream:
         assert (stream.caption.token_ids, stream.caption.logprobs) == (alone.token_ids, alone.logprobs)
         assert list(stream) == []
 
+    def test_long_captions_are_not_decoded_anew_for_each_piece(self, captioner, random_clip, monkeypatch):
+        decode, lengths = captioner.processor.decode, []
+        monkeypatch.setattr(
+            captioner.processor, "decode", lambda ids, **kw: lengths.append(len(ids)) or decode(ids, **kw)
+        )
+        stream = captioner.stream(random_clip(), decoding=Decoding(max_new_tokens=200))
+        text = "".join(stream)
+        assert text == stream.caption.text == decode(stream.caption.token_ids, skip_special_tokens=True)
+        assert sum(lengths) < 200 * 20  # all of them each time: 20,100
+
     def test_stop(self, captioner, random_clip):
         stream = captioner.stream(random_clip())
         for _, piece in zip(range(3), stream, strict=False):
@@ -326,7 +344,10 @@ clip = capkit.Clip.from_frames(np.zeros((2, 30, 30, 3), np.uint8))
 for settings in ({{}}, {{"num_beams": 2}}, {{"temperature": 1.0}}, {{"repetition_penalty": 1.2}}):
     captioner.caption(clip, decoding=capkit.Decoding(max_new_tokens=4, **settings))
 captioner.score(clip, "Blue.")
+captioner.model.config.max_position_embeddings = len(captioner.processor(clip)["input_ids"][0])  # of ids, not positions
+captioner.caption(clip, decoding=capkit.Decoding(max_new_tokens=4))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "warning" not in (run.stdout + run.stderr).lower() and "deprecat" not in run.stderr.lower(), run.stderr
+    assert "[transformers]" not in run.stderr, run.stderr

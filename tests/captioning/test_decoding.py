@@ -60,6 +60,8 @@ def test_combinations_without_effect():
         {"max_new_tokens": 2.5},
         {"max_new_tokens": True},
         {"temperature": -0.1},
+        {"temperature": 1e-45},  # logits divided by it are infinite
+        {"temperature": 1e300},
         {"temperature": float("nan")},
         {"temperature": 10**400},
         {"temperature": "hot"},
@@ -68,8 +70,10 @@ def test_combinations_without_effect():
         {"temperature": 1.0, "top_k": -1},
         {"temperature": 1.0, "min_p": 1.0},
         {"temperature": 1.0, "seed": -1},
+        {"temperature": 1.0, "seed": 2**63},
         {"num_beams": 0},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-300},
         {"no_repeat_ngram_size": -2},
     ],
 )

@@ -19,7 +19,7 @@ from capkit.cogvlm2 import (
     CogVLM2VideoConfig,
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoProcessor,
-    loading,
+    checkpoint,
     rotary_position_ids,
 )
 
@@ -149,13 +149,13 @@ def test_saving_over_the_checkpoint_that_is_loaded(golden_copy):
     again = load(golden_copy)
     assert (again.lm_head.weight == 1).all()
     assert torch.equal(again.model.vision.conv.weight, load(GOLDEN).model.vision.conv.weight)
-    assert loading.fingerprint(golden_copy) != loading.fingerprint(GOLDEN)
+    assert checkpoint.fingerprint(golden_copy) != checkpoint.fingerprint(GOLDEN)
 
 
 def test_saving_keeps_a_rotary_base_of_its_own(captioner, tmp_path):
     config = CogVLM2VideoConfig(**captioner.model.config.to_dict() | {"rope_parameters": None, "rope_theta": 1e4})
     config.save_pretrained(tmp_path)
-    assert loading.read_config(tmp_path).rope_parameters["rope_theta"] == 1e4
+    assert checkpoint.read_config(tmp_path).rope_parameters["rope_theta"] == 1e4
 
 
 def test_positions_are_the_same_in_a_batch_and_after_a_restart(model, processor, random_clip):
@@ -367,6 +367,11 @@ class TestWrongCheckpoints:
         (tmp_path / "file").touch()
         with pytest.raises(CheckpointError, match="is a file"):
             load(tmp_path / "file")
+        for name in ("x" * 5000, "a/" + "b" * 300, "a\0b"):
+            with pytest.raises(CheckpointError):
+                load(name)
+        with pytest.raises(ValueError, match="model=5: must be a folder"):
+            load(5)
 
     def test_hub_out_of_reach(self, tmp_path):
         code = (
@@ -501,10 +506,50 @@ else:
 
 
 def test_fingerprint_tells_models_apart(golden_copy):
-    same = loading.fingerprint(golden_copy)
-    assert same == loading.fingerprint(GOLDEN)
+    same = checkpoint.fingerprint(golden_copy)
+    assert same == checkpoint.fingerprint(GOLDEN)
     rewrite_shard(golden_copy, lambda tensors: tensors["model.norm.weight"].mul_(1.001))
-    assert loading.fingerprint(golden_copy) != same
+    assert checkpoint.fingerprint(golden_copy) != same
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_fingerprint_covers_every_byte_of_a_small_checkpoint(golden_copy, shard):
+    path = golden_copy / f"model-0000{shard}-of-00002.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    seen = {checkpoint.fingerprint(golden_copy)}
+    for place in range(start, len(content), (len(content) - start) // 10):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        seen.add(checkpoint.fingerprint(golden_copy))
+    assert len(seen) == 1 + len(range(start, len(content), (len(content) - start) // 10))
+
+
+def test_fingerprint_covers_what_captions_depend_on_and_nothing_else(golden_copy):
+    seen = [checkpoint.fingerprint(golden_copy)]
+    for name, content in (
+        ("README.md", "Trained anew."),
+        ("preprocessor_config.json", '{"size": 5}'),
+        ("generation_config.json", '{"eos_token_id": 381, "repetition_penalty": 3.0}'),  # the end token as before
+    ):
+        (golden_copy / name).write_text(content)
+        assert checkpoint.fingerprint(golden_copy) == seen[0]
+    (golden_copy / "generation_config.json").write_text('{"eos_token_id": [381, 7]}')
+    seen.append(checkpoint.fingerprint(golden_copy))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((golden_copy / name).read_text())
+        (golden_copy / name).write_text(json.dumps(content | {"a_new_field": 1}))
+        seen.append(checkpoint.fingerprint(golden_copy))
+    assert len(set(seen)) == 5
+
+
+def test_end_tokens_of_generation_config_end_captions(golden_copy, random_clip):
+    """As in transformers, which takes them from there."""
+    settings = {"decoding": {"max_new_tokens": 12}}
+    before = capkit.load_captioner(golden_copy, device="cpu").caption(random_clip(), **settings)
+    (golden_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [381, before.token_ids[4]]}))
+    caption = capkit.load_captioner(golden_copy, device="cpu").caption(random_clip(), **settings)
+    end = before.token_ids.index(before.token_ids[4]) + 1
+    assert (caption.token_ids, caption.finish_reason) == (before.token_ids[:end], "eos")
 
 
 def test_imports_nothing_of_the_originals_relics():

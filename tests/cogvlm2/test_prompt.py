@@ -2,11 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from capkit import Clip, Prompt
 
 HISTORY = (("What is it?", "A harbour."), ("When?", "At dawn."))
+
+
+def test_strings_of_numpy_become_pythons():
+    prompt = Prompt(np.str_("Why?"), np.str_("vqa"), [(np.str_("a"), "b")])
+    assert repr(prompt) == repr(Prompt("Why?", "vqa", [("a", "b")]))
 
 
 def test_of_takes_a_text_a_dictionary_or_itself():
