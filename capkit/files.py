@@ -81,15 +81,19 @@ def write_page(path: str | os.PathLike[str], title: str, body: str) -> Path:
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append a line of JSON to a file and wait until it is on disk.
 
-    Lone surrogates, as in file names that are not UTF-8, become escapes that JSON readers understand.
+    Lone surrogates, as in file names that are not UTF-8, become escapes that JSON readers understand. After an
+    incomplete line, which a killed process left, the new one begins on a line of its own.
 
     Raises:
         ValueError: the line contains a value that JSON cannot represent, such as NaN.
         OSError: with the path, for example when the disk is full; the file is as long as before.
     """
     content = json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab+", buffering=0) as file:
         before = file.tell()
+        if before:
+            file.seek(before - 1)
+            content = content if file.read(1) == b"\n" else b"\n" + content
         try:
             while content:
                 content = content[file.write(content) :]
@@ -100,15 +104,20 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines; none if it does not exist. Incomplete lines are skipped with a warning."""
+    """The objects in a file of JSON lines; none if it does not exist. Other lines are skipped with a warning."""
     if not path.exists():
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            fault = "not a JSON object"
             try:
-                yield json.loads(line)
+                content = json.loads(line)
             except ValueError:
-                warnings.warn(f"{path}, line {number} is not valid JSON; skipped", stacklevel=4)
+                content, fault = None, "not valid JSON"
+            if isinstance(content, dict):
+                yield content
+            else:
+                warnings.warn(f"{path}, line {number} is {fault}; skipped", stacklevel=4)
 
 
 def now() -> str:
