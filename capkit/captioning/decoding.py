@@ -160,5 +160,5 @@ _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Decoding) if f.name !
 
 
 def _refuse_unknown(settings: dict[str, Any], allowed: Iterable[str]) -> None:
-    if unknown := sorted(set(settings) - set(allowed)):
+    if unknown := sorted(map(str, set(settings) - set(allowed))):
         raise ValueError(f"unknown decoding settings {', '.join(unknown)}; known: {', '.join(sorted(allowed))}")

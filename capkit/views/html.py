@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from capkit.runs import CaptionStore
+from capkit.runs import CaptionStore, window_name
 
 # In an untrusted notebook JupyterLab removes <style> and <svg>, and currentColor and aspect-ratio from inline CSS.
 CARD = "border:1px solid #8886;border-radius:6px;padding:10px;margin:10px 0;max-width:1000px"
@@ -104,8 +104,9 @@ def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str
 
 
 def file_name(record: dict[str, Any]) -> str:
-    """The name of a record's video as HTML, isolated from the writing direction of the text around it."""
-    return f"<b><bdi>{escape(Path(record['video']).name)}</bdi></b>"
+    """The name of a record's video as HTML, isolated from the writing direction of the text around it; its window."""
+    window = window_name(record)
+    return f"<b><bdi>{escape(Path(record['video']).name)}</bdi></b>" + (window and f", {window}")
 
 
 def note(html: str) -> str:
