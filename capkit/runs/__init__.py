@@ -1,7 +1,7 @@
 """Caption many clips into a store, on one or many machines; runs resume after crashes, bad clips and full disks."""
 
 from capkit.runs.caption import caption_clips
-from capkit.runs.clip_id import clip_id, window_name
+from capkit.runs.clip_ids import clip_id, window_name
 from capkit.runs.clips import DEMO_CLIPS, Item, find_clips, read_rows
 from capkit.runs.prefetch import read_ahead
 from capkit.runs.progress import Progress, is_interactive
