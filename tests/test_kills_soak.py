@@ -1,6 +1,6 @@
 """Whatever writes files is killed at random moments, or finds no room: files are whole, and the next run completes.
 
-Shards are in `runs/test_shards_soak.py`. CAPKIT_SOAK_KILLS sets the number of kills, CAPKIT_SEED the moments.
+Shards are in `runs/test_shards_soak.py`, too. CAPKIT_SOAK_KILLS sets the number of kills, CAPKIT_SEED the moments.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ import capkit
 from capkit.export import ExportError, export_dataset
 from capkit.export.layouts import LAYOUTS
 from capkit.files import atomic_write
-from capkit.runs import Item, Shard, find_clips, merge
+from capkit.runs import Item, Shard, caption_shard, find_clips, merge
 from capkit.runs.caption import plan_clips
 from capkit.runs.shards import write_plan
 from capkit.runs.store import ModelIdentity
@@ -36,17 +37,19 @@ FEW = {"max_new_tokens": 6}
 
 
 def killed(action, after_seconds):
-    """Do something again and again in a forked process, and kill it so many seconds after its beginning."""
+    """Do something in a forked process and kill it so many seconds after its beginning; False if it was done before."""
     process = os.fork()
     if not process:
-        with contextlib.suppress(BaseException):
-            while True:
-                action()
-        os._exit(1)
+        try:
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
     time.sleep(after_seconds)
     os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status), "it ended by itself"
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "it failed"
+    return os.WIFSIGNALED(status)
 
 
 def seconds_of(action):
@@ -109,11 +112,12 @@ def test_merge_killed(tmp_path):
     seconds = seconds_of(lambda: merge(tmp_path))
     for generation in range(1, NUM_KILLS + 1):
         write_shards(tmp_path, generation)
-        killed(lambda: merge(tmp_path), random.uniform(0, 2 * seconds))
+        killed(lambda: merge(tmp_path), random.uniform(0, 1.5 * seconds))
         found = merged_generation(tmp_path)
         assert found in (generation - 1, generation)
         kept += found < generation
-        assert merge(tmp_path).problems == [] and merged_generation(tmp_path) == generation
+        seconds = seconds_of(lambda: merge(tmp_path))
+        assert merged_generation(tmp_path) == generation
     print(f"{NUM_KILLS} kills of merge: {kept} times the file was the old one, {NUM_KILLS - kept} times the new one")
 
 
@@ -168,7 +172,7 @@ def test_export_killed(tmp_path, clips):
     print(f"{NUM_KILLS} kills of export: {outcomes}; {len(left)} hidden folders left beside the root")
 
 
-# ---- sweep, notebooks, batch ---------------------------------------------------------------------------------------
+# ---- captioning ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -178,6 +182,38 @@ def videos(tmp_path):
     for number in range(8):
         encode_clip(folder / f"{number}.mp4", range(number, number + 10), fps=10)
     return folder
+
+
+def kill_forks(action, path, num_records, longest_seconds):
+    """Kill it again and again: what a store has is kept, and what it has not comes; prints how often it was killed."""
+    random, kills, before = seeded_random(), 0, []
+    for _ in range(NUM_KILLS):
+        kills += killed(action, random.uniform(0, longest_seconds))
+        lines = capkit.CaptionStore(path).lines()
+        assert lines[: len(before)] == before and len(lines) == len({line["request"] for line in lines})
+        before = lines
+    action()
+    check_whole(path, num_records)
+    print(f"{kills} kills: {len(before)} of {num_records} captions came before the last run; none is missing or double")
+    assert before, "killed before any caption came: give it longer"
+
+
+def test_sweep_killed(tmp_path, captioner, random_clip):
+    clips = [random_clip(seed=seed) for seed in range(300)]
+    decodings = [FEW, FEW | {"temperature": 1.0}]
+    plan = capkit.plan_sweep(clips, ["Why?", "Who?"], decodings, num_samples=3)
+    path = tmp_path / "sweep.jsonl"
+    kill_forks(lambda: capkit.run_sweep(captioner, plan, path), path, plan.num_captions, longest_seconds=2.5)
+
+
+def test_shard_killed(tmp_path, captioner):
+    (tmp_path / "clips").mkdir()
+    for number in range(300):
+        encode_clip(tmp_path / "clips" / f"{number}.mp4", range(number, number + 10), fps=10)
+    items, path = find_clips(tmp_path / "clips"), tmp_path / "out" / "shard-00000-of-00001.jsonl"
+    shard = partial(caption_shard, lambda: captioner, items, tmp_path / "out", decoding=FEW)
+    kill_forks(shard, path, 300, longest_seconds=6.0)
+    assert merge(tmp_path / "out").problems == [] and num_lines(tmp_path / "out" / "captions.jsonl") == 300
 
 
 def kill_again_and_again(start, lines_so_far, victims, random):
