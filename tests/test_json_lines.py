@@ -5,9 +5,7 @@ import json
 import pytest
 
 from capkit.files import append_line, read_lines
-from capkit.runs import Shard, merge
 from capkit.runs.prefetch import Quarantine
-from capkit.runs.shards import write_plan
 from capkit.video import VideoError
 
 NO_OBJECTS = ("5", '"request"', "[1]", "null", "true", "{", '{"a": NaN')
@@ -41,23 +39,3 @@ def test_a_quarantine_with_damaged_lines_keeps_the_others(tmp_path):
             quarantine = Quarantine(path)
         with pytest.raises(VideoError, match="hung"):
             quarantine.check(str(video))
-
-
-@pytest.mark.filterwarnings("ignore:.*captions.jsonl, line 1 is not")
-def test_merging_passes_over_lines_that_are_no_records(tmp_path):
-    shard = Shard()
-    ok = {"request": "r", "video": "/a.mp4", "status": "ok", "text": "A dog."}
-    settings = dict.fromkeys("model_fingerprint dtype quantization template frame_numbers history".split())
-    settings |= {"decoding": {}, "frame_sampling": {}, "request": "r", "video": "/a.mp4"}
-    from capkit import Prompt
-
-    write_plan(tmp_path, shard, [], [settings], Prompt("Why?"))
-    for line in (*NO_OBJECTS, '{"request": "r"}'):
-        (tmp_path / f"{shard.name}.jsonl").write_text(f"{line}\n{json.dumps(ok)}\n{line}\n")
-        merged = merge(tmp_path)
-        assert merged.num_ok == 1 and not merged.problems and merged.store.current() == [ok]
-    plan = tmp_path / f"{shard.name}.plan.json"
-    for content in ("{", "5", "{}", json.dumps({"written": "2026"})):
-        plan.write_text(content)
-        with pytest.raises(ValueError, match=f"{plan.name}: is damaged .* delete it and start this shard again"):
-            merge(tmp_path)

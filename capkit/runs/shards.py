@@ -268,7 +268,7 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
 
 def _plans(folder: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
     """The plans, by shard, of the run that was started last; and its problems, in words."""
-    plans = [_read_plan(path) for path in folder.glob("shard-*.plan.json")]
+    plans = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("shard-*.plan.json")]
     if not plans:
         raise ValueError(f"{folder}: holds no shards; `python -m capkit caption-shard` makes them")
     last = max(plans, key=lambda plan: plan["written"])
@@ -284,16 +284,6 @@ def _plans(folder: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
             names = [name for name in last["settings"] if plan["settings"][name] != last["settings"][name]]
             problems.append(f"settings of {shard} differ in {', '.join(names)} from those of shard {last['shard']}")
     return of_run, problems
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        if missing := {"num_shards", "items", "written", "settings", "shard", "clips"} - plan.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: is damaged ({error!r}); delete it and start this shard again") from error
-    return plan
 
 
 class _Line(NamedTuple):
@@ -317,12 +307,10 @@ def _latest_lines(paths: Iterable[Path]) -> tuple[dict[str, _Line], list[dict[st
                     record = json.loads(content) if content.endswith(b"\n") else {}
                 except ValueError:  # a partial line
                     record = {}
-                if not isinstance(record, dict):
-                    record = {}
                 if "edits" in record:
                     edits.append(record)
                 elif "request" in record:
-                    line = _Line(record.get("status") == "ok", record.get("created", ""), offset, path)
+                    line = _Line(record["status"] == "ok", record.get("created", ""), offset, path)
                     latest[record["request"]] = max(latest.get(record["request"], line), line)
                 offset += len(content)
     return latest, edits
