@@ -273,7 +273,9 @@ def _open_decoder(stream: VideoStream) -> VideoCodecContext:
     if has_8_bits and (name := DECODERS.get(codec)) in av.codecs_available:
         decoder = cast("VideoCodecContext", av.CodecContext.create(av.Codec(name, "r")))
         decoder.extradata = stream.codec_context.extradata
-    decoder.options = {"err_detect": "crccheck+bitstream+buffer" + ("+explode" if codec in EXPLODING else "")}
+    checks = "crccheck+bitstream+buffer" + ("+explode" if codec in EXPLODING else "")
+    # Unaligned: otherwise FFmpeg crops less on the left than the bitstream says, to keep its memory aligned.
+    decoder.options = {"err_detect": checks, "flags": "+unaligned"}
     if codec == "av1":
         decoder.options |= {"strict": "strict"}  # checks the padding after the symbols
     decoder.thread_type = av.codec.context.ThreadType.AUTO

@@ -263,3 +263,16 @@ def test_other_video_streams_are_told(clips, tmp_path):
     assert info.notes == ["one of 2 video streams in its file: the others are not seen"]
     assert (info.height, info.width) == (96, 128)
     assert load_clip(covered).info.notes == load_clip(plain).info.notes == []
+
+
+@pytest.mark.parametrize("name, filter", [("b-frames.mp4", "h264_metadata"), ("hevc.mp4", "hevc_metadata")])
+@pytest.mark.parametrize("left, right, top, bottom", [(16, 0, 8, 0), (2, 6, 0, 0), (34, 10, 2, 4)])
+def test_what_the_bitstream_crops(clips, tmp_path, name, filter, left, right, top, bottom):
+    """FFmpeg itself rounds the left edge to what its memory is aligned to, unless it is told not to."""
+    crop = f"{filter}=crop_left={left}:crop_right={right}:crop_top={top}:crop_bottom={bottom}"
+    code, _, log = ffmpeg("-i", clips(name), "-c", "copy", "-bsf:v", crop, tmp_path / "cropped.mp4")
+    assert code == 0, log
+    full = load_clip(clips(name), "uniform").frames
+    height, width = full.shape[1:3]
+    cropped = load_clip(tmp_path / "cropped.mp4", "uniform").frames
+    assert np.array_equal(cropped, full[:, top : height - bottom, left : width - right])
