@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capkit.runs import CaptionStore
+from capkit.runs import CaptionStore, window_name
 from capkit.text import plain_text
 
 SETTINGS = (
@@ -94,10 +94,10 @@ def _candidates(attempts: list[Chosen], choices: list[Choice]) -> list[Chosen]:
     captions = [one for one in attempts if one.record["status"] == "ok"]
     if not captions:
         return [Chosen(clip, store, {}, f"not captioned: {attempts[-1].record['error']}")]
-    entire = [one for one in captions if not _is_part(one.record)]
+    entire = [one for one in captions if not window_name(one.record)]
     if not entire:
-        windows = ", ".join(_window(one.record) for one in captions[:3])
-        reason = f"has captions of parts only ({windows}); a trainer would see the entire file"
+        windows = list(dict.fromkeys(window_name(one.record) for one in captions))
+        reason = f"has captions of parts only ({', '.join(windows[:3])}); a trainer would see the entire file"
         return [Chosen(clip, store, {}, reason)]
     newest: dict[str, Chosen] = {}  # for each combination of settings
     for one in sorted(entire, key=lambda one: ("edited_text" in one.record, _created(one))):
@@ -110,15 +110,6 @@ def _candidates(attempts: list[Chosen], choices: list[Choice]) -> list[Chosen]:
         if matching := [one for one in newest.values() if _matches(one.record, choice)]:
             return matching
     return [Chosen(clip, store, {}, f"none of its {len(newest)} captions matches choose=")]
-
-
-def _is_part(record: dict[str, Any]) -> bool:
-    return bool(record.get("start_seconds")) or record.get("end_seconds") is not None
-
-
-def _window(record: dict[str, Any]) -> str:
-    end = record.get("end_seconds")
-    return f"{record.get('start_seconds', 0):g} to {'the end' if end is None else f'{end:g}'} s"
 
 
 def _created(chosen: Chosen) -> str:

@@ -1,4 +1,7 @@
-"""Blind comparison of captions: rate pairs of the same clip without knowing what they were made with."""
+"""Blind comparison of captions: rate pairs of the same clip without knowing what they were made with.
+
+A window of a video is a clip of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ import pandas as pd
 from capkit.captioning import Decoding
 from capkit.files import append_line, read_lines
 from capkit.playground.controls import button
-from capkit.runs import CaptionStore, is_stopped
+from capkit.runs import CaptionStore, clip_id, is_stopped
 from capkit.sweep import OUTCOMES, bradley_terry
 from capkit.text import escape
 from capkit.video import FrameSampling
-from capkit.views import HTML, MUTED, frames_strip, record_text, table_html
+from capkit.views import HTML, MUTED, file_name, frames_strip, record_text, table_html
 
 Pair = tuple[str, str, str]
-"""A clip and the names of the two variants."""
+"""A clip, as `clip_id` names it, and the names of the two variants."""
 
 
 def has_settings(record: dict[str, Any]) -> bool:
@@ -39,18 +42,17 @@ def variant_name(record: dict[str, Any]) -> str:
 
 
 def settings_name(record: dict[str, Any]) -> str:
-    """A record's template, frame sampling, window, frame numbers and decoding, in short."""
+    """A record's template, frame sampling, frame numbers and decoding, in short."""
     sampling = FrameSampling.of(record["frame_sampling"])
-    start, end = record.get("start_seconds") or 0.0, record.get("end_seconds")
     settings = [f"template {record['template']}", f"frames {sampling.strategy} {sampling.num_frames}"]
-    if start or end is not None:
-        settings.append(f"from {start:g} s" + (f" to {end:g} s" if end is not None else ""))
     settings += ["true seconds"] if record.get("frame_numbers") == "seconds" else []
     return " · ".join([*settings, str(Decoding.of(record["decoding"]))])
 
 
 class BlindRating(widgets.VBox):
     """Pairs of captions of the same clip, unlabelled and in random order, to rate as better, tie or worse.
+
+    Above a pair are the frames that the model saw; where they differ, each caption has its own.
 
     Args:
         store: where the captions are. Hand-edited texts replace the model's; stopped captions are left out.
@@ -73,7 +75,7 @@ class BlindRating(widgets.VBox):
                 continue
             name = variant_name(record)
             if variants is None or name in variants:
-                self.records.setdefault(record["video"], {}).setdefault(name, record)
+                self.records.setdefault(clip_id(record), {}).setdefault(name, record)
         pairs = [
             (clip, first, second)
             for clip, by_name in sorted(self.records.items())
@@ -123,15 +125,17 @@ class BlindRating(widgets.VBox):
             return
         clip, *names = self.pairs[0]
         records = [self.records[clip][name] for name in names]
+        strips = [frames_strip(self.store, record) for record in records]
+        shared = strips[0] if strips[0] == strips[1] else ""
         sides = "".join(
             '<div style="flex:1 1 300px;border:1px solid #8886;border-radius:6px;padding:8px;overflow-wrap:anywhere">'
-            f'<b>{side}</b><div dir="auto" style="white-space:pre-wrap">{escape(record_text(record))}</div></div>'
-            for side, record in zip("AB", records, strict=True)
+            f"<b>{side}</b><br>{'' if shared else strip}"
+            f'<div dir="auto" style="white-space:pre-wrap">{escape(record_text(record))}</div></div>'
+            for side, record, strip in zip("AB", records, strips, strict=True)
         )
         left = "1 pair left" if len(self.pairs) == 1 else f"{len(self.pairs)} pairs left"
         self.shown.value = (
-            f'<div style="line-height:1.45"><div style="{MUTED}"><bdi>{escape(Path(clip).name)}</bdi>, {left}</div>'
-            f"{frames_strip(self.store, records[0])}"
+            f'<div style="line-height:1.45"><div style="{MUTED}">{file_name(records[0])}; {left}</div>{shared}'
             f'<div style="display:flex;flex-wrap:wrap;gap:10px;margin:6px 0">{sides}</div></div>'
         )
 
@@ -143,17 +147,17 @@ def _unordered(rating: dict[str, Any]) -> Pair:
 
 
 def read_ratings(path: str | Path) -> list[dict[str, Any]]:
-    """The ratings in a file, the last one of each pair; none if there is no file yet. Warns of incomplete lines.
+    """The ratings in a file, the last one of each pair; none if there is no file yet. Damaged lines give a warning.
 
     Raises:
         ValueError: an object that is no rating.
     """
     ratings: dict[Pair, dict[str, Any]] = {}
     for rating in read_lines(Path(path)):
-        try:
-            ratings[_unordered(rating)] = rating
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: no rating: {rating!r}; mend or delete the line") from error
+        names = (rating.get("clip"), rating.get("first"), rating.get("second"))
+        if not all(isinstance(name, str) for name in names) or rating.get("outcome") not in OUTCOMES:
+            raise ValueError(f"{path}: {json.dumps(rating)} is no rating; mend or delete this line")
+        ratings[_unordered(rating)] = rating
     return list(ratings.values())
 
 

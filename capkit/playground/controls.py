@@ -43,7 +43,7 @@ def decoding_controls() -> dict[str, widgets.Widget]:
         (_SLIDER, 1.0, 0.05, 1, "top_p", "sample from the most likely tokens that add up to this probability; 1: all"),
         (_INTEGER, 0, 0, 1000, "top_k", "sample from this many of the most likely tokens; 0: all"),
         (_SLIDER, 0.0, 0, 0.95, "min_p", "sample from tokens with this share of the highest probability; 0: all"),
-        (_INTEGER, 0, 0, 2**31 - 1, "seed", "of the sampling: the same seed gives the same caption"),
+        (_INTEGER, 0, 0, 2**53 - 1, "seed", "of the sampling: the same seed gives the same caption"),
         (_INTEGER, 1, 1, 16, "num_beams", "captions that beam search keeps while decoding; 1: no beam search"),
         (_SLIDER, 1.0, 1, 2, "repetition_penalty", "above 1, tokens that the caption already has become less likely"),
         (_INTEGER, 0, 0, 20, "no_repeat_ngram_size", "no sequence of this many tokens twice; 0: allowed"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
 from capkit.playground.blind import has_settings, settings_name
 from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls
-from capkit.runs import CaptionStore, new_record, request_settings
+from capkit.runs import CaptionStore, clip_id, new_record, request_settings
 from capkit.sweep import PROMPT_PRESETS
 from capkit.text import escape, plain_text
 from capkit.video import Clip, FrameSampling, VideoError, load_clip
@@ -63,7 +63,7 @@ class Playground(widgets.VBox):
     def __init__(
         self,
         captioner: Captioner,
-        clips: Sequence[str],
+        clips: Iterable[str],
         store: CaptionStore | None = None,
         output_dir: str | Path = "runs/playground",
     ) -> None:
@@ -72,7 +72,7 @@ class Playground(widgets.VBox):
         self.clip: Clip | None = None
         stored = [] if store is None else store.current()
         self._stored = [record for record in reversed(stored) if has_settings(record)]
-        self._baselines: dict[str, dict[str, Any]] = {}  # by video
+        self._baselines: dict[str, dict[str, Any]] = {}  # by clip
         self._frames: np.ndarray | None = None  # the clip's, as the model sees them
         self._lock = threading.RLock()
         self._stream: CaptionStream | None = None
@@ -197,8 +197,7 @@ class Playground(widgets.VBox):
         self._show_message("")
         try:
             if self.video.value:
-                window = (self.start_seconds.value, self.end_seconds.value or None)
-                self.clip = load_clip(self.video.value, self.frame_sampling(), *window)
+                self.clip = load_clip(self.video.value, self.frame_sampling(), *self._window())
         except (VideoError, ValueError) as error:
             self._show_message(str(error))
         if self.clip is not None:
@@ -206,6 +205,9 @@ class Playground(widgets.VBox):
             self.frame.max = len(self.clip) - 1
         self._show_frame()
         self._show_results()
+
+    def _window(self) -> tuple[float, float | None]:
+        return self.start_seconds.value, self.end_seconds.value or None
 
     @_locked
     def _show_frame(self) -> None:
@@ -308,13 +310,15 @@ class Playground(widgets.VBox):
     def _show_results(self) -> None:
         """Show the captions of the chosen clip alone, the newest first: only those can be compared."""
         video = str(Path(self.video.value).expanduser().absolute()) if self.video.value else ""
+        start, end = self._window()
+        clip = clip_id({"video": video, "start_seconds": start, "end_seconds": end})
         new = [record for record, _ in self.results]
         repeated = {record["request"] for record in new}
         records = [*new, *(record for record in self._stored if record["request"] not in repeated)]
-        records = [record for record in records if record["video"] == video]
+        records = [record for record in records if clip_id(record) == clip]
         cards = []
         if records:
-            baseline = self._baselines.setdefault(video, records[-1])
+            baseline = self._baselines.setdefault(clip, records[-1])
             cards = [self._card(record, baseline) for record in records[:MOST_CARDS]]
         if len(records) > MOST_CARDS:
             cards.append(widgets.HTML(f"{len(records) - MOST_CARDS} older ones of this clip in the store"))
@@ -339,7 +343,7 @@ class Playground(widgets.VBox):
         return widgets.VBox([shown, edit, widgets.HBox(buttons, layout={"flex_flow": "row wrap"})], layout=border)
 
     def _make_baseline(self, record: dict[str, Any]) -> None:
-        self._baselines[record["video"]] = record
+        self._baselines[clip_id(record)] = record
         self._show_results()
 
     def _edit(self, record: dict[str, Any], edit: widgets.Textarea) -> None:

@@ -2,6 +2,7 @@
 
 from capkit.files import output_folder
 from capkit.runs.caption import caption_clips, check_numbers
+from capkit.runs.clip_ids import clip_id, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
 from capkit.runs.index import Records, is_stopped
 from capkit.runs.manifests import Item, choose_columns, read_rows
@@ -18,6 +19,7 @@ from capkit.runs.store import (
     StoreBusy,
     new_record,
     request_settings,
+    sha256_if_there,
     to_frame,
 )
 from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
@@ -25,6 +27,8 @@ from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
 __all__ = [
     "caption_clips",
     "check_numbers",
+    "clip_id",
+    "window_name",
     "DEMO_CLIPS",
     "Item",
     "find_clips",
@@ -49,6 +53,7 @@ __all__ = [
     "is_stopped",
     "new_record",
     "request_settings",
+    "sha256_if_there",
     "to_frame",
     "cut_into",
     "unseen_by_trainer",

@@ -125,6 +125,16 @@ class Row(NamedTuple):
             raise ValueError(f"{self.place}, column {column}: {error}") from None
         raise ValueError(f"{self.place}, {self.error}")
 
+    def window(self) -> tuple[float, float | None] | None:
+        """Start and end in seconds; None if neither is given. ValueError with its place if they are no window."""
+        start, end = (_number(self.cells.get(name)) for name in ("start", "end"))
+        if start is None and end is None:
+            return None
+        try:
+            return _check_window(0.0 if start is None else start, end)
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from None
+
 
 def read_rows(path: Path, kind: str) -> list[Row]:
     """Read a table from a .csv, .tsv, .json (a list of objects) or .parquet file, or from JSON lines.

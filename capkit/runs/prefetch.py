@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,8 +141,13 @@ class Quarantine:
 
     def __init__(self, path: str | os.PathLike[str], also: Iterable[Path] = ()):
         self.path, self._lock = Path(path), threading.Lock()
-        lines = (line for each in {self.path, *also} for line in read_lines(each))
-        self._reasons = {(line["video"], line["size"], line["mtime_ns"]): line["reason"] for line in lines}
+        self._reasons: dict[tuple[str, int | None, int | None], str] = {}
+        for each in {self.path, *also}:
+            for line in read_lines(each):
+                try:
+                    self._reasons[line["video"], line["size"], line["mtime_ns"]] = line["reason"]
+                except (KeyError, TypeError):
+                    warnings.warn(f"{each}: {line} names no clip in quarantine; skipped", stacklevel=2)
 
     def check(self, video: str) -> None:
         """Raise `VideoError` if this clip is in quarantine."""

@@ -41,7 +41,8 @@ def compare(
         table: a row per caption.
         measure: column of numbers or booleans (their mean is a share); may have missing values.
         cell: column that identifies the cell, such as the prompt.
-        clip: column that identifies the clip.
+        clip: column that identifies the clip: "clip" of a sweep's table. Of many windows of few videos rather "video",
+            because windows of one video resemble each other.
         baseline: the value in column `cell` that the others are compared with.
         num_resamples: of the bootstrap, and of the permutation test where there are too many sign patterns for all.
         confidence: of the intervals.

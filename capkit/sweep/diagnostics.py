@@ -146,7 +146,7 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
     return described
 
 
-def describe_set(captions: pd.DataFrame, by: str | Sequence[str], clip: str = "video") -> pd.DataFrame:
+def describe_set(captions: pd.DataFrame, by: str | Sequence[str], clip: str = "clip") -> pd.DataFrame:
     """Summarise each set of captions: a row per cell, in the order in which cells first appear.
 
     Columns, after those of `by`:
@@ -186,7 +186,7 @@ def describe_set(captions: pd.DataFrame, by: str | Sequence[str], clip: str = "v
 
 
 def agreement(
-    captions: pd.DataFrame, by: str | Sequence[str] = "video", over: str | Sequence[str] | None = None
+    captions: pd.DataFrame, by: str | Sequence[str] = "clip", over: str | Sequence[str] | None = None
 ) -> pd.DataFrame:
     """Measure how far captions of one clip agree with each other: across seeds, frame samplings, prompts.
 
@@ -195,7 +195,8 @@ def agreement(
 
     Args:
         captions: `text` and the columns named below.
-        by: columns that compared captions have in common: the clip, and the prompt where it should be the same.
+        by: columns that compared captions have in common: the clip, and the prompt where it should be the same. With
+            "video", captions of other windows (`start_seconds`, `end_seconds`) are not compared either.
         over: columns that make a variant: captions with the same values count as one variant and are not compared with
             each other. None: every caption is a variant.
 
@@ -210,6 +211,7 @@ def agreement(
         ValueError: a column is missing.
     """
     by = [by] if isinstance(by, str) else list(by)
+    by += [name for name in ("start_seconds", "end_seconds") if "video" in by and name in captions]
     over = [] if over is None else [over] if isinstance(over, str) else list(over)
     require_columns(captions, ["text", *by, *over])
     content = [_content_words(text) if isinstance(text, str) else None for text in captions["text"]]

@@ -9,11 +9,13 @@ import itertools
 import math
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from capkit.captioning import Captioner, Decoding, DecodingLike, SharedVideo
@@ -58,10 +60,14 @@ class Cell:
     frame_sampling: FrameSampling
 
     def sampled(self, sample: int) -> Decoding:
-        """The decoding of a repeat: its seed is `sample` higher."""
-        if not self.decoding.samples:
+        """The decoding of a repeat. The first has the cell's seed; seeds of the others are derived from it.
+
+        Consecutive seeds would be shared by cells whose seeds differ by less than the number of repeats.
+        """
+        if not self.decoding.samples or not sample:
             return self.decoding
-        return dataclasses.replace(self.decoding, seed=(self.decoding.seed or 0) + sample)
+        derived = np.random.SeedSequence([self.decoding.seed or 0, sample]).generate_state(1, np.uint64)
+        return dataclasses.replace(self.decoding, seed=int(derived[0] >> np.uint64(11)))  # 53 bits: exact in any JSON
 
     def to_strings(self) -> dict[str, str]:
         """Each axis as short text; settings that have their default are left out."""
@@ -135,9 +141,9 @@ class SweepPlan:
         presets = {prompt: name for name, (prompt, _) in PROMPT_PRESETS.items()}
         prompts = dict.fromkeys(cell.prompt.text for cell in self.cells)
         short = {text: presets.get(text) or textwrap.shorten(text, 40, placeholder=" ...") for text in prompts}
-        names = list(short.values())
+        count = Counter(short.values())
         for number, (text, name) in enumerate(short.items(), 1):
-            if names.count(name) > 1:
+            if count[name] > 1:
                 short[text] = f"{name} ({number})"
         values = {axis: {axes[axis] for axes in strings.values()} for axis in self.baseline.to_strings()}
         varying = [axis for axis in values if len(values[axis]) > 1] or ["prompt"]
@@ -203,7 +209,7 @@ def plan_sweep(
         decodings: `Decoding`s, dictionaries of their fields, or of generate()'s arguments with `do_sample`.
         frame_samplings: `FrameSampling`s, names of strategies, or dictionaries with `strategy`, `num_frames`, ...
         templates, frame_numbers, history: fields of `Prompt`, for prompts given as texts.
-        num_samples: repeats, with consecutive seeds, where a decoding samples.
+        num_samples: repeats where a decoding samples, each with a seed of its own: see `Cell.sampled`.
         mode: "grid" crosses all axes; "one_at_a_time" changes one axis of the baseline, the first value of each.
         max_captions: larger plans are refused; raise it if you mean it.
 
@@ -213,8 +219,9 @@ def plan_sweep(
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(map(repr, MODES))}")
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples={num_samples!r}: must be a whole number of at least 1")
+    for name, number in (("num_samples", num_samples), ("max_captions", max_captions)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}={number!r}: must be a whole number of at least 1")
     axes = zip(AXES, (prompts, decodings, frame_samplings, templates, frame_numbers), strict=True)
     values = [_values(axis, given) for axis, given in axes]
     sources = tuple(map(_source, clips if isinstance(clips, (list, tuple)) else [clips]))
@@ -227,32 +234,37 @@ def plan_sweep(
             f"{num_cells} cells x {len(sources)} clips x up to {num_samples} samples are more than "
             f"max_captions={max_captions}: leave some out, or raise max_captions"
         )
-    cells: dict[Cell, None] = {}  # these two are ordered sets
-    collapsed: dict[str, None] = {}
+    cells: dict[tuple[Any, ...], Cell] = {}
+    collapsed: dict[str, None] = {}  # an ordered set
     for prompt, decoding, frame_sampling, template, numbers in _combinations(values, mode):
         has_no_effect = numbers == "seconds" and template in TEMPLATES and template != "chat"
         if not isinstance(prompt, Prompt):
             prompt = Prompt(prompt, template, history, "index" if has_no_effect else numbers)
         cell = Cell(prompt, decoding, frame_sampling)
-        if cell not in cells:
-            cells[cell] = None
-        elif has_no_effect:
+        effective = (prompt, str(decoding.to_dict()), frame_sampling)  # no seed is seed 0
+        if cells.setdefault(effective, cell) is cell:
+            continue
+        if has_no_effect:
             collapsed[f'frame_numbers="seconds" under template "{template}", which numbers no frames'] = None
         else:
             collapsed[f"{' · '.join(cell.to_strings().values())}, equivalent to another cell"] = None
-    if len({cell.prompt.history for cell in cells}) > 1:
+    if len({cell.prompt.history for cell in cells.values()}) > 1:
         raise ValueError("prompts: differ in history, which no axis shows; make a sweep for each history")
-    if num_samples > 1 and any(not cell.decoding.samples for cell in cells):
+    if num_samples > 1 and any(not cell.decoding.samples for cell in cells.values()):
         collapsed["repeats of cells that do not sample: each would be the same caption"] = None
-    if len({cell.frame_sampling for cell in cells}) > 1 and any(source.is_in_memory_only for source in sources):
+    if len({cell.frame_sampling for cell in cells.values()}) > 1 and any(
+        source.is_in_memory_only for source in sources
+    ):
         raise ValueError("frame_samplings: other frames cannot be chosen for frames in memory; give the video file")
-    return SweepPlan(sources, tuple(cells), num_samples, tuple(collapsed))
+    return SweepPlan(sources, tuple(cells.values()), num_samples, tuple(collapsed))
 
 
 def _values(axis: str, given: Any) -> list[Any]:
     """The values of an axis, checked and converted."""
     if isinstance(given, (str, dict, Prompt, Decoding, FrameSampling)):
         given = [given]
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{axis}={given!r}: must be a list")
     values = list(given)
     if not values:
         raise ValueError(f"{axis}: is empty; leave it out for the default")

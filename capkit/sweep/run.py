@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from capkit.runs import (
     Progress,
     check_numbers,
     choose_columns,
+    clip_id,
     new_record,
     read_ahead,
     read_rows,
     request_settings,
+    sha256_if_there,
     to_frame,
 )
 from capkit.sweep.plan import Source, SweepPlan, plan_sweep
@@ -30,8 +33,11 @@ from capkit.video import Clip, FrameSampling
 if TYPE_CHECKING:
     import pandas as pd
 
-CAPTION_COLUMNS = {"video": ("video", "file_name", "path"), "text": ("text",), "caption": ("caption",)}
-
+CAPTION_COLUMNS = {
+    **{"video": ("video", "file_name", "path"), "text": ("text",), "caption": ("caption",)},
+    **{"start": ("start",), "end": ("end",)},
+}
+WINDOW = ("start_seconds", "end_seconds")
 Request = tuple[dict[str, Any], Prompt, Decoding]  # settings of a record, and the nouns that they were made from
 
 
@@ -56,27 +62,31 @@ class SweepResult:
     def to_frame(self) -> pd.DataFrame:
         """One row per caption.
 
-        Columns: `cell` (its label), `cell_number`, `clip` (file name), `video` (path), the axes `prompt`, `decoding`,
-        `frame_sampling`, `template`, `frame_numbers`, `sample`; then `text`, `num_tokens`, `mean_logprob`,
-        `finish_reason`, `seconds`, `duration_seconds`, `status`, `error`, `request`, and `reference` where clips have
-        one. Captions made elsewhere have their cell's name, and no axes.
+        Columns: `cell` (its label), `cell_number`, `clip` (see `clip_id`: windows of a video are clips of their own),
+        `video` (path), `start_seconds`, `end_seconds`, the axes `prompt`, `decoding`, `frame_sampling`, `template`,
+        `frame_numbers`, `sample`; then `text`, `num_tokens`, `mean_logprob`, `finish_reason`, `seconds`,
+        `duration_seconds`, `status`, `error`, `request`, and `reference` where clips have one. Captions made elsewhere
+        have their cell's name, and no axes.
         """
+        where = ("video", *WINDOW)
         names = "text num_tokens mean_logprob finish_reason seconds duration_seconds status error".split()
         numbers = {cell: number for number, cell in enumerate(self.plan.cells)}
         axes = {cell: cell.to_strings() for cell in self.plan.cells}
         references: dict[str, str] = {}
         rows: list[dict[str, Any]] = []
         for (source, cell, sample), record in zip(self.plan.requests(), self.records, strict=True):
-            row = {"cell": self.plan.labels[cell], "cell_number": numbers[cell], "clip": Path(record["video"]).name}
-            row |= {"video": record["video"], **axes[cell], "sample": sample}
+            clip = clip_id(record)
+            row = {"cell": self.plan.labels[cell], "cell_number": numbers[cell], "clip": clip}
+            row |= {name: record[name] for name in where} | axes[cell] | {"sample": sample}
             if source.reference is not None:
-                row["reference"] = references[record["video"]] = source.reference
+                row["reference"] = references[clip] = source.reference
             rows.append(row | {name: record.get(name) for name in [*names, "request"]})
         for label, records in self.elsewhere.items():
             for record in records:
-                row = {"cell": label, "clip": Path(record["video"]).name, "video": record["video"]}
-                if record["video"] in references:
-                    row["reference"] = references[record["video"]]
+                clip = clip_id(record)
+                row = {"cell": label, "clip": clip} | {name: record[name] for name in where}
+                if clip in references:
+                    row["reference"] = references[clip]
                 rows.append(row | {name: record.get(name) for name in names})
         return to_frame(rows)
 
@@ -93,14 +103,15 @@ class SweepResult:
         Args:
             name: of the cell.
             path: a table (.csv, .tsv, .jsonl, .json, .parquet) with the columns `video`, `file_name` or `path` (a path
-                or file name), and `text` or `caption`.
+                or file name), and `text` or `caption`; and `start` and `end`, in seconds as in a manifest, where
+                several windows of a video are in this sweep.
 
         Returns:
             A new result; this one stays as it is.
 
         Raises:
-            ValueError: not such a file, a name that a cell already has, no video of this sweep in it, or a file name
-                that several of them share.
+            ValueError: not such a file, a name that a cell already has, no video of this sweep in it, or a caption that
+                may be of several of its clips.
         """
         if name in self.elsewhere:
             raise ValueError(f"name={name!r}: a cell already has this name")
@@ -118,16 +129,23 @@ def _match_captions(plan: SweepPlan, name: str, path: str | Path) -> list[tuple[
     """Captions made elsewhere: of each the number of its clip in the plan, and the text."""
     if name in plan.labels.values():
         raise ValueError(f"name={name!r}: a cell already has this name")
-    by_video = defaultdict(list)
+    by_video: defaultdict[str, dict[str, int]] = defaultdict(dict)  # then by clip
     for number, source in enumerate(plan.sources):
         video = Path(source.video).expanduser().absolute()
+        window = {"start_seconds": source.start, "end_seconds": source.end}
         for key in {str(video), video.name}:
-            by_video[key].append(number)
+            by_video[key].setdefault(clip_id({"video": str(video)} | window), number)
     matched = []
     for caption in read_captions(path):
-        numbers = by_video.get(caption["video"]) or by_video.get(Path(caption["video"]).name, [])
+        video = caption["video"] if caption["video"] in by_video else Path(caption["video"]).name
+        numbers = list(by_video.get(video, {}).values())
+        if window := [caption[name] for name in WINDOW if name in caption]:
+            numbers = [n for n in numbers if [plan.sources[n].start, plan.sources[n].end] == window]
         if len(numbers) > 1:
-            raise ValueError(f"{path}: {caption['video']!r} may be any of {len(numbers)} clips of this sweep")
+            raise ValueError(
+                f"{path}: {caption['video']!r} may be any of {len(numbers)} clips of this sweep; name it by its path, "
+                "and a window of it by start and end"
+            )
         matched += [(number, caption["text"]) for number in numbers]
     if not matched:
         raise ValueError(f"{path}: has none of the sweep's videos, such as {plan.sources[0].video!r}")
@@ -140,6 +158,8 @@ def check_comparison(plan: SweepPlan, measure: str, captions_elsewhere: dict[str
     Args:
         measure: "support", "agreement", or a column of numbers in `SweepResult.to_frame` or `describe`.
         captions_elsewhere: names and files for `SweepResult.with_captions`.
+
+    Those of rows with a `start` or an `end` also have `start_seconds` and `end_seconds`, as a record has them.
 
     Raises:
         ValueError: another measure, or as in `SweepResult.with_captions`.
@@ -159,10 +179,11 @@ def check_comparison(plan: SweepPlan, measure: str, captions_elsewhere: dict[str
         raise ValueError(f"measure={measure!r}: must be one of {', '.join(measures)}")
 
 
-def read_captions(path: str | Path) -> list[dict[str, str]]:
+def read_captions(path: str | Path) -> list[dict[str, Any]]:
     """Read captions of another tool from a table, see `capkit.runs.read_rows`: dictionaries of `video` and `text`.
 
-    The columns are those of `SweepResult.with_captions`; a warning names the others, which are ignored.
+    Those of rows with a `start` or an `end` also have `start_seconds` and `end_seconds`, as a record has them. The
+    columns are those of `SweepResult.with_captions`; a warning names the others, which are ignored.
 
     Raises:
         ValueError: a file that cannot be read so, or a row without a video or a text, with its place.
@@ -175,6 +196,8 @@ def read_captions(path: str | Path) -> list[dict[str, str]]:
     for row in rows:
         text = row.text("text" if row.cells.get("text") is not None else "caption")
         captions.append({"video": row.text("video"), "text": text})
+        if window := row.window():
+            captions[-1] |= dict(zip(WINDOW, window, strict=True))
     if note:
         warnings.warn(note, stacklevel=2)
     return captions
@@ -228,6 +251,7 @@ def _run_plan(
     timeout_seconds: float | None,
 ) -> SweepResult:
     done = store.done(retry_errors) if store else set()
+    hash_once = functools.cache(sha256_if_there)  # a clip is read once for each frame sampling
     order: list[str] = []
     todo: dict[tuple[Source, FrameSampling], list[Request]] = {}
     for source, cell, sample in plan.requests():
@@ -240,13 +264,19 @@ def _run_plan(
             todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
     records = {record["request"]: record for record in store.latest(dict.fromkeys(order))} if store else {}
     num_todo = sum(len(group) for group in todo.values())
+
+    def prepare(settings: dict[str, Any], _: Clip) -> None:
+        hash_once(settings["video"])  # while the model is busy
+
     with (
         Progress("captions", num_todo, len(order) - num_todo) as progress,
-        closing(_read_clips(todo, timeout_seconds)) as clips_read,
+        closing(_read_clips(todo, timeout_seconds, prepare)) as clips_read,
     ):
         for group, clip in clips_read:
             seen = clip if isinstance(clip, Clip) else None
             for settings, outcome in _caption_group(captioner, clip, group):
+                if seen:
+                    settings["video_sha256"] = hash_once(settings["video"])
                 records[settings["request"]] = record = new_record(settings, outcome, seen)
                 if store and seen:
                     store.save_strip(settings, seen, captioner.processor.image_size)
@@ -257,7 +287,9 @@ def _run_plan(
 
 
 def _read_clips(
-    todo: dict[tuple[Source, FrameSampling], list[Request]], timeout_seconds: float | None
+    todo: dict[tuple[Source, FrameSampling], list[Request]],
+    timeout_seconds: float | None,
+    prepare: Callable[[dict[str, Any], Clip], None],
 ) -> Generator[tuple[list[Request], Clip | Exception]]:
     """The requests for each clip and frame sampling, with its frames, or the error in reading it; files read ahead."""
     from_files = []
@@ -266,7 +298,9 @@ def _read_clips(
             yield group, source.clip
         else:
             from_files.append(group)
-    with closing(read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2)) as clips:
+    with closing(
+        read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2, prepare=prepare)
+    ) as clips:
         for group, (_, clip) in zip(from_files, clips, strict=True):
             yield group, clip
 

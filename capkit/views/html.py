@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from capkit.runs import CaptionStore
+from capkit.runs import CaptionStore, window_name
 from capkit.text import escape, without_controls
 
 if TYPE_CHECKING:
@@ -112,8 +112,9 @@ def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str
 
 
 def file_name(record: dict[str, Any]) -> str:
-    """The name of a record's video as HTML, isolated from the writing direction of the text around it."""
-    return f"<b><bdi>{escape(Path(record['video']).name)}</bdi></b>"
+    """The name of a record's video as HTML, isolated from the writing direction of the text around it; its window."""
+    window = window_name(record)
+    return f"<b><bdi>{escape(Path(record['video']).name)}</bdi></b>" + (window and f", {window}")
 
 
 def note(html: str) -> str:

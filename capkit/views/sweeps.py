@@ -78,10 +78,10 @@ def show_sweep(result: SweepResult, num_clips: int = 2, num_cells: int = 6) -> H
         mean_seconds=("seconds", "mean"),
     )
     cards = []
-    for _, rows in list(table.groupby("video", sort=False))[:num_clips]:
+    for _, rows in list(table.groupby("clip", sort=False))[:num_clips]:
         rows = rows.drop_duplicates("cell").head(num_cells)
         cards.append(compare_captions([result.all_records[place] for place in rows.index], list(rows["cell"])).html)
-    cells, clips = len(means), table["video"].nunique()
+    cells, clips = len(means), table["clip"].nunique()
     summary = f"{cells} cells, {clips} clips; below, the first {min(cells, num_cells)} cells of the first {len(cards)}"
     numbers = table_html(means.apply(pd.to_numeric), float_format="{:.3g}".format, na_rep="", border=0)
     return HTML(

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import yaml
@@ -178,6 +179,20 @@ class TestSweep:
         (tmp_path / "axes.yaml").write_text("prompts: [default, sentence]\ndecodings: [{max_new_tokens: 4}]\n")
         _, shown = run("03", tmp_path, videos=["good.mp4", "empty.mp4"], axes_file="axes.yaml", measure="num_words")
         assert "2 cells x 2 clips: 4 captions" in shown and "SweepResult(4 captions in 2 cells, 2 errors)" in shown
+
+    def test_windows_are_clips_of_their_own(self, tmp_path):
+        encode_clip(tmp_path / "long.mp4", range(60), fps=10)
+        (tmp_path / "parts.csv").write_text("video,start,end\nlong.mp4,0,2\nlong.mp4,2,4\nlong.mp4,4,\n")
+        axes = {"prompts": ["default", "sentence"], "decodings": [{"max_new_tokens": 6}], "measure": "num_words"}
+        run("03", tmp_path, videos="parts.csv", output_dir="out", **axes)
+        table = pd.read_csv(tmp_path / "out" / "captions.csv")
+        assert table["clip"].nunique() == 3 and table["agreement"].isna().all()  # each prompt has one caption of a clip
+        compared = pd.read_csv(tmp_path / "out" / "comparison.csv")
+        assert compared[["num_clips", "num_dropped"]].to_numpy().tolist() == [[3, 0]]
+        assert re.search(r"(0 to 2|2 to 4) s|4 s to the end", (tmp_path / "out" / "differences.html").read_text())
+        run("04", tmp_path, videos="parts.csv", output_dir="played")
+        records = capkit.CaptionStore(tmp_path / "played" / "captions.jsonl").current()
+        assert [(record["start_seconds"], record["end_seconds"]) for record in records] == [(0.0, 2.0)] * 2
 
     @pytest.mark.parametrize(
         "parameters, message",

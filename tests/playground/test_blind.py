@@ -1,8 +1,11 @@
 """Blind ratings: nothing on screen tells the two apart, nothing rated is lost or asked again."""
 
+import base64
 import json
+import re
 
 import pytest
+from PIL import Image
 
 from capkit import CaptionStore
 from capkit.playground import BlindRating
@@ -11,8 +14,8 @@ from capkit.playground.blind import ranking, read_ratings, variant_name
 PROMPTS = ("Describe it.", "What happens?", "Why?")
 
 
-def record(video, prompt, text):
-    return {
+def record(video, prompt, text, **fields):
+    made = {
         "request": f"{video} {prompt}",
         "video": f"/clips/{video}.mp4",
         "prompt": prompt,
@@ -24,6 +27,7 @@ def record(video, prompt, text):
         "error": None if text else "broken",
         "strip": "none.webp",
     }
+    return made | fields
 
 
 @pytest.fixture
@@ -100,11 +104,64 @@ def test_only_the_variants_asked_for(store, tmp_path):
         BlindRating(store, tmp_path / "ratings.jsonl", variants=names[:1])
 
 
-def test_damaged_ratings_are_named(tmp_path):
+def test_windows_of_a_video_are_clips_and_no_variants(tmp_path):
+    store, windows = CaptionStore(tmp_path / "captions.jsonl"), [(0.0, 2.0), (4.0, 6.0)]
+    for start, end in windows:
+        window = {"start_seconds": start, "end_seconds": end, "strip": f"{start}.webp"}
+        store.append(record("a", PROMPTS[0], f"{start} zero", request=f"0 {start}", **window))
+    with pytest.raises(ValueError, match="no clip has captions of two variants"):
+        BlindRating(store, tmp_path / "ratings.jsonl")
+    for start, end in windows:
+        window = {"start_seconds": start, "end_seconds": end, "strip": f"{start}.webp"}
+        store.append(record("a", PROMPTS[1], f"{start} one", request=f"1 {start}", **window))
+        write_strip(store, f"{start}.webp", "red" if start else "blue")
+    rating, seen = BlindRating(store, tmp_path / "ratings.jsonl"), []
+    assert len(rating.pairs) == 2 and len({clip for clip, *_ in rating.pairs}) == 2
+    assert len({frozenset(names) for _, *names in rating.pairs}) == 1
+    while rating.pairs:
+        (start,) = {start for start, _ in windows if f"{start} zero" in rating.shown.value}
+        assert f"{start} one" in rating.shown.value and f"{start:g} to {start + 2:g} s" in rating.shown.value
+        assert shown_strips(rating) == [store.strips.joinpath(f"{start}.webp").read_bytes()]
+        seen.append(start)
+        rating.rate("tie")
+    assert sorted(seen) == [0.0, 4.0] and ranking(tmp_path / "ratings.jsonl")["num_comparisons"].tolist() == [2, 2]
+
+
+def test_each_caption_has_the_frames_that_it_was_made_from(tmp_path):
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    for name, colour in (("few", "red"), ("many", "blue")):
+        sampling = {"strategy": name, "num_frames": 3, "frames_per_second": None}
+        made = record("a", PROMPTS[0], f"by {name}", request=name, frame_sampling=sampling, strip=f"{name}.webp")
+        store.append(made)
+        write_strip(store, f"{name}.webp", colour)
+    rating = BlindRating(store, tmp_path / "ratings.jsonl")
+    order = sorted(("few", "many"), key=lambda name: rating.shown.value.index(f"by {name}"))
+    assert shown_strips(rating) == [store.strips.joinpath(f"{name}.webp").read_bytes() for name in order]
+
+
+def write_strip(store, name, colour):
+    store.strips.mkdir(exist_ok=True)
+    Image.new("RGB", (20, 10), colour).save(store.strips / name, "webp")
+
+
+def shown_strips(rating):
+    return [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", rating.shown.value)]
+
+
+def test_damaged_ratings_are_named(store, tmp_path):
     path = tmp_path / "ratings.jsonl"
-    path.write_text(json.dumps({"clip": "a"}) + "\n")
-    with pytest.raises(ValueError, match="no rating: {'clip': 'a'}; mend or delete the line"):
-        read_ratings(path)
+    rating = BlindRating(store, path)
+    rating.rate("first")
+    good = read_ratings(path)
+    for line in ({"clip": "a"}, good[0] | {"outcome": "both"}, good[0] | {"first": 3}):
+        path.write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match="is no rating; mend or delete this line"):
+            read_ratings(path)
+    path.write_text(json.dumps(good[0]) + '\n{"clip": "\u2028')  # a process was killed while it wrote
+    with pytest.warns(UserWarning, match="line 2 is not valid JSON; skipped"):
+        again = BlindRating(store, path)
+        again.rate("tie")
+        assert len(read_ratings(path)) == 2 and len(BlindRating(store, path).pairs) == len(rating.pairs) - 1
     assert read_ratings(tmp_path / "none.jsonl") == []
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from datetime import datetime, timezone
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,19 @@ def test_errors_are_told_in_the_panel(panel, tmp_path):
     panel.start_seconds.value = 0
     panel.prompt.value = "Why?"
     assert caption(panel)[0]["prompt"] == "Why?"  # it goes on
+
+
+def test_a_window_is_a_clip_of_its_own(panel):
+    whole, _ = caption(panel)
+    panel.end_seconds.value = 2.0
+    assert not panel.cards.children
+    part, _ = caption(panel)
+    assert (part["start_seconds"], part["end_seconds"]) == (0.0, 2.0) and len(panel.cards.children) == 1
+    assert "baseline" in panel.cards.children[0].children[0].value  # of its own
+    panel.end_seconds.value = 0.0
+    assert len(panel.cards.children) == 1 and whole["text"].strip() in unescape(
+        panel.cards.children[0].children[0].value
+    )
 
 
 def test_an_uploaded_clip_joins_the_others(panel):

@@ -10,11 +10,11 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from chance import seeded_random
 from paths import GOLDEN
 from store_records import an_error, make_record
 from video_factory import cut, encode_clip
@@ -133,7 +133,7 @@ def test_killed_half_way_it_captions_only_what_was_missing(eight_clips, tmp_path
 @pytest.mark.filterwarnings("ignore:.*torn")
 def test_soak_killed_again_and_again_it_ends_with_a_record_a_clip(tmp_path):
     """400 clips, killed at random moments until it is done: nothing lost, nothing twice."""
-    clips, path, random = tmp_path / "clips", tmp_path / "captions.jsonl", Random(0)
+    clips, path, random = tmp_path / "clips", tmp_path / "captions.jsonl", seeded_random()
     clips.mkdir()
     for number in range(400):
         encode_clip(clips / f"{number}.mp4", [number] * 3, fps=10)

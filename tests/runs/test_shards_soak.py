@@ -3,7 +3,6 @@
 import collections
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from chance import seeded_random
 from paths import GOLDEN
 from video_factory import damage, encode_clip
 
@@ -86,7 +86,7 @@ def test_throughput_memory_and_rate(many, tmp_path):
 
 
 def test_killed_at_random_moments(many, tmp_path):
-    chance, kills = random.Random(0), 0
+    chance, kills = seeded_random(), 0
     while kills < NUM_KILLS:
         process = start(many, tmp_path)
         shown = beat(tmp_path).get("updated")
@@ -107,7 +107,7 @@ def test_killed_at_random_moments(many, tmp_path):
 
 
 def test_reading_processes_killed(many, tmp_path):
-    chance, kills, process = random.Random(0), 0, start(many, tmp_path)
+    chance, kills, process = seeded_random(), 0, start(many, tmp_path)
     while process.poll() is None:
         time.sleep(chance.random() / 2)
         try:
@@ -206,7 +206,7 @@ def test_clips_that_hang_crash_or_need_too_much_memory(tmp_path, captioner, monk
 
 
 def test_500_damaged_copies(tmp_path):
-    chance, clips = random.Random(0), tmp_path / "clips"
+    chance, clips = seeded_random(), tmp_path / "clips"
     clips.mkdir()
     kinds = {"h264.mp4": "libx264", "mpeg4.avi": "mpeg4", "vp9.webm": "libvpx-vp9", "h264.mkv": "libx264"}
     sources = {name: encode_clip(tmp_path / name, range(30), fps=10, codec=codec) for name, codec in kinds.items()}

@@ -238,7 +238,7 @@ class TestStoresWrittenBefore:
             num_samples=2,
         )
         (_, _, _), (source, cell, sample) = sweep.requests()
-        noun = (cell.prompt, cell.sampled(sample), cell.frame_sampling)
+        noun = (cell.prompt, Decoding.of(repeat["decoding"]), cell.frame_sampling)  # repeats had consecutive seeds
         planned.append(request_settings(model, source.video, *noun, source.start, source.end, sample))
         for record, settings in zip((default, window, missing, seconds, repeat), planned, strict=True):
             assert settings == {name: record[name] for name in settings}

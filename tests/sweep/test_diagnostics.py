@@ -249,7 +249,7 @@ class TestDescribeSet:
         captions = pd.DataFrame(
             {
                 "prompt": ["Why?", "What?", "Why?", "Why?"],
-                "video": ["a", "a", "b", "c"],
+                "clip": ["a", "a", "b", "c"],
                 "text": ["The video shows a dog", "a a a", "the dog", None],
                 "finish_reason": ["eos", "length", "length", None],
                 "mean_logprob": [-1.0, -2.0, -4.0, None],
@@ -288,7 +288,7 @@ class TestDescribeSet:
 
     def test_only_other_clips_count_as_near_duplicates(self):
         def share(texts, videos):
-            return describe_set(pd.DataFrame({"text": texts, "video": videos, "cell": 0}), "cell")[
+            return describe_set(pd.DataFrame({"text": texts, "clip": videos, "cell": 0}), "cell")[
                 "share_near_duplicates"
             ][0]
 
@@ -318,13 +318,13 @@ class TestDescribeSet:
                 )
                 for run, video in zip(runs, videos, strict=True)
             ]
-            table = pd.DataFrame({"text": [" ".join(words) for words in texts], "video": videos, "cell": 0})
+            table = pd.DataFrame({"text": [" ".join(words) for words in texts], "clip": videos, "cell": 0})
             assert describe_set(table, "cell")["share_near_duplicates"][0] == pytest.approx(np.mean(expected))
 
     def test_many_captions_that_are_nearly_the_same(self):
         words = [f"word{number}" for number in range(60)]
         texts = [" ".join([*words[: i % 60], f"other{i}", *words[i % 60 :]]) for i in range(1000)]
-        result = describe_set(pd.DataFrame({"text": texts, "video": range(1000), "cell": 0}), "cell")
+        result = describe_set(pd.DataFrame({"text": texts, "clip": range(1000), "cell": 0}), "cell")
         assert result["share_near_duplicates"][0] == 1
 
 
@@ -332,7 +332,7 @@ class TestAgreement:
     def test_words_that_others_say(self):
         captions = pd.DataFrame(
             {
-                "video": ["a"] * 4 + ["b"],
+                "clip": ["a"] * 4 + ["b"],
                 "text": ["A dog runs.", "The dog is running with a hat.", "Dogs ran!", None, "A cat."],
             },
             index=[7, 7, 8, 9, 10],
@@ -347,13 +347,13 @@ class TestAgreement:
         assert result["words_only_here"].iloc[4] == ""
 
     def test_half_of_the_others_is_enough(self):
-        captions = pd.DataFrame({"video": "a", "text": ["dog tree", "dog", "tree cat"]})
+        captions = pd.DataFrame({"clip": "a", "text": ["dog tree", "dog", "tree cat"]})
         result = agreement(captions)
         assert result["agreement"].tolist() == [1, 1, 0.5]
         assert result["words_only_here"].tolist() == ["", "", "cat"]
 
     def test_captions_of_one_variant_do_not_back_each_other(self):
-        captions = pd.DataFrame({"video": "a", "sampling": ["x", "x", "y"], "text": ["dog hat", "dog hat", "dog"]})
+        captions = pd.DataFrame({"clip": "a", "sampling": ["x", "x", "y"], "text": ["dog hat", "dog hat", "dog"]})
         assert agreement(captions)["words_only_here"].tolist() == ["", "", ""]
         result = agreement(captions, over="sampling")
         assert result["num_others"].tolist() == [1, 1, 1]
@@ -361,8 +361,8 @@ class TestAgreement:
         assert result["agreement"].tolist() == [0.5, 0.5, 1]
 
     def test_only_what_has_by_in_common_is_compared(self):
-        captions = pd.DataFrame({"video": "a", "prompt": ["x", "x", "y"], "text": ["dog", "cat", "cow"]})
-        assert agreement(captions, ["video", "prompt"])["num_others"].tolist() == [1, 1, 0]
+        captions = pd.DataFrame({"clip": "a", "prompt": ["x", "x", "y"], "text": ["dog", "cat", "cow"]})
+        assert agreement(captions, ["clip", "prompt"])["num_others"].tolist() == [1, 1, 0]
         assert len(agreement(captions.iloc[:0])) == 0
         with pytest.raises(ValueError, match="no column 'seed'"):
             agreement(captions, over="seed")

@@ -1,6 +1,7 @@
 """Sweeps: what is planned, that each result is what captioning alone gives, and that nothing is done twice."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,15 +12,18 @@ from random import Random
 
 import numpy as np
 import pytest
+from chance import seeded_random
 from paths import NOTEBOOKS
 
 import capkit
 from capkit import CaptionStore, Clip, Decoding, FrameSampling, plan_sweep, run_sweep
 from capkit.captioning import mean_support
+from capkit.files import file_sha256
 from capkit.runs import find_clips
 from capkit.runs.clips import DEMO_CLIPS
-from capkit.sweep import PROMPT_PRESETS, read_axes
+from capkit.sweep import PROMPT_PRESETS, SweepResult, agreement, compare, describe_set, read_axes
 from capkit.sweep.run import read_captions
+from capkit.views import show_sweep
 
 CLIPS = sorted(map(str, DEMO_CLIPS.glob("*.mp4")))
 WARM = {"temperature": 0.8, "seed": 3, "max_new_tokens": 10}
@@ -69,9 +73,20 @@ def test_one_at_a_time_changes_one_axis_of_the_baseline():
     assert changed == [[], ["prompt"], ["decoding"], ["decoding"], ["frame_sampling"], ["template"], ["frame_numbers"]]
 
 
-def test_repeats_have_one_seed_after_the_other():
-    plan = plan_sweep(CLIPS[:1], decodings=[WARM], num_samples=3)
-    assert [cell.sampled(sample).seed for _, cell, sample in plan.requests()] == [3, 4, 5]
+def test_no_repeat_has_the_seed_of_another_cells_repeat():
+    decodings = [{"temperature": 1.0, "seed": seed} for seed in (*range(40), 2**63 - 1)]
+    plan = plan_sweep(CLIPS[:1], decodings=decodings, num_samples=40)
+    seeds = {(cell.decoding.seed, sample): cell.sampled(sample).seed for _, cell, sample in plan.requests()}
+    assert len(seeds) == len(set(seeds.values())) == 41 * 40
+    assert all(seeds[seed, 0] == seed for seed, _ in seeds)  # a single caption is repeated with the seed as given
+    assert max(seed for (_, sample), seed in seeds.items() if sample) < 2**53  # exact in every reader of JSON
+    again = plan_sweep(CLIPS[1:2], decodings=decodings[3:4], num_samples=2)
+    assert [cell.sampled(sample).seed for _, cell, sample in again.requests()] == [3, seeds[3, 1]]
+
+
+def test_no_seed_is_seed_0():
+    plan = plan_sweep(CLIPS[:1], decodings=[{"temperature": 0.5}, {"temperature": 0.5, "seed": 0}])
+    assert [cell.decoding for cell in plan.cells] == [Decoding(temperature=0.5)] and len(plan.collapsed) == 1
 
 
 def test_labels_are_short_and_tell_cells_apart():
@@ -101,6 +116,11 @@ def test_labels_are_short_and_tell_cells_apart():
         ({"prompts": ["a", {"text": "a", "history": [["q", "a"]]}]}, "differ in history"),
         ({"mode": "random"}, "random"),
         ({"num_samples": 0}, "num_samples"),
+        ({"max_captions": "many"}, "max_captions='many': must be a whole number"),
+        ({"max_captions": None}, "max_captions"),
+        ({"prompts": None}, "prompts=None: must be a list"),
+        ({"decodings": 5}, "decodings=5: must be a list"),
+        ({"decodings": [{1: 2}]}, "unknown decoding settings 1"),
         (
             {"decodings": [{"seed": seed, "temperature": 1.0} for seed in range(1000)], "num_samples": 1000},
             "max_captions",
@@ -147,6 +167,7 @@ def test_axes_from_a_file(tmp_path):
         ("broken.yaml", "prompts: [a"),
         ("empty.yaml", ""),
         ("unknown.csv", "prompt\na\n"),
+        ("long.csv", "prompts,decodings\na,{},{}\nb,{}\n"),
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=name):
@@ -178,11 +199,69 @@ def test_the_table_has_a_row_a_caption(demo):
         CLIPS[:2], prompts=["default", "sentence"], decodings=[{"max_new_tokens": 4}, WARM], num_samples=2
     )
     table = run_sweep(demo, plan).to_frame()
-    assert len(table) == plan.num_captions and set(table["clip"]) == {Path(p).name for p in CLIPS[:2]}
+    assert len(table) == plan.num_captions and set(table["clip"]) == set(table["video"]) == set(CLIPS[:2])
     assert table.groupby("cell")["sample"].nunique().to_dict() == {
         plan.label(cell): 2 if cell.decoding.samples else 1 for cell in plan.cells
     }
     assert (table["duration_seconds"] > 3).all() and table["text"].notna().all()
+
+
+def test_windows_of_a_video_are_clips_of_their_own(demo, tmp_path):
+    windows = [{"start": 0.0, "end": 2.0}, {"start": 2.0, "end": 4.0}, {}]
+    items = find_clips([{"video": CLIPS[0], "reference": f"{number}."} | w for number, w in enumerate(windows)])
+    result = run_sweep(demo, items, prompts=["default", "Why?"], decodings=[{"max_new_tokens": 9}])
+    table = result.to_frame()
+    assert table["clip"].nunique() == 3 and table["video"].nunique() == 1
+    assert table["start_seconds"].tolist() == [0, 0, 2, 2, 0, 0]
+    assert table["end_seconds"].fillna(-1).tolist() == [2, 2, 4, 4, -1, -1]
+    assert table["reference"].tolist() == ["0.", "0.", "1.", "1.", "2.", "2."]
+    assert describe_set(table, "cell")["num_captions"].tolist() == [3, 3]
+    for by in ("clip", "video"):
+        assert agreement(table, by=[by, "prompt"])["num_others"].tolist() == [0] * 6
+        assert agreement(table, by=by)["num_others"].tolist() == [1] * 6
+    compared = compare(table, "num_tokens", cell="cell", clip="clip", baseline="default")
+    assert compared["num_clips"].item() == 3 and compared["num_dropped"].item() == 0
+    html = show_sweep(result, num_clips=3).html
+    assert "2 cells, 3 clips" in html and "0 to 2 s" in html and "2 to 4 s" in html
+
+    captions, table_file = tmp_path / "captions.jsonl", tmp_path / "captions.csv"
+    rows = [{"video": CLIPS[0], "text": f"Elsewhere {number}."} | window for number, window in enumerate(windows)]
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    added = result.with_captions("elsewhere", captions).to_frame().iloc[6:]
+    assert added["text"].tolist() == ["Elsewhere 0.", "Elsewhere 1."] and added["reference"].tolist() == ["0.", "1."]
+    assert added["clip"].tolist() == table["clip"].iloc[[0, 2]].tolist()
+    captions.write_text(json.dumps(rows[2]))
+    with pytest.raises(ValueError, match="any of 3 clips of this sweep; name .* a window of it by start and end"):
+        result.with_captions("elsewhere", captions)
+    table_file.write_text(f"video,text,start,end\n{CLIPS[0]},All of it.,,\n")
+    assert result.with_captions("elsewhere", table_file).to_frame()["clip"].iloc[-1] == CLIPS[0]
+    table_file.write_text(f"video,text,start\n{CLIPS[0]},All of it.,soon\n")
+    with pytest.raises(ValueError, match="row 1: start and end must be seconds"):
+        result.with_captions("elsewhere", table_file)
+
+
+def test_a_video_is_hashed_once_however_many_captions_it_has(demo, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr("capkit.sweep.run.sha256_if_there", lambda path: hashed.append(path) or file_sha256(path))
+    monkeypatch.setattr("capkit.runs.store.sha256_if_there", lambda path: pytest.fail("hashed for a single caption"))
+    decodings = [{"max_new_tokens": 2}, WARM]
+    result = run_sweep(demo, CLIPS[:2], tmp_path / "s.jsonl", prompts=["default", "Why?"], decodings=decodings)
+    assert sorted(hashed) == CLIPS[:2] and len(result.records) == 8
+    assert all(record["video_sha256"] == file_sha256(record["video"]) for record in result.records)
+
+
+def test_a_table_of_a_hundred_thousand_captions(tmp_path):
+    """As many steps as captions: with a step for each pair it would take hours, not seconds."""
+    clips = [f"/clips/{number}.mp4" for number in range(400)]
+    decodings = [{"temperature": 0.1 + seed, "seed": seed} for seed in range(16)]
+    prompts = [f"Question {number}?" for number in range(16)]
+    plan = plan_sweep(clips, prompts, decodings, max_captions=10**6)
+    fields = dict.fromkeys(("start_seconds", "end_seconds", "text", "error"), None) | {"status": "ok"}
+    result = SweepResult(plan, [{"video": source.video} | fields for source, _, _ in plan.requests()])
+    (tmp_path / "more.csv").write_text("video,text\n" + "".join(f"{clip},a\n" for clip in clips))
+    table = result.with_captions("more", tmp_path / "more.csv").to_frame()
+    assert len(table) == 256 * 400 + 400 and table.groupby("cell").size().eq(400).all()
+    assert table["cell"].nunique() == 257 and table["clip"].nunique() == 400
 
 
 def test_what_is_stored_is_not_done_again(demo, tmp_path):
@@ -356,9 +435,9 @@ assert all(record["status"] == "ok" for record in result.records)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
 
 
-def kill_and_go_on(path, num_prompts, num_kills):
+def kill_and_go_on(path, num_prompts, num_kills, random):
     """Kill it so many times at random moments in its writing, then let it end; lines of the store."""
-    random, total = Random(0), 6 * num_prompts * 3
+    total = 6 * num_prompts * 3
     for _ in range(num_kills):
         process, before = sweeping_process(path, num_prompts), path.read_bytes().count(b"\n") if path.exists() else 0
         wanted = before + random.randint(1, max(1, total // (num_kills + 1) - 1))
@@ -373,15 +452,16 @@ def kill_and_go_on(path, num_prompts, num_kills):
 
 @pytest.mark.filterwarnings("ignore:.*torn")
 def test_killed_and_restarted_it_ends_with_the_planned_records(tmp_path):
-    lines = kill_and_go_on(tmp_path / "sweep.jsonl", num_prompts=12, num_kills=2)
+    lines = kill_and_go_on(tmp_path / "sweep.jsonl", num_prompts=12, num_kills=2, random=Random(0))
     assert len(lines) == len({line["request"] for line in lines}) == 6 * 12 * 3
 
 
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:.*torn")
-def test_soak_killed_ten_times_in_a_row_none_is_computed_twice(tmp_path):
-    lines = kill_and_go_on(tmp_path / "sweep.jsonl", num_prompts=60, num_kills=10)
-    print(f"10 kills, {len(lines)} lines, {len({line['request'] for line in lines})} requests")
+def test_soak_killed_again_and_again_none_is_computed_twice(tmp_path):
+    num_kills = int(os.environ.get("CAPKIT_SOAK_KILLS", 10))
+    lines = kill_and_go_on(tmp_path / "sweep.jsonl", num_prompts=60, num_kills=num_kills, random=seeded_random())
+    print(f"{num_kills} kills, {len(lines)} lines, {len({line['request'] for line in lines})} requests")
     assert len(lines) == len({line["request"] for line in lines}) == 6 * 60 * 3
 
 
