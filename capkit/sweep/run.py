@@ -131,7 +131,7 @@ def _match_captions(plan: SweepPlan, name: str, path: str | Path) -> list[tuple[
         raise ValueError(f"name={name!r}: a cell already has this name")
     by_video: defaultdict[str, dict[str, int]] = defaultdict(dict)  # then by clip
     for number, source in enumerate(plan.sources):
-        video = Path(source.video).expanduser().absolute()
+        video = Path(os.path.expanduser(source.video)).absolute()
         window = {"start_seconds": source.start, "end_seconds": source.end}
         for key in {str(video), video.name}:
             by_video[key].setdefault(clip_id({"video": str(video)} | window), number)
@@ -158,8 +158,6 @@ def check_comparison(plan: SweepPlan, measure: str, captions_elsewhere: dict[str
     Args:
         measure: "support", "agreement", or a column of numbers in `SweepResult.to_frame` or `describe`.
         captions_elsewhere: names and files for `SweepResult.with_captions`.
-
-    Those of rows with a `start` or an `end` also have `start_seconds` and `end_seconds`, as a record has them.
 
     Raises:
         ValueError: another measure, or as in `SweepResult.with_captions`.
