@@ -29,10 +29,11 @@ article img {{ height: auto }}
 
 
 @contextmanager
-def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_writer(path: str | os.PathLike[str], durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file for an atomic write of bytes: it appears under its name once all of it is on disk.
 
-    Readers see the previous content or the new one, never a part, even after a power cut. Missing folders are created.
+    Readers see the previous content or the new one, never a part; if `durable`, even after a power cut. Missing folders
+    are created.
 
     Raises:
         OSError: with the path; the previous content is still there.
@@ -44,8 +45,9 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -54,12 +56,12 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             part.unlink()
 
 
-def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
+def atomic_write(path: str | os.PathLike[str], content: str | bytes, durable: bool = True) -> Path:
     """Write a file with `atomic_writer`, text as UTF-8; returns its path.
 
     Lone surrogates, which UTF-8 cannot encode, become escapes that JSON readers understand.
     """
-    with atomic_writer(path) as file:
+    with atomic_writer(path, durable) as file:
         file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
     return Path(path)
 
