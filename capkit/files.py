@@ -39,10 +39,11 @@ article img {{ height: auto }}
 
 
 @contextmanager
-def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_writer(path: str | os.PathLike[str], durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file for an atomic write of bytes: it appears under its name once all of it is on disk.
 
-    Readers see the previous content or the new one, never a part, even after a power cut. Missing folders are created.
+    Readers see the previous content or the new one, never a part; if `durable`, even after a power cut. Missing folders
+    are created.
 
     Raises:
         OSError: with the path; the previous content is still there.
@@ -55,8 +56,9 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -65,9 +67,9 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             part.unlink()
 
 
-def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> Path:
+def atomic_write(path: str | os.PathLike[str], content: str | bytes, durable: bool = True) -> Path:
     """Write a file with `atomic_writer`, text as UTF-8 with lone surrogates escaped; returns its path."""
-    with atomic_writer(path) as file:
+    with atomic_writer(path, durable) as file:
         file.write(content if isinstance(content, bytes) else encodable(content).encode())
     return Path(path)
 

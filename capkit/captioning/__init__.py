@@ -5,6 +5,7 @@ from capkit.captioning.caches import PreallocatedCache, prefill
 from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
 from capkit.captioning.choosing import Chooser, draw_key
 from capkit.captioning.decoding import Decoding, DecodingLike
+from capkit.captioning.features import FrameFeatures
 from capkit.captioning.generate import Caption, CaptionStream, until_end
 from capkit.captioning.graphs import DecodingStep
 from capkit.captioning.shared_prefix import SharedVideo
@@ -20,6 +21,7 @@ __all__ = [
     "DEMO_CHECKPOINT",
     "GREEDY",
     "Captioner",
+    "FrameFeatures",
     "Score",
     "load_captioner",
     "Decoding",

@@ -24,7 +24,6 @@ from capkit.captioning.generate import Caption, TextDecoder, is_end
 from capkit.captioning.shared_prefix import SharedRow, encode_frames
 from capkit.cogvlm2 import (
     DEFAULT_PROMPT,
-    CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoProcessor,
     Prompt,
     PromptLike,
@@ -32,6 +31,7 @@ from capkit.cogvlm2 import (
 )
 from capkit.video import Clip, VideoError, load_clip
 
+MAX_TOGETHER = 8  # texts in a row: attention also computes each one's masked positions, those of all the others
 GREY = 128
 """Red, green and blue, of 255, of a frame without content."""
 
@@ -105,7 +105,7 @@ def ground(
     """Score captions with the video, with a grey one, and with each frame grey in turn.
 
     The frames are encoded once. With frame t grey, the cache of what comes before t is reused: with T frames, about
-    T / 2 + 1 videos are prefilled in all.
+    T / 2 + 1 videos are prefilled in all. Captions are scored in packs, which are halved when memory runs out.
 
     Args:
         captioner: from `load_captioner`.
@@ -141,7 +141,7 @@ def _ground_all(
     results: dict[int, Grounding] = {}
     for video_ids, places in groups.items():
         texts = [(processor.text_ids(scored[place][0]), scored[place][1]) for place in places]
-        passes = _score_passes(captioner.model, list(video_ids), texts, seen, grey, leave_one_out)
+        passes = _score_passes(captioner, list(video_ids), texts, seen, grey, leave_one_out)
         for place, (_, new_ids), logprobs in zip(places, texts, zip(*passes, strict=True), strict=True):
             with_video, without, *by_frame = map(np.array, logprobs)
             frames = np.stack(by_frame) if leave_one_out else None
@@ -202,7 +202,7 @@ def mean_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> lis
 
 
 def _score_passes(
-    model: CogVLM2VideoForConditionalGeneration,
+    captioner: Captioner,
     video_ids: list[int],
     texts: Sequence[tuple[list[int], list[int]]],
     seen: torch.Tensor,
@@ -210,17 +210,27 @@ def _score_passes(
     leave_one_out: bool,
 ) -> list[list[list[float]]]:
     """Log probabilities of (prompt, new tokens) pairs: with the video, a grey one, and with frame 0, 1, ... grey."""
+    model, size = captioner.model, MAX_TOGETHER
+
+    def remember(num_texts: int) -> None:
+        nonlocal size
+        size = num_texts // 2 or 1
 
     def score(cache: PreallocatedCache) -> list[list[float]]:
-        row = SharedRow(model, cache, video_ids)
-        hidden = row.prefill([[*prompt, *new_ids[:-1]] for prompt, new_ids in texts])
-        crop(cache, len(video_ids))
-        return [
-            chosen_logprobs(
-                model.lm_head(states[-len(new_ids) :]).float(), torch.tensor(new_ids, device=states.device)
-            ).tolist()
-            for states, (_, new_ids) in zip(hidden, texts, strict=True)
-        ]
+        def score_pack(pack: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+            row = SharedRow(model, cache, video_ids)
+            try:
+                hidden = row.prefill([[*prompt, *new_ids[:-1]] for prompt, new_ids in pack])
+            finally:
+                crop(cache, len(video_ids))
+            return [
+                chosen_logprobs(
+                    model.lm_head(states[-len(new_ids) :]).float(), torch.tensor(new_ids, device=states.device)
+                ).tolist()
+                for states, (_, new_ids) in zip(hidden, pack, strict=True)
+            ]
+
+        return list(captioner.in_batches(score_pack, texts, size, remember))
 
     def prefilled(features: torch.Tensor) -> PreallocatedCache:
         cache = PreallocatedCache(model.config)

@@ -14,6 +14,7 @@ import torch
 
 from capkit.captioning.context import check_fits, tokens_that_fit
 from capkit.captioning.decoding import Decoding, DecodingLike
+from capkit.captioning.features import FrameFeatures
 from capkit.captioning.generate import Caption, CaptionStream, Request, continuation_logprobs
 from capkit.captioning.graphs import GraphDecoder
 from capkit.cogvlm2 import (
@@ -30,7 +31,7 @@ from capkit.video import Clip
 
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 GREEDY = Decoding()
-Item = TypeVar("Item")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def load_captioner(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
     revision: str | None = None,
+    features_dir: str | Path | None = None,
 ) -> Captioner:
     """Load a model and its processor for captioning.
 
@@ -74,6 +76,8 @@ def load_captioner(
         dtype: "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU.
         quantization: None, "4bit" or "8bit" (bitsandbytes: `pip install -e '.[quantize]'`).
         revision: branch, tag or commit on the hub.
+        features_dir: folder where features of frames are kept for later runs, see `FrameFeatures`: a clip that was
+            captioned before, under any prompt, then needs no vision tower. None: kept in memory only.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, is damaged or of another kind, or does not fit into memory.
@@ -89,7 +93,10 @@ def load_captioner(
     loaded = CogVLM2VideoForConditionalGeneration.from_pretrained(
         folder, device=device, dtype=dtype, quantization=quantization
     )
-    return Captioner(loaded.eval(), processor, str(model), fingerprint(folder), quantization)
+    captioner = Captioner(loaded.eval(), processor, str(model), fingerprint(folder), quantization)
+    kind = "-".join(filter(None, [captioner.fingerprint, captioner.dtype, quantization]))
+    loaded.model.frame_features = FrameFeatures(loaded.model.vision, features_dir, kind)
+    return captioner
 
 
 class Captioner:
@@ -182,11 +189,11 @@ class Captioner:
 
     def in_batches(
         self,
-        run: Callable[[Sequence[Item]], list[Caption]],
+        run: Callable[[Sequence[Item]], list[Result]],
         items: Sequence[Item],
         size: int,
         on_oom: Callable[[int], None],
-    ) -> Iterator[Caption]:
+    ) -> Iterator[Result]:
         """What `run` returns for items, in batches of `size`; when memory runs out, the size is halved.
 
         `on_oom` is called with the size of each batch that ran out of memory; one item alone raises the error.
@@ -194,13 +201,13 @@ class Captioner:
         while items:
             batch, num_kept_bytes = items[:size], self._graph_decoder.num_bytes
             try:
-                captions = run(batch)
+                results = run(batch)
             except (RuntimeError, MemoryError) as error:
                 if (len(batch) == 1 and not num_kept_bytes) or not loading.is_out_of_memory(error):
                     raise
                 error.__traceback__ = None  # it refers to the frames whose tensors are to be freed
             else:
-                yield from captions
+                yield from results
                 items = items[len(batch) :]
                 continue
             # Outside of the except block: before Python 3.11, the traceback lives until its end.

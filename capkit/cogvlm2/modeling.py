@@ -7,6 +7,7 @@ Sources: the published `config.json` and modeling files of `THUDM/cogvlm2-llama3
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from capkit.cogvlm2.configuration import CogVLM2VideoConfig
 from capkit.cogvlm2.linear import use_onednn
 from capkit.cogvlm2.vision import PatchEmbedding, VisionTower
 
+# From pixels (N, 3, S, S), and a function that encodes them, to features (N, tokens, D).
+FrameFeatures = Callable[[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]
 FRAMES_PER_CHUNK = 64  # in the vision tower, so that its memory does not grow with clips and batches
 
 
@@ -145,10 +148,11 @@ class CogVLM2VideoModel(_CogVLM2VideoPreTrainedModel, LlamaModel):
     def __init__(self, config: CogVLM2VideoConfig) -> None:
         super().__init__(config)
         self.vision = VisionTower(config)
+        self.frame_features: FrameFeatures | None = None
         self.post_init()
 
     def get_video_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """Encode frames, each on its own.
+        """Encode frames, each on its own. With `frame_features` set, only those that it does not keep.
 
         Args:
             pixel_values_videos: normalised frames of all clips, floating point (N, 3, image_size, image_size).
@@ -156,6 +160,11 @@ class CogVLM2VideoModel(_CogVLM2VideoPreTrainedModel, LlamaModel):
         Returns:
             (N, tokens_per_frame, hidden_size), in the model's dtype.
         """
+        if self.frame_features is None or torch.is_grad_enabled():
+            return self._encode(pixel_values_videos)
+        return self.frame_features(pixel_values_videos, self._encode)
+
+    def _encode(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         chunks = pixel_values_videos.split(FRAMES_PER_CHUNK)
         return torch.cat([self.vision(frames.to(self.vision.boi.dtype)) for frames in chunks])
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from capkit import Caption, Clip, Decoding, Prompt
 from capkit.captioning import GREY, SharedVideo, ground
@@ -111,3 +112,27 @@ def test_a_cache_in_use_is_not_touched(captioner, clip):
     before = next(iter(video.caption(branch))).token_ids
     ground(captioner, clip, TEXT)
     assert next(iter(video.caption(branch))).token_ids == before
+
+
+def test_short_of_memory_fewer_captions_are_scored_together(captioner, clip, monkeypatch):
+    """Memory runs out inside a layer, where the layers before it already hold the new positions."""
+    captions = [f"{TEXT} {number}" for number in range(20)]
+    expected = ground(captioner, clip, captions)
+    mlp, sizes, a_text = captioner.model.model.layers[1].mlp, [], 60  # at least; the videos' prefills are longer
+    forward, most = mlp.forward, [4 * a_text]
+    num_video = len(captioner.processor.video_ids(clip, Prompt()))
+
+    def short_of_memory(hidden):
+        if hidden.shape[1] != num_video:
+            sizes.append(hidden.shape[1])
+            if hidden.shape[1] > most[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(hidden)
+
+    monkeypatch.setattr(mlp, "forward", short_of_memory)
+    for grounding, right in zip(ground(captioner, clip, captions, leave_one_out=False), expected, strict=True):
+        assert grounding.support == pytest.approx(right.support, abs=4e-4)
+    assert max(sizes) > most[0] and min(sizes) < most[0]
+    most[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        ground(captioner, clip, captions, leave_one_out=False)
