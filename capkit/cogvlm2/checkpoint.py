@@ -147,7 +147,6 @@ def read_config(folder: Path) -> CogVLM2VideoConfig:
     Raises:
         CheckpointError: a file is missing or damaged, or describes another kind of model.
     """
-    check_file(folder, "config.json", "has no {}: give the folder of a checkpoint")
     if not os.path.lexists(folder / "config.json"):
         raise CheckpointNotFound(folder, "has no config.json: give the folder of a checkpoint")
     content = read_json(folder, "config.json")

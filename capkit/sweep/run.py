@@ -137,10 +137,11 @@ def _match_captions(plan: SweepPlan, name: str, path: str | Path) -> list[tuple[
             by_video[key].setdefault(clip_id({"video": str(video)} | window), number)
     matched = []
     for caption in read_captions(path):
-        video = caption["video"] if caption["video"] in by_video else Path(caption["video"]).name
-        numbers = list(by_video.get(video, {}).values())
-        if window := [caption[name] for name in WINDOW if name in caption]:
-            numbers = [n for n in numbers if [plan.sources[n].start, plan.sources[n].end] == window]
+        key = caption["video"] if caption["video"] in by_video else Path(caption["video"]).name
+        numbers = list(by_video.get(key, {}).values())
+        if WINDOW[0] in caption:
+            of_caption = (caption[WINDOW[0]], caption[WINDOW[1]])
+            numbers = [n for n in numbers if (plan.sources[n].start, plan.sources[n].end) == of_caption]
         if len(numbers) > 1:
             raise ValueError(
                 f"{path}: {caption['video']!r} may be any of {len(numbers)} clips of this sweep; name it by its path, "
@@ -190,12 +191,12 @@ def read_captions(path: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path!r}: must be the name of a file of captions")
     rows = read_rows(Path(path).expanduser(), "captions")
     rows, _, note = choose_columns(rows, CAPTION_COLUMNS, str(path))
-    captions = []
+    captions: list[dict[str, Any]] = []
     for row in rows:
         text = row.text("text" if row.cells.get("text") is not None else "caption")
         captions.append({"video": row.text("video"), "text": text})
         if window := row.window():
-            captions[-1] |= dict(zip(WINDOW, window, strict=True))
+            captions[-1] |= {WINDOW[0]: window[0], WINDOW[1]: window[1]}
     if note:
         warnings.warn(note, stacklevel=2)
     return captions
