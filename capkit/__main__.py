@@ -100,6 +100,12 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--revision", help="branch, tag or commit on the hub")
     add("--quantization", choices=["4bit", "8bit"])
     add("--dtype", default="auto")
+    add(
+        "--features-dir",
+        type=_path,
+        metavar="DIR",
+        help="keep what the vision tower made of each frame, for later runs",
+    )
     add("--device", default="auto", help="such as cuda:1; default: the GPU of this local rank, or the CPU")
     add("--devices", default="", help="such as cuda:0,cuda:1: split the shard over one process for each device")
     add("--prompt", help="for clips without a prompt in the manifest")
@@ -204,7 +210,8 @@ def _caption_shard(arguments: argparse.Namespace) -> int:
 
     def load() -> Captioner:
         device = _local_device() if arguments.device == "auto" else arguments.device
-        return load_captioner(arguments.model, device, arguments.dtype, arguments.quantization, arguments.revision)
+        names = ("dtype", "quantization", "revision", "features_dir")
+        return load_captioner(arguments.model, device, **{name: getattr(arguments, name) for name in names})
 
     try:
         records = caption_shard(load, items, arguments.output, shard, cut=cut, **settings)
