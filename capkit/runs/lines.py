@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from capkit.text import plain_text
+
 MAX_LINE_BYTES = 10**7  # real records have 2,500
 MOST_WARNINGS = 20  # of one reading; the rest are counted
 MAX_NUMBER = 1e15
@@ -66,12 +68,12 @@ def read_store(path: Path, start: int = 0, num_before: int = 0) -> Iterator[Line
             except ValueError as error:
                 num_bad += 1
                 if num_bad <= MOST_WARNINGS:
-                    warnings.warn(f"{path}, line {number} is skipped: {error}", stacklevel=2)
+                    warnings.warn(plain_text(f"{path}, line {number} is skipped: {error}"), stacklevel=2)
             if not content.isspace():
                 yield Line(number, start, end, record, is_terminated)
             start = end
     if num_bad > MOST_WARNINGS:
-        warnings.warn(f"{path}: {num_bad - MOST_WARNINGS} more lines are skipped", stacklevel=2)
+        warnings.warn(plain_text(f"{path}: {num_bad - MOST_WARNINGS} more lines are skipped"), stacklevel=2)
 
 
 def _skip_line(file: BinaryIO) -> tuple[int, bool]:
