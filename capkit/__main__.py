@@ -170,7 +170,7 @@ def _stores(path: Path) -> list[Path]:
             raise ValueError(f"{path}: there are no captions in this folder{hint}")
         return stores
     with open(path, "rb") as file:
-        if file.read(1) != b"{":
+        if b'"request"' not in file.read(1 << 20):
             raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
     return [path]
 

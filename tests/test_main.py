@@ -65,14 +65,14 @@ class TestShow:
             ("nowhere", "no such file or folder"),
             ("empty", "there are no captions in this folder"),
             ("clip.mp4", "is no caption store"),
-            ("manifest.jsonl", "there are no captions in this file"),
+            ("manifest.jsonl", "is no caption store"),
         ):
             code, printed = main("show", tmp_path / name)
-            *skipped, error = printed.splitlines()
-            assert code == 2 and error.startswith(f"capkit: {tmp_path / name}: {reason}")
-            assert len(skipped) == (name == "manifest.jsonl")  # its line is named
-        code, printed = main("show", tmp_path.parent)
-        assert code == 2 and str(store.path) in printed  # says what to give
+            assert code == 2 and printed.startswith(f"capkit: {tmp_path / name}: {reason}") and printed.count("\n") == 1
+        (tmp_path / "runs" / "mine").mkdir(parents=True)
+        moved = store.path.rename(tmp_path / "runs" / "mine" / "captions.jsonl")
+        code, printed = main("show", tmp_path / "runs")
+        assert code == 2 and str(moved) in printed  # says what to give
 
 
 class TestCaptionShard:

@@ -13,7 +13,7 @@ from capkit.text import plain_text
 
 MAX_LINE_BYTES = 10**7  # real records have 2,500
 MOST_WARNINGS = 20  # of one reading; the rest are counted
-MAX_NUMBER = 1e15
+MAX_NUMBER = 1e20  # seeds have up to 63 bits
 _NUMBER, _TEXT, _NONE = frozenset((int, float)), frozenset((str,)), frozenset((type(None),))
 _TYPES = {
     **dict.fromkeys(("template", "frame_numbers", "model", "model_fingerprint", "dtype", "strip", "created"), _TEXT),

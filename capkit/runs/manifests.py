@@ -126,10 +126,10 @@ class Row(NamedTuple):
         raise ValueError(f"{self.place}, {self.error}")
 
     def window(self) -> tuple[float, float | None] | None:
-        """Start and end in seconds; None if neither is given. ValueError with its place if they are no window."""
-        start, end = (_number(self.cells.get(name)) for name in ("start", "end"))
-        if start is None and end is None:
+        """Start and end in seconds; None if there are no such columns. ValueError with its place if they are wrong."""
+        if not {"start", "end"} & self.cells.keys():
             return None
+        start, end = (_number(self.cells.get(name)) for name in ("start", "end"))
         try:
             return _check_window(0.0 if start is None else start, end)
         except ValueError as error:

@@ -121,7 +121,7 @@ def as_record(caption: CaptionLike) -> dict[str, Any]:
     if isinstance(caption, str):
         return {"text": caption}
     if isinstance(caption, dict):
-        return Prompt.from_record(caption).to_record() | caption
+        return Prompt().to_record() | caption  # of a record that others wrote, fields may be missing
     names = ("text", "decoding", "mean_logprob", "finish_reason", "seconds")
     facts = {name: getattr(caption, name) for name in names}
     return caption.prompt.to_record() | facts | {"num_tokens": len(caption.token_ids)}

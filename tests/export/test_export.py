@@ -321,7 +321,7 @@ class TestWhichCaption:
         store = make_store({"good.mp4": "A dog.", "text.mp4": unknown, "true.mp4": unknown})
         encode_clip(tmp_path / "clips" / "true.mp4", range(3))
         os.mkfifo(pipe)
-        for number, video in enumerate((pipe, "/dev/zero", secret, tmp_path, "a\0b.mp4", "\ud800.mp4")):
+        for number, video in enumerate((pipe, "/dev/zero", secret, tmp_path, "\ud800.mp4")):
             record = a_record(f"other {number}", __file__, unknown) | {"video": str(video)}
             store.append(record | {"video_sha256": sha256_of(secret) if video == pipe else None})
         failed = {"status": "error", "error": "\udcff.mp4: no such file", "text": None}
@@ -333,7 +333,7 @@ class TestWhichCaption:
         assert reasons.pop("pipe.mov") == reasons.pop("zero") == reasons.pop(tmp_path.name) == NOT_REGULAR
         assert "as a video: not a video but text" in reasons.pop("text.mp4")
         assert "as a video: not a video but text" in reasons.pop("secret")
-        assert "null byte" in reasons.pop("a\0b.mp4") and "surrogates not allowed" in reasons.pop(r"\ud800.mp4")
+        assert "surrogates not allowed" in reasons.pop(r"\ud800.mp4")
         assert reasons.pop(r"\udcff.mp4") == r"not captioned: \udcff.mp4: no such file"
         assert not reasons and report.path.is_file()
 

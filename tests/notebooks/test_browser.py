@@ -368,7 +368,7 @@ def test_whatever_texts_and_file_names_say_is_shown_as_text_in_the_playground(la
     assert panel.cards().first.inner_text().count(NASTY) == 2  # prompt and caption
     panel.screenshot("dark_panel", showing=card)
     panel.run_cell("blind = BlindRating")
-    expect(page.get_by_text(NASTY_NAME + ", 1 pair left")).to_be_visible()
+    expect(page.get_by_text(NASTY_NAME + "; 1 pair left")).to_be_visible()
     expect(page.locator(".jp-OutputArea-output", has=panel.button("tie"))).to_contain_text(NASTY)
     panel.screenshot("dark_blind", showing=panel.button("tie"))
     lab.set("apputils-extension/themes", {"theme": "JupyterLab Light"})

@@ -107,21 +107,21 @@ def test_only_the_variants_asked_for(store, tmp_path):
 def test_windows_of_a_video_are_clips_and_no_variants(tmp_path):
     store, windows = CaptionStore(tmp_path / "captions.jsonl"), [(0.0, 2.0), (4.0, 6.0)]
     for start, end in windows:
-        window = {"start_seconds": start, "end_seconds": end, "strip": f"{start}.webp"}
+        window = {"start_seconds": start, "end_seconds": end, "strip": f"{start:g}.webp"}
         store.append(record("a", PROMPTS[0], f"{start} zero", request=f"0 {start}", **window))
     with pytest.raises(ValueError, match="no clip has captions of two variants"):
         BlindRating(store, tmp_path / "ratings.jsonl")
     for start, end in windows:
-        window = {"start_seconds": start, "end_seconds": end, "strip": f"{start}.webp"}
+        window = {"start_seconds": start, "end_seconds": end, "strip": f"{start:g}.webp"}
         store.append(record("a", PROMPTS[1], f"{start} one", request=f"1 {start}", **window))
-        write_strip(store, f"{start}.webp", "red" if start else "blue")
+        write_strip(store, f"{start:g}.webp", "red" if start else "blue")
     rating, seen = BlindRating(store, tmp_path / "ratings.jsonl"), []
     assert len(rating.pairs) == 2 and len({clip for clip, *_ in rating.pairs}) == 2
     assert len({frozenset(names) for _, *names in rating.pairs}) == 1
     while rating.pairs:
         (start,) = {start for start, _ in windows if f"{start} zero" in rating.shown.value}
         assert f"{start} one" in rating.shown.value and f"{start:g} to {start + 2:g} s" in rating.shown.value
-        assert shown_strips(rating) == [store.strips.joinpath(f"{start}.webp").read_bytes()]
+        assert shown_strips(rating) == [store.strips.joinpath(f"{start:g}.webp").read_bytes()]
         seen.append(start)
         rating.rate("tie")
     assert sorted(seen) == [0.0, 4.0] and ranking(tmp_path / "ratings.jsonl")["num_comparisons"].tolist() == [2, 2]
@@ -129,13 +129,13 @@ def test_windows_of_a_video_are_clips_and_no_variants(tmp_path):
 
 def test_each_caption_has_the_frames_that_it_was_made_from(tmp_path):
     store = CaptionStore(tmp_path / "captions.jsonl")
-    for name, colour in (("few", "red"), ("many", "blue")):
+    for name, colour in (("chat", "red"), ("uniform", "blue")):
         sampling = {"strategy": name, "num_frames": 3, "frames_per_second": None}
         made = record("a", PROMPTS[0], f"by {name}", request=name, frame_sampling=sampling, strip=f"{name}.webp")
         store.append(made)
         write_strip(store, f"{name}.webp", colour)
     rating = BlindRating(store, tmp_path / "ratings.jsonl")
-    order = sorted(("few", "many"), key=lambda name: rating.shown.value.index(f"by {name}"))
+    order = sorted(("chat", "uniform"), key=lambda name: rating.shown.value.index(f"by {name}"))
     assert shown_strips(rating) == [store.strips.joinpath(f"{name}.webp").read_bytes() for name in order]
 
 

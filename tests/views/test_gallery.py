@@ -121,7 +121,7 @@ class TestThePage:
 
     def test_a_strip_that_names_another_file_is_not_embedded(self, make_store, tmp_path):
         (tmp_path / "secret.webp").write_text("a secret")
-        named = [a_record(1) | {"strip": name} for name in ("../secret.webp", str(tmp_path / "secret.webp"), None)]
+        named = [a_record(1) | {"strip": name} for name in ("../secret.webp", str(tmp_path / "secret.webp"), "")]
         store = make_store(*({**record, "request": str(n)} for n, record in enumerate(named)))
         for html in (write_gallery(store)._repr_html_(), show_captions(store, store.current()).html):
             assert html.count("is not the name of a picture strip") == 3 and "base64" not in html

@@ -317,7 +317,7 @@ class TestNotebook:
         "parameters, message",
         [
             ({"store": "nowhere.jsonl"}, "store='nowhere.jsonl': no such file"),
-            ({"look_at": 99, "limit": 1, **FAST}, "look_at=99: there are 2 captions"),
+            ({"look_at": 99, "limit": 1, **FAST}, "look_at=99: there are not so many captions"),
             ({"orderby": "text"}, "unknown parameter 'orderby'; did you mean 'order_by'?"),
         ],
     )
