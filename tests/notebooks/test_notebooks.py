@@ -140,7 +140,7 @@ class TestCaptionClips:
     @pytest.mark.parametrize(
         "parameters, message",
         [
-            ({"engine": "dask"}, "engine='dask': must be 'local' or 'ray'"),
+            ({"engine": "dask"}, "engine='dask': must be 'local', or 'ray'"),
             ({"parts": {"trainer": "sora"}}, "unknown trainer 'sora'"),
             ({"promt": "Why?"}, "unknown parameter 'promt'; did you mean 'prompt'?"),
             ({"template": "poem"}, "template='poem': must be one of 'chat', 'vqa', 'base'"),
