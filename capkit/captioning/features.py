@@ -79,7 +79,7 @@ class FrameFeatures:
                 self._held.move_to_end(key)
                 self.num_from_memory += 1
                 return features
-        if self.folder is None or (features := _read(self._path(key))) is None:
+        if self.folder is None or (features := _read(_path(self.folder, key))) is None:
             return None
         self._hold(key, features)
         self.num_from_disk += 1
@@ -91,8 +91,10 @@ class FrameFeatures:
             return
         content = save({"features": features.contiguous()}, {"sha256": _digest(features)})
         try:
-            atomic_write(self._path(key), content, durable=False)  # a file that a power cut damages counts as missing
-            self._limit_disk(len(content))
+            atomic_write(
+                _path(self.folder, key), content, durable=False
+            )  # a file that a power cut damages counts as missing
+            self._limit_disk(self.folder, len(content))
         except OSError as error:
             warnings.warn(f"features are kept in memory only: {error}", stacklevel=2)
             self.folder = None
@@ -106,15 +108,14 @@ class FrameFeatures:
             while self._num_held_bytes > self.memory_bytes:
                 self._num_held_bytes -= self._held.popitem(last=False)[1].nbytes
 
-    def _limit_disk(self, num_new_bytes: int) -> None:
+    def _limit_disk(self, folder: Path, num_new_bytes: int) -> None:
         """Delete the files that were not used for the longest time, if all take more than `disk_bytes`."""
         if self._num_disk_bytes >= 0:
             self._num_disk_bytes += num_new_bytes
             if self._num_disk_bytes <= self.disk_bytes:
                 return
-        assert self.folder is not None
         files = []
-        for path in self.folder.glob("*/*.safetensors"):
+        for path in folder.glob("*/*.safetensors"):
             with suppress(OSError):  # another process may delete files, too
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))
@@ -128,9 +129,9 @@ class FrameFeatures:
                     break
         self._num_disk_bytes = total
 
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / key[:2] / f"{key}.safetensors"
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.safetensors"
 
 
 def _weights_of(module: nn.Module) -> list[tuple[int, int]]:
