@@ -10,7 +10,9 @@ import secrets
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -151,6 +153,40 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield content
             else:
                 warnings.warn(plain_text(f"{path}, line {number} is {fault}; skipped"), stacklevel=4)
+
+
+class DiskList(Sequence[Any]):
+    """A list of JSON values in a temporary file, for more of them than memory should hold; it can only grow.
+
+    Args:
+        folder: where the file is, which nobody else sees.
+        read: makes an item of a value.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, read: Callable[[Any], Any] = lambda value: value):
+        self._file, self._folder, self._read = tempfile.TemporaryFile(dir=folder), folder, read
+        self._starts, self._end = array("q"), 0
+        weakref.finalize(self, self._file.close)
+
+    def append(self, value: Any) -> None:
+        try:
+            self._file.seek(self._end)
+            self._starts.append(self._end)
+            self._end += self._file.write(json.dumps(value).encode() + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from None
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        self._file.seek(self._starts[place])
+        return self._read(json.loads(self._file.readline()))
 
 
 class Busy(Exception):

@@ -21,7 +21,7 @@ from video_factory import encode_clip
 import capkit
 from capkit.export import ExportError, export_dataset
 from capkit.export.layouts import LAYOUTS
-from capkit.files import atomic_write
+from capkit.files import atomic_write, file_sha256
 from capkit.runs import Item, Shard, caption_shard, find_clips, merge
 from capkit.runs.caption import plan_clips
 from capkit.runs.shards import write_plan
@@ -135,7 +135,8 @@ def clips(tmp_path):
 
 def caption_store(path, clips, generation):
     settings = plan_clips(ModelIdentity("m", "f", "float32", None), find_clips(clips))
-    made = [one | {"status": "ok", "text": f"Words {generation}.", "created": "2026"} for one in settings]
+    done = {"status": "ok", "text": f"Words {generation}.", "created": "2026"}
+    made = [one | done | {"video_sha256": file_sha256(one["video"])} for one in settings]
     atomic_write(path, "".join(json.dumps(record) + "\n" for record in made))
     return path
 
@@ -148,7 +149,7 @@ def test_export_killed(tmp_path, clips):
         return export_dataset(store, "cogvideo", root, clips="copy", overwrite=True)
 
     def generations(folder):
-        pairs = layout.read(folder)
+        pairs = list(layout.read(folder))
         assert len(pairs) == 30 and all(clip.read_bytes() == (clips / clip.name).read_bytes() for clip, _ in pairs)
         return {text for _, text in pairs}
 
@@ -168,8 +169,8 @@ def test_export_killed(tmp_path, clips):
             outcomes["aside"] += 1
         export(stores[new])
         assert generations(root) == {f"Words {new}."}
-    left = [path.name for path in root.parent.iterdir() if path.name.startswith(".")]
-    print(f"{NUM_KILLS} kills of export: {outcomes}; {len(left)} hidden folders left beside the root")
+        assert not [path.name for path in root.parent.iterdir() if path.name.startswith(".")]
+    print(f"{NUM_KILLS} kills of export: {outcomes}")
 
 
 # ---- captioning ---------------------------------------------------------------------------------------

@@ -5,11 +5,12 @@ from capkit.export.cleaning import CLEANING, clean
 from capkit.export.dataset import check_export, export_dataset
 from capkit.export.layouts import LAYOUTS
 from capkit.export.report import ExportReport
-from capkit.export.write import ExportError
+from capkit.export.write import ExportBusy, ExportError
 
 __all__ = [
     "CLEANING",
     "LAYOUTS",
+    "ExportBusy",
     "ExportError",
     "ExportReport",
     "check_export",

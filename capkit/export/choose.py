@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capkit.runs import CaptionStore, window_name
+import numpy as np
+
+from capkit.runs import CaptionStore, Records, window_name
 from capkit.text import plain_text
 
 SETTINGS = (
@@ -38,7 +42,45 @@ class Chosen:
     reason: str = ""
 
 
-def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> list[Chosen]:
+class ChosenRecords(Sequence[Chosen]):
+    """What `choose_records` chose, in order; each record is read from its store when it is asked for."""
+
+    def __init__(self, stores: list[tuple[Path, Records]]):
+        self._stores = stores
+        self._first = [0]  # number of each store's first record
+        for _, records in stores:
+            self._first.append(self._first[-1] + len(records))
+        self._numbers, self._reasons = array("q"), dict[int, str]()
+
+    @property
+    def num_records(self) -> int:
+        """How many have a record; the others have a reason instead."""
+        return len(self) - len(self._reasons)
+
+    def append(self, number: int, reason: str) -> None:
+        """Add the record of a number, counted through all stores, or its clip with the reason why it has none."""
+        if reason:
+            self._reasons[len(self._numbers)] = reason
+        self._numbers.append(number)
+
+    def record(self, number: int) -> tuple[Path, dict[str, Any]]:
+        """The store and the record of a number."""
+        place = bisect_right(self._first, number) - 1
+        store, records = self._stores[place]
+        return store, records[number - self._first[place]]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        store, record = self.record(self._numbers[place])
+        reason = self._reasons.get(place % len(self), "")
+        return Chosen(Path(_resolved(record["video"])), store, {} if reason else record, reason)
+
+
+def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> ChosenRecords:
     """Choose a current, successful record of the entire file for each clip, in the order of the stores.
 
     Of captions with the same settings the one edited by hand is preferred, else the latest. Captions of parts of a clip
@@ -55,25 +97,37 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> list[
         ValueError: no such file, an unknown choice, or a clip with several captions and no choice between them.
     """
     choices = check_choices(choose)
-    by_clip: dict[Path, list[Chosen]] = {}
+    sources = []
     for source in [stores] if isinstance(stores, (str, os.PathLike, CaptionStore)) else stores:
         store = source if isinstance(source, CaptionStore) else CaptionStore(source)
         if not store.path.is_file():
             raise ValueError(f"stores: {store.path}: no such file")
-        for record in store.current():
-            clip = _resolved(record["video"])
-            by_clip.setdefault(clip, []).append(Chosen(clip, store.path, record))
-    candidates = [_candidates(attempts, choices) for attempts in by_clip.values()]
-    if ambiguous := [[one.record for one in several] for several in candidates if len(several) > 1]:
-        raise ValueError(_describe_ambiguous(ambiguous))
-    return [chosen for (chosen,) in candidates]
+        sources.append((store.path, store.current()))
+    clip_numbers: dict[str, int] = {}
+    clips = array("q")  # the number of each record's clip
+    for _, records in sources:
+        clips.extend(clip_numbers.setdefault(_resolved(record["video"]), len(clip_numbers)) for record in records)
+    del clip_numbers  # a million names take 0.2 GB
+    order = np.argsort(clips, kind="stable")
+    starts = np.flatnonzero(np.diff(np.array(clips, np.int64)[order], prepend=-1)).tolist()
+    chosen, ambiguous = ChosenRecords(sources), []
+    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        attempts = {number: chosen.record(number)[1] for number in order[start:end].tolist()}
+        numbers, reason = _candidates(attempts, choices)
+        chosen.append(numbers[0], reason)
+        if len(numbers) > 1:
+            ambiguous.append(numbers)
+    if ambiguous:
+        records_of_first = [chosen.record(number)[1] for number in ambiguous[0]]
+        raise ValueError(_describe_ambiguous(len(ambiguous), records_of_first))
+    return chosen
 
 
-def _resolved(video: str) -> Path:
+def _resolved(video: str) -> str:
     try:
-        return Path(os.path.realpath(video))
+        return os.path.realpath(video)
     except ValueError:  # with a character that no file name has; refused when it is opened
-        return Path(video)
+        return video
 
 
 def check_choices(choose: Choice | Sequence[Choice]) -> list[Choice]:
@@ -88,32 +142,31 @@ def check_choices(choose: Choice | Sequence[Choice]) -> list[Choice]:
     return choices
 
 
-def _candidates(attempts: list[Chosen], choices: list[Choice]) -> list[Chosen]:
-    """The records of a clip between which nothing chooses; or one without a record, with the reason."""
-    clip, store = attempts[-1].clip, attempts[-1].store
-    captions = [one for one in attempts if one.record["status"] == "ok"]
+def _candidates(attempts: dict[int, dict[str, Any]], choices: list[Choice]) -> tuple[list[int], str]:
+    """Those of a clip's records, by number, between which nothing chooses; or the last one and why none is chosen."""
+    last = max(attempts)
+    captions = {number: record for number, record in attempts.items() if record["status"] == "ok"}
     if not captions:
-        return [Chosen(clip, store, {}, f"not captioned: {attempts[-1].record['error']}")]
-    entire = [one for one in captions if not window_name(one.record)]
+        return [last], f"not captioned: {attempts[last]['error']}"
+    entire = {number: record for number, record in captions.items() if not window_name(record)}
     if not entire:
-        windows = list(dict.fromkeys(window_name(one.record) for one in captions))
-        reason = f"has captions of parts only ({', '.join(windows[:3])}); a trainer would see the entire file"
-        return [Chosen(clip, store, {}, reason)]
-    newest: dict[str, Chosen] = {}  # for each combination of settings
-    for one in sorted(entire, key=lambda one: ("edited_text" in one.record, _created(one))):
-        newest[json.dumps([one.record.get(name) for name in SETTINGS], sort_keys=True)] = one
+        windows = list(dict.fromkeys(window_name(record) for record in captions.values()))
+        return [last], f"has captions of parts only ({', '.join(windows[:3])}); a trainer would see the entire file"
+    newest: dict[str, int] = {}  # for each combination of settings
+    for number in sorted(entire, key=lambda number: ("edited_text" in entire[number], _created(entire[number]))):
+        newest[json.dumps([entire[number].get(name) for name in SETTINGS], sort_keys=True)] = number
     if not choices:
-        return list(newest.values())
+        return list(newest.values()), ""
     for choice in choices:
         if choice == "latest":
-            return [max(newest.values(), key=_created)]
-        if matching := [one for one in newest.values() if _matches(one.record, choice)]:
-            return matching
-    return [Chosen(clip, store, {}, f"none of its {len(newest)} captions matches choose=")]
+            return [max(newest.values(), key=lambda number: _created(entire[number]))], ""
+        if matching := [number for number in newest.values() if _matches(entire[number], choice)]:
+            return matching, ""
+    return [last], f"none of its {len(newest)} captions matches choose="
 
 
-def _created(chosen: Chosen) -> str:
-    return chosen.record.get("created") or ""
+def _created(record: dict[str, Any]) -> str:
+    return record.get("created") or ""
 
 
 def _matches(record: dict[str, Any], choice: Choice) -> bool:
@@ -128,15 +181,14 @@ def _matches(record: dict[str, Any], choice: Choice) -> bool:
     return True
 
 
-def _describe_ambiguous(ambiguous: list[list[dict[str, Any]]]) -> str:
+def _describe_ambiguous(num_clips: int, first: list[dict[str, Any]]) -> str:
     """Error message with what the captions of the first such clip differ in, as choices to copy."""
-    first = ambiguous[0]
     choices = ""
     for name in SETTINGS:
         values = dict.fromkeys(json.dumps(record.get(name), ensure_ascii=False) for record in first)
         if len(values) > 1:
             choices += "\n" + plain_text(f"  {name}: {' | '.join(values)}")
     return (
-        f"{len(ambiguous)} clips have several captions, the first {plain_text(first[0]['video'])}; choose one with "
+        f"{num_clips} clips have several captions, the first {plain_text(first[0]['video'])}; choose one with "
         f"choose=, for instance 'latest', 'edited', or a value of what they differ in:{choices}"
     )

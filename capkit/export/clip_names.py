@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # load_dataset takes such a word, between "-", "_", digits and the like, for the name of a split.
@@ -14,7 +14,7 @@ SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({_WORDS})(?![^\W\d_])", re.IGNORECASE)
 MAX_STEM_LENGTH = 80
 
 
-def name_clips(clips: Sequence[Path]) -> list[str]:
+def name_clips(clips: Iterable[Path]) -> Iterator[str]:
     """A name for each clip: its own if that is safe, else a similar one.
 
     Names have only letters, digits, "-" and "_", because some trainers strip lines of lists or cut names at the first
@@ -23,17 +23,15 @@ def name_clips(clips: Sequence[Path]) -> list[str]:
     trainers cache latents by name.
 
     Args:
-        clips: different files.
+        clips: different files; gone through twice.
     """
-    stems = [_safe_stem(clip.stem) for clip in clips]
-    count = Counter(stem.lower() for stem in stems)
-    names = []
-    for stem, clip in zip(stems, clips, strict=True):
+    count = Counter(_safe_stem(clip.stem).lower() for clip in clips)
+    for clip in clips:
+        stem = _safe_stem(clip.stem)
         if not stem or count[stem.lower()] > 1:
             digest = hashlib.sha256(str(clip).encode("utf-8", "surrogateescape")).hexdigest()[:10]
             stem = f"{stem or 'clip'}-x{digest}"
-        names.append(stem + clip.suffix.lower())
-    return names
+        yield stem + clip.suffix.lower()
 
 
 def _safe_stem(stem: str) -> str:

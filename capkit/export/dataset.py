@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from capkit.export.choose import Choice, Chosen, check_choices, choose_records
 from capkit.export.cleaning import CLEANING, clean, trim_to_sentence
 from capkit.export.clip_names import name_clips
 from capkit.export.layouts import LAYOUTS, Layout, Pair
-from capkit.export.report import COLUMNS, ExportReport, shared_openings
-from capkit.export.write import is_exported, write_export
-from capkit.files import file_sha256, output_folder
-from capkit.runs import to_frame
-from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, describe, near_duplicates, t5_counter
+from capkit.export.report import ExportReport, shared_openings
+from capkit.export.write import hold_folder, is_exported, write_export
+from capkit.files import DiskList, file_sha256, output_folder
+from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, stock_opening, t5_counter
 from capkit.text import encodable, plain_text
 from capkit.video import FrameSampling, VideoError, load_clip
 
-ROWS_AT_ONCE = 10_000  # the words of so many captions are in memory
 ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
 
 
@@ -46,7 +45,7 @@ def export_dataset(
     Texts edited by hand are preferred to the model's. What the layout cannot hold is refused clip by clip with the
     reason: captions of parts of a clip, clips that are missing or have changed since, captions that the trainer would
     read differently. The folder gets its name only after it has been read back correctly; a report is written beside
-    it.
+    it. Captions are kept in temporary files beside it meanwhile, because a million take gigabytes.
 
     Args:
         stores: a caption store or its file, or several.
@@ -65,6 +64,7 @@ def export_dataset(
     Raises:
         ValueError: a wrong argument; several captions of a clip and no choice; nothing to export; a folder that holds
             something else, cached latents among it, which trainers would use for the new clips.
+        ExportBusy: another process is exporting to the folder.
         ExportError: it could not be written, or not read back.
     """
     options: dict[str, Any] = {
@@ -81,33 +81,29 @@ def export_dataset(
     trigger_word = trigger_word.strip()
     prefix = f"{trigger_word} " if trigger_word else ""
     limit = _TokenLimit(threshold, on_too_long, prefix, t5_counter(tokenizer), is_estimate)
-    rows = []
-    for chosen in choose_records(stores, choose):
-        row = _row(chosen, rules)
-        row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
-        rows.append(row)
-    fit = [row for row in rows if not row["reason"]]
-    if not fit:
-        refused = "\n".join(plain_text(f"  {row['video']}: {row['reason']}") for row in rows[:10])
-        raise ValueError(f"nothing to export; of {len(rows)} clips, the first:\n{refused}")
-    pairs = []
-    for row, name in zip(fit, name_clips([row["clip"] for row in fit]), strict=True):
-        row["file"] = (Path(kind.clip_folder) / name).as_posix()
-        pairs.append(Pair(row["clip"], name, row["text"]))
-    if not is_exported(kind, root, pairs, overwrite):
-        write_export(kind, root, pairs, clips)
-    report = ExportReport(
-        layout=kind.name,
-        output_dir=root,
-        table=_table(rows, limit),
-        shared_openings=shared_openings([row["caption"] for row in fit]),
-        token_limit=token_limit,
-        threshold=threshold,
-        read_back=f"read back as {kind.trainer} reads it: all {len(pairs)} pairs are right",
-        command=kind.command(root, trigger_word),
-        options={"cleaning": rules, "on_too_long": on_too_long, "trigger_word": trigger_word, "clips": clips},
-    )
-    report.save()
+    with hold_folder(root):
+        export = _Export(kind, root)
+        for chosen in choose_records(stores, choose):
+            row = _row(chosen, rules)
+            row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
+            export.add(row)
+        if not export.places:
+            refused = "\n".join(plain_text(f"  {row['video']}: {row['reason']}") for row in export.rows[:10])
+            raise ValueError(f"nothing to export; of {len(export.rows)} clips, the first:\n{refused}")
+        export.name_clips()
+        if not is_exported(kind, root, export.pairs, overwrite):
+            write_export(kind, root, export.pairs, clips)
+        report = ExportReport(
+            layout=kind.name,
+            output_dir=root,
+            shared_openings=shared_openings(export.captions),
+            token_limit=token_limit,
+            threshold=threshold,
+            read_back=f"read back as {kind.trainer} reads it: all {len(export.pairs)} pairs are right",
+            command=kind.command(root, trigger_word),
+            options={"cleaning": rules, "on_too_long": on_too_long, "trigger_word": trigger_word, "clips": clips},
+        )
+        report.save(export.report_rows(limit))
     return report
 
 
@@ -160,12 +156,62 @@ def _check_value(name: str, value: Any, values: Sequence[str] | dict[str, Any]) 
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, values))}")
 
 
+class _Export:
+    """An export on its way. Texts are on disk, so that a clip takes some hundred bytes of memory."""
+
+    def __init__(self, layout: Layout, root: Path):
+        self.layout, self.folder = layout, root.parent
+        self.rows = DiskList(self.folder)  # of all clips, for the report
+        self.places = array("q")  # in `rows`, of the clips that are exported
+        self.captions = DiskList(self.folder)  # of these clips, without the trigger word
+        self.pairs = DiskList(self.folder, lambda value: Pair(Path(value[0]), *value[1:]))
+
+    def add(self, row: dict[str, Any]) -> None:
+        if not row["reason"]:
+            self.places.append(len(self.rows))
+            self.captions.append(row["caption"])
+        self.rows.append(row)
+
+    def name_clips(self) -> None:
+        """Fill `pairs`."""
+        clips = DiskList(self.folder, Path)
+        for place in self.places:
+            clips.append(self.rows[place]["clip"])
+        for place, name in zip(self.places, name_clips(clips), strict=True):
+            row = self.rows[place]
+            self.pairs.append([row["clip"], name, row["text"]])
+
+    def report_rows(self, limit: _TokenLimit) -> Iterator[dict[str, Any]]:
+        """The rows of `ExportReport.table`; the trigger word counts for tokens only."""
+        repeats = near_duplicates(self.captions, range(len(self.captions)))
+        digests = np.array([int(self.rows[place]["sha256"][:15], 16) for place in self.places])
+        _, first_of, kind_of = np.unique(digests, return_index=True, return_inverse=True)
+        number = 0  # of a clip among those that are exported
+        for row in self.rows:
+            row |= {"status": "refused", "changed_by": ", ".join(row["changed_by"]), "same_file_as": ""}
+            if row["reason"]:
+                yield row | {"num_t5_tokens": None}
+                continue
+            caption, first = self.captions[number], first_of[kind_of[number]]
+            yield row | {
+                "status": "exported",
+                "file": (Path(self.layout.clip_folder) / self.pairs[number].name).as_posix(),
+                "num_words": count_words(caption),
+                "boilerplate_opening": stock_opening(caption),
+                "t5_is_estimate": limit.is_estimate,
+                "over_limit": row["num_t5_tokens"] > limit.threshold,
+                "near_duplicate": bool(repeats[number]),
+                "same_file_as": "" if first == number else self.rows[self.places[first]]["video"],
+            }
+            number += 1
+
+
 def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
     record = chosen.record
     original = record.get("edited_text", record.get("text")) or ""
     text, changed_by = clean(original.strip(), record, rules)
     return {
-        "clip": chosen.clip,
+        "clip": str(chosen.clip),
         "video": encodable(str(chosen.clip)),
         "file": "",
         "text": text,
@@ -220,23 +266,3 @@ def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:
     row["caption"], row["num_t5_tokens"] = text, num_tokens
     row["text"] = text if kind.adds_trigger else limit.prefix + text
     return kind.unfit(row["text"])
-
-
-def _table(rows: list[dict[str, Any]], limit: _TokenLimit) -> pd.DataFrame:
-    """The report's table: the rows and measures of the captions; the trigger word counts for tokens only."""
-    table = to_frame(rows)
-    table["status"] = table["reason"].eq("").map({True: "exported", False: "refused"})
-    table["changed_by"] = table["changed_by"].map(", ".join)
-    exported = table[table["status"] == "exported"]
-    table["num_t5_tokens"] = exported["num_t5_tokens"].astype("Int64")
-    table["t5_is_estimate"] = pd.Series(limit.is_estimate, exported.index, dtype="boolean")
-    table["over_limit"] = table["num_t5_tokens"] > limit.threshold
-    columns = ["num_words", "boilerplate_opening"]
-    texts = pd.DataFrame({"text": exported["caption"]})
-    parts = [texts[start : start + ROWS_AT_ONCE] for start in range(0, len(texts), ROWS_AT_ONCE)]
-    table[columns] = pd.concat([describe(part)[columns] for part in parts])
-    repeats = near_duplicates(list(exported["caption"]), exported.index)
-    table["near_duplicate"] = pd.Series(repeats, exported.index, dtype="boolean")
-    first = exported.groupby("sha256")["video"].transform("first")
-    table["same_file_as"] = first.where(first != exported["video"], "").reindex(table.index, fill_value="")
-    return table[list(COLUMNS)]

@@ -5,22 +5,34 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from capkit import __version__
+from capkit.export.write import report_of
 from capkit.files import atomic_writer, now
 from capkit.text import escape, plain_text
 
 OPENING_WORDS = 4
-COLUMNS = (
-    *("video", "file", "status", "reason", "text", "original", "edited", "changed_by", "num_words", "num_t5_tokens"),
-    *("t5_is_estimate", "over_limit", "boilerplate_opening", "near_duplicate", "same_file_as", "store", "request"),
-)
+_TEXT, _NUMBER, _FLAG = "str", "Int64", "boolean"
+COLUMNS = {
+    **{"video": _TEXT, "file": _TEXT, "status": _TEXT, "reason": _TEXT, "text": _TEXT, "original": _TEXT},
+    **{"edited": "bool", "changed_by": _TEXT, "num_words": _NUMBER, "num_t5_tokens": _NUMBER},
+    **{"t5_is_estimate": _FLAG, "over_limit": _FLAG, "boilerplate_opening": _TEXT, "near_duplicate": _FLAG},
+    **{"same_file_as": _TEXT, "store": _TEXT, "request": _TEXT},
+}
+"""The table's columns and their types."""
+COUNTED = {
+    "edited": "captions were edited by hand",
+    "near_duplicate": "captions nearly repeat another clip's",
+    "changed_by": "captions were changed by cleaning; the originals are in the report",
+    "same_file_as": "clips are copies of another",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,40 +42,49 @@ class ExportReport:
     Attributes:
         layout: its name.
         output_dir: the trainer's root.
-        table: a row for each clip of the stores:
-            video, store, request: where the caption is from;
-            file: the clip in the export, relative to `output_dir`; "" if refused;
-            status, reason: "exported" or "refused", and why;
-            original, text: the caption before and after cleaning; with the trigger word unless the trainer adds it;
-            edited: it was edited by hand;
-            changed_by: cleaning rules that changed it, and "trimmed";
-            num_words, num_t5_tokens, t5_is_estimate, boilerplate_opening: as in `describe`, with the trigger word
-                counted as tokens; of exported clips only, like all that follows;
-            over_limit: more tokens than `threshold`;
-            near_duplicate: nearly the caption of another clip;
-            same_file_as: another clip with the same content, or "".
         shared_openings: the first four words that several captions share: opening, num_captions.
         token_limit: T5 tokens that the trainer keeps.
         threshold: where captions count as too long: `token_limit`, or a tenth less if tokens are estimated.
         read_back: result of reading the folder as the trainer does.
         command: how to start the trainer.
         options: the other arguments of the export.
+        counts: how many clips were "exported" and "refused" and, of the former, for how many each column of `COUNTED`
+            holds, how many are "over_limit", and the "most_tokens" of one.
     """
 
     layout: str
     output_dir: Path
-    table: pd.DataFrame
     shared_openings: pd.DataFrame
     token_limit: int
     threshold: int
     read_back: str
     command: str
     options: dict[str, Any]
+    counts: Counter[str] = field(default_factory=Counter)
 
     @property
     def path(self) -> Path:
-        """JSON file of the report; beside the root, because a trainer might take it for data inside."""
-        return self.output_dir.with_name(f"{self.output_dir.name}.export.json")
+        """JSON file of the report, beside the root."""
+        return report_of(self.output_dir)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row for each clip of the stores, as written to `path`; a million take gigabytes of memory.
+
+        video, store, request: where the caption is from;
+        file: the clip in the export, relative to `output_dir`; "" if refused;
+        status, reason: "exported" or "refused", and why;
+        original, text: the caption before and after cleaning; with the trigger word unless the trainer adds it;
+        edited: it was edited by hand;
+        changed_by: cleaning rules that changed it, and "trimmed";
+        num_words, num_t5_tokens, t5_is_estimate, boilerplate_opening: as in `describe`, with the trigger word counted
+            as tokens; of exported clips only, like all that follows;
+        over_limit: more tokens than `threshold`;
+        near_duplicate: nearly the caption of another clip;
+        same_file_as: another clip with the same content, or "".
+        """
+        rows = json.loads(self.path.read_text(encoding="utf-8"))["clips"]
+        return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
     @property
     def exported(self) -> pd.DataFrame:
@@ -75,25 +96,33 @@ class ExportReport:
         """The rows of clips that were refused."""
         return self.table[self.table["status"] == "refused"]
 
-    def save(self) -> Path:
-        """Write the report to `path` atomically, clip by clip; returns the path."""
-        content = vars(self) | {
+    def save(self, rows: Iterable[dict[str, Any]]) -> Path:
+        """Write the report to `path` atomically, and count; returns the path.
+
+        Args:
+            rows: of `table`, with `COLUMNS` and others, which are left out; what is missing is null.
+        """
+        content = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "counts"} | {
             "output_dir": str(self.output_dir),
             "shared_openings": self.shared_openings.to_dict("records"),
             "capkit_version": __version__,
             "created": now(),
         }
-        del content["table"]
         head = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1).removesuffix("\n}")
         with atomic_writer(self.path) as file:
             file.write(f'{head},\n "clips": ['.encode(errors="backslashreplace"))
-            for start in range(0, len(self.table), 1000):
-                for number, row in enumerate(self.table[start : start + 1000].to_dict("records"), start):
-                    values = {name: None if value is pd.NA else value for name, value in row.items()}
-                    clip = json.dumps(values, ensure_ascii=False, allow_nan=False)
-                    file.write(f"{',' * (number > 0)}\n  {clip}".encode(errors="backslashreplace"))
+            for number, row in enumerate(rows):
+                clip = json.dumps({name: row.get(name) for name in COLUMNS}, ensure_ascii=False, allow_nan=False)
+                file.write(f"{',' * (number > 0)}\n  {clip}".encode(errors="backslashreplace"))
+                self._count(row)
             file.write(b"\n ]\n}\n")
         return self.path
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.counts[row["status"]] += 1
+        if row["status"] == "exported":
+            self.counts.update(name for name in ("over_limit", *COUNTED) if row[name])
+            self.counts["most_tokens"] = max(self.counts["most_tokens"], row["num_t5_tokens"])
 
     def __str__(self) -> str:
         return "\n".join(map(plain_text, self._lines()))
@@ -102,25 +131,19 @@ class ExportReport:
 
     def _lines(self) -> list[str]:
         """The report in sentences."""
-        table = self.exported
-        is_estimate = bool(table["t5_is_estimate"].any())
-        if num_over := int(table["over_limit"].sum()):
+        is_estimate = self.threshold < self.token_limit
+        if num_over := self.counts["over_limit"]:
             limit = f"{self.threshold} T5 tokens (estimated)" if is_estimate else f"{self.token_limit} T5 tokens"
             tokens = f"{num_over} captions have more than {limit}: training may cut their ends off"
         else:
-            tokens = f"the longest caption has {int(table['num_t5_tokens'].max())} T5 tokens "
+            tokens = f"the longest caption has {self.counts['most_tokens']} T5 tokens "
             tokens += f"({'estimated' if is_estimate else 'counted'}); {self.token_limit} are kept"
-        counts = {
-            "captions were edited by hand": table["edited"],
-            "captions nearly repeat another clip's": table["near_duplicate"],
-            "captions were changed by cleaning; the originals are in the report": table["changed_by"].ne(""),
-            "clips are copies of another": table["same_file_as"].ne(""),
-        }
+        num_exported, num_refused = self.counts["exported"], self.counts["refused"]
         return [
-            f"{len(table)} clips exported for {self.layout} to {self.output_dir}, {len(self.refused)} refused",
+            f"{num_exported} clips exported for {self.layout} to {self.output_dir}, {num_refused} refused",
             self.read_back,
             tokens,
-            *(f"{int(mask.sum())} {description}" for description, mask in counts.items() if mask.any()),
+            *(f"{self.counts[name]} {description}" for name, description in COUNTED.items() if self.counts[name]),
         ]
 
     def _repr_html_(self) -> str:
@@ -140,7 +163,7 @@ class ExportReport:
         )
 
 
-def shared_openings(texts: Sequence[str]) -> pd.DataFrame:
+def shared_openings(texts: Iterable[str]) -> pd.DataFrame:
     """The first four words that several texts share, in lower case, and how many do; the most frequent first."""
     starts = Counter(" ".join(re.findall(r"\w+(?:['’-]\w+)*", text.lower())[:OPENING_WORDS]) for text in texts)
     rows = [(opening, count) for opening, count in starts.most_common(20) if count > 1 and opening]

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capkit.export.layouts import Layout, Pair, shorten
-from capkit.files import file_sha256
+from capkit.files import Busy, file_sha256, hold_lock
+
+
+def report_of(root: Path) -> Path:
+    """The file of an export's report: beside the root, because a trainer might take it for data inside."""
+    return root.with_name(f"{root.name}.export.json")
+
+
+class ExportBusy(Busy):
+    """Another export is being written to this folder."""
+
+    advice = "is exporting to this folder; wait for it, or choose another folder"
 
 
 class ExportError(RuntimeError):
     """An export could not be written, or did not read back as it was written; nothing of it is kept."""
 
 
-def is_exported(layout: Layout, root: Path, pairs: list[Pair], overwrite: bool) -> bool:
+@contextmanager
+def hold_folder(root: Path) -> Iterator[None]:
+    """Keep other exports away from a root until the block ends, and first clear up what killed ones left beside it.
+
+    Raises:
+        ExportBusy: another process, or another thread of this one, is exporting to it.
+    """
+    with hold_lock(root.with_name(f".{root.name}.lock"), ExportBusy):
+        for path in list(root.parent.iterdir()):
+            if re.fullmatch(rf"\.{re.escape(report_of(root).name[:40])}\.[0-9a-f]{{8}}\.part", path.name):
+                path.unlink()
+            elif re.fullmatch(rf"\.{re.escape(root.name)}\.(part|old)-[a-z0-9_]{{8}}", path.name):  # of mkdtemp
+                if (path / root.name).is_dir() and not root.exists():  # killed between the two renames
+                    (path / root.name).rename(root)
+                shutil.rmtree(path)
+        yield
+
+
+def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], overwrite: bool) -> bool:
     """True if the root holds this very export already; False if it may be written there.
 
     Raises:
@@ -32,14 +63,13 @@ def is_exported(layout: Layout, root: Path, pairs: list[Pair], overwrite: bool) 
                 f"output_dir: {root} holds {name}/, which a trainer has computed from clips; it would use it for the "
                 "new clips of the same names too. Delete it, or choose another folder"
             )
-    try:
-        names = [clip.name for clip, _ in layout.read(root)]
-    except (ValueError, KeyError, IndexError, OSError):
-        names = []
+    names = []
+    with suppress(ValueError, KeyError, IndexError, OSError):
+        names += [clip.name for clip, _ in layout.read(root)]
     own = layout.caption_files(names) | {(Path(layout.clip_folder) / name).as_posix() for name in names}
-    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()}
-    if foreign := sorted(files - own):
-        raise ValueError(f"output_dir: {root} holds {foreign[0]!r}, not part of such an export; choose another folder")
+    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+    if foreign := min((file for file in files if file not in own), default=""):
+        raise ValueError(f"output_dir: {root} holds {foreign!r}, not part of such an export; choose another folder")
     if not _first_difference(layout, root, pairs):
         return True
     if not overwrite:
@@ -47,10 +77,10 @@ def is_exported(layout: Layout, root: Path, pairs: list[Pair], overwrite: bool) 
     return False
 
 
-def write_export(layout: Layout, root: Path, pairs: list[Pair], clips: str) -> None:
+def write_export(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str) -> None:
     """Write an export beside its place, read it back, and only then rename it.
 
-    A process that is killed meanwhile leaves a hidden folder `.<name>.part-...`.
+    A process that is killed meanwhile leaves a hidden folder `.<name>.part-...`, which `hold_folder` removes.
 
     Args:
         layout: of the export.
@@ -62,7 +92,6 @@ def write_export(layout: Layout, root: Path, pairs: list[Pair], clips: str) -> N
         ExportError: it could not be written, or does not read back as it should.
     """
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{root.name}.part-", dir=root.parent))
     except OSError as error:
         raise ExportError(f"{root.parent}: cannot be written to: {error}") from error
@@ -97,21 +126,19 @@ def _replace_folder(new: Path, root: Path) -> None:
     shutil.rmtree(old)
 
 
-def _first_difference(layout: Layout, root: Path, pairs: list[Pair]) -> str:
+def _first_difference(layout: Layout, root: Path, pairs: Sequence[Pair]) -> str:
     """What differs from the pairs when the root is read as the trainer reads it, or ""."""
+    places = {pair.name: place for place, pair in enumerate(pairs)}  # of those not read yet
     try:
-        actual = layout.read(root)
+        for clip, text in layout.read(root):
+            place = places.pop(clip.name, None) if clip.parent == root / layout.clip_folder else None
+            if place is None:
+                return f"{clip.name} is not expected, or occurs twice"
+            pair = pairs[place]
+            if text != pair.text:
+                return f"{clip.name} has the caption {shorten(str(text))}, not {shorten(pair.text)}"
+            if not (clip.exists() and (clip.samefile(pair.clip) or file_sha256(clip) == file_sha256(pair.clip))):
+                return f"{clip.name} is not {pair.clip}"
     except (ValueError, KeyError, IndexError, OSError) as error:
         return f"it stops: {error}"
-    if len(actual) != len(pairs):
-        return f"there are {len(actual)} pairs, not {len(pairs)}"
-    expected = {root / layout.clip_folder / pair.name: pair for pair in pairs}
-    for clip, text in actual:
-        pair = expected.pop(clip, None)
-        if pair is None:
-            return f"{clip.name} is not expected, or occurs twice"
-        if text != pair.text:
-            return f"{clip.name} has the caption {shorten(str(text))}, not {shorten(pair.text)}"
-        if not (clip.exists() and (clip.samefile(pair.clip) or file_sha256(clip) == file_sha256(pair.clip))):
-            return f"{clip.name} is not {pair.clip}"
-    return ""
+    return f"{len(places)} of {len(pairs)} clips are missing, such as {min(places)}" if places else ""

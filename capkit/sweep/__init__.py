@@ -1,7 +1,16 @@
 """Compare prompts, decoding settings and frame samplings: plan a sweep, run it, describe and compare its captions."""
 
 from capkit.sweep.comparison import OUTCOMES, bradley_terry, compare
-from capkit.sweep.diagnostics import OPENING, SENTENCE_END, agreement, describe, describe_set, near_duplicates
+from capkit.sweep.diagnostics import (
+    OPENING,
+    SENTENCE_END,
+    agreement,
+    count_words,
+    describe,
+    describe_set,
+    near_duplicates,
+    stock_opening,
+)
 from capkit.sweep.plan import PROMPT_PRESETS, SweepPlan, plan_sweep, read_axes
 from capkit.sweep.run import SweepResult, check_comparison, run_sweep
 from capkit.sweep.t5 import COGVIDEOX_1_5_T5_LIMIT, COGVIDEOX_T5_LIMIT, t5_counter
@@ -19,7 +28,9 @@ __all__ = [
     "agreement",
     "describe",
     "describe_set",
+    "count_words",
     "near_duplicates",
+    "stock_opening",
     "OUTCOMES",
     "bradley_terry",
     "compare",

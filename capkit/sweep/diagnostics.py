@@ -132,7 +132,7 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
     described["stopped_by_length"] = stopped.mask(optional["finish_reason"].isna() | described["num_words"].isna())
     described["repeated_4grams"] = _each(lambda w: 1 - _distinct_share([w], 4) if len(w) > 3 else 0, words, "float64")
     described["longest_repeat_words"] = _each(_longest_repeat, words, "Int64")
-    described["boilerplate_opening"] = _each(lambda text: (OPENING.match(text) or ["", ""])[1], lowered, "string")
+    described["boilerplate_opening"] = _each(stock_opening, texts, "string")
     for name, phrases in (("hedges", HEDGES), ("mood_words", MOOD_WORDS), ("meta_words", META_WORDS)):
         listed = re.compile(rf"\b(?:{_either(phrases)})(?!\w)")
         matches = [None if text is None else listed.findall(text) for text in lowered]
@@ -178,7 +178,7 @@ def describe_set(captions: pd.DataFrame, by: str | Sequence[str], clip: str = "c
     for key, group in described.groupby(by, sort=False, dropna=False):
         spoken = group[[isinstance(text, str) for text in group["text"]]]
         words = [_words(text) for text in spoken["text"]]
-        duplicates = near_duplicates(spoken["text"], list(spoken[clip]) if clip in spoken else range(len(spoken)))
+        duplicates = near_duplicates(list(spoken["text"]), list(spoken[clip]) if clip in spoken else range(len(spoken)))
         shares = _distinct_share(words, 1), _distinct_share(words, 2), pd.Series(duplicates, dtype=float).mean()
         rows.append([*key, len(spoken), len(group) - len(spoken), *shares, *averaged.loc[group.index].mean()])
     columns = ["num_captions", "num_failed", "distinct_1", "distinct_2", "share_near_duplicates"]
@@ -253,7 +253,6 @@ def near_duplicates(texts: Sequence[str], clips: Sequence[Any]) -> np.ndarray:
     Returns:
         bool (N,).
     """
-    texts = list(texts)
     bands = np.empty((len(texts), NUM_BANDS), np.uint64)
     signatures = np.empty((len(texts), 4 * NUM_BANDS), np.uint8)  # a byte of each hash, to sort unlikely pairs out
     for place, text in enumerate(texts):
@@ -308,6 +307,16 @@ def require_columns(table: pd.DataFrame, names: Iterable[str]) -> None:
 def _each(measure: Callable[[Any], Any], items: list[Any], dtype: str) -> pd.api.extensions.ExtensionArray:
     missing = math.nan if dtype == "float64" else pd.NA
     return pd.array([missing if item is None else measure(item) for item in items], dtype=dtype)
+
+
+def count_words(text: str) -> int:
+    """Number of words; a Chinese or Japanese character is one."""
+    return len(_words(text))
+
+
+def stock_opening(text: str) -> str:
+    """The opening of a text, in lower case, if it matches OPENING, else ""."""
+    return (OPENING.match(_normalise(text)) or ["", ""])[1]
 
 
 def _normalise(text: str) -> str:

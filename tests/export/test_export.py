@@ -15,7 +15,7 @@ import pytest
 from video_factory import encode_clip
 
 from capkit import CaptionStore
-from capkit.export import CLEANING, LAYOUTS, ExportError, export_dataset
+from capkit.export import CLEANING, LAYOUTS, ExportBusy, ExportError, export_dataset
 from capkit.export.layouts import LINE_SEPARATORS
 from capkit.files import file_sha256 as sha256_of
 
@@ -531,7 +531,32 @@ export_dataset(sys.argv[1], "sidecar", sys.argv[2])
         killed = subprocess.run([sys.executable, "-c", code, store.path, root], capture_output=True, text=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not root.exists() and [path.name for path in tmp_path.glob(".out.part-*")]
+        mine = tmp_path / ".out.part-of-mine"
+        mine.mkdir()
+        (tmp_path / ".out.export.json.0123abcd.part").touch()  # of a kill at the report
         assert len(export_dataset(store, "sidecar", root).exported) == 2
+        assert [path.name for path in tmp_path.glob(".out*")] == [mine.name]
+
+    def test_killed_between_two_renames_the_old_export_comes_back(self, store, tmp_path):
+        root, aside = tmp_path / "out", tmp_path / ".out.old-1234abcd"
+        before = export_dataset(store, "sidecar", root)
+        aside.mkdir()
+        root.rename(aside / "out")
+        store.edit("captions 0", "Our dog.")
+        with pytest.raises(ValueError, match="holds other captions"):
+            export_dataset(store, "sidecar", root)
+        assert (root / "a.txt").read_text() == before.exported["text"].iloc[0] + "\n" and not aside.exists()
+
+    def test_a_second_export_to_the_same_folder_is_refused(self, store, tmp_path, monkeypatch):
+        def export_again(*_):
+            with pytest.raises(ExportBusy, match="another thread of this process .* is exporting to this folder"):
+                export_dataset(store, "cogvideo", tmp_path / "out")
+            return []
+
+        monkeypatch.setattr("capkit.export.dataset.choose_records", export_again)
+        with pytest.raises(ValueError, match="nothing to export"):
+            export_dataset(store, "cogvideo", tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir()} == {"clips", "captions.jsonl"}
 
 
 def test_report_of_a_set_that_says_the_same_of_everything(make_store, tmp_path):

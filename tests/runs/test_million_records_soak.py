@@ -1,7 +1,9 @@
 """A store of a million records: what each operation takes, and that all of it fits into less than 1 GB of memory."""
 
+import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,10 +18,11 @@ from capkit.runs.clips import Item
 from capkit.runs.shards import SETTINGS_OF_RUN, write_plan
 
 NUM_RECORDS, NUM_SHARDS = int(os.environ.get("CAPKIT_SOAK_RECORDS", 10**6)), 4
-NAME = "0" * 18 + "77"
-SENTENCE = f" Dog {NAME} runs over the lawn, turns at the tree, and comes back to the man in the red coat with a stick."
-VIDEO = Path(f"/data/a folder of clips/some more of them/{NAME}.mp4")
-RECORD = make_record(77, VIDEO, request=NAME, strip=f"{NAME}.webp", text=SENTENCE * 8, mean_logprob=-0.5)
+CONTENT = b"not a video"
+WORDS = """dog cat man woman runs walks jumps turns stops looks over under past to from the a red blue green small large
+    lawn tree house street camera and then slowly quickly towards away with without stick coat""".split()
+LINKS_OF_A_FILE = 50_000  # ext4 takes 65,000
+RECORD = make_record(77, Path("all"), video_sha256=hashlib.sha256(CONTENT).hexdigest())
 SETTINGS = {name: RECORD[name] for name in SETTINGS_OF_RUN}
 
 SETUP = r"""
@@ -58,24 +61,39 @@ report("gallery: all put in order")
 gallery.save(folder / "gallery" / "gallery.html")
 report("gallery: the first 100,000 written")
 """
+EXPORT = """
+exported = capkit.export.export_dataset(store.path, "cogvideo", folder / "data")
+assert exported.counts["refused"] == sum(exported.counts[name] for name in ("exported", "refused")) // 50
+report(f"export of {exported.counts['exported']:,} clips")
+"""
+
+
+def a_text(number):
+    """Some 200 words, unlike those of other numbers."""
+    words = random.Random(number).choices(WORDS, k=200)
+    return " " + ". ".join(" ".join(words[start : start + 20]) for start in range(0, 200, 20)) + "."
 
 
 @pytest.mark.soak
 def test_soak_a_million_records(tmp_path):
     assert shutil.disk_usage(tmp_path).free > 15e9
-    templates = [json.dumps(record) for record in (an_error(RECORD), RECORD)]
+    clips = tmp_path / "a folder of clips"
+    clips.mkdir()
     for index in range(NUM_SHARDS):
         planned = []
         with open(tmp_path / f"{Shard(index, NUM_SHARDS).name}.jsonl", "w") as file:
             for number in range(index, NUM_RECORDS, NUM_SHARDS):
-                name = f"{number:020}"
-                file.write(templates[number % 50 > 0].replace(NAME, name).replace("-0.5", f"-{number * 7 % 10_007}e-4"))
-                file.write("\n")
-                planned.append(SETTINGS | {"request": name, "video": RECORD["video"].replace(NAME, name)})
+                name, content = f"{number:020}", tmp_path / f"{number // LINKS_OF_A_FILE}.content"
+                content.write_bytes(CONTENT)
+                os.link(content, clips / f"{name}.mp4")
+                own = {"request": name, "video": str(clips / f"{name}.mp4")}
+                record = RECORD | own | {"text": a_text(number), "mean_logprob": -(number * 7 % 10_007) / 1e4}
+                print(json.dumps(record if number % 50 else an_error(record)), file=file)
+                planned.append(SETTINGS | own)
         write_plan(tmp_path, Shard(index, NUM_SHARDS), [Item("all")], planned, Prompt("Describe."))
     size = sum(path.stat().st_size for path in tmp_path.glob("*.jsonl"))
     print(f"\n{NUM_RECORDS:,} records of {size / NUM_RECORDS:,.0f} bytes")
-    for code in (MERGE, READ):
+    for code in (MERGE, READ, EXPORT):
         subprocess.run([sys.executable, "-c", SETUP + code, tmp_path], check=True)
     assert len(list((tmp_path / "gallery").iterdir())) == min(100, -(-NUM_RECORDS // 1000))
     shutil.rmtree(tmp_path)  # pytest would keep the last three

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -76,18 +77,18 @@ class Layout(ABC):
         return ""
 
     @abstractmethod
-    def write(self, root: Path, pairs: list[Pair]) -> None:
-        """Write all files that hold captions; the clips exist already."""
+    def write(self, root: Path, pairs: Iterable[Pair]) -> None:
+        """Write all files that hold captions; the clips exist already. The pairs may be gone through several times."""
 
     @abstractmethod
-    def read(self, root: Path) -> list[tuple[Path, str]]:
+    def read(self, root: Path) -> Iterable[tuple[Path, str]]:
         """Clips and captions, paired as the trainer pairs them.
 
         Raises:
             ValueError, OSError: where the trainer would stop.
         """
 
-    def caption_files(self, names: list[str]) -> set[str]:
+    def caption_files(self, names: Iterable[str]) -> set[str]:
         """The files that `write` makes for clips of these names, relative to the root."""
         return set(self.tables)
 
@@ -97,10 +98,11 @@ class Layout(ABC):
         return self.launch.format(root=quote(str(root)), path=str(root), trigger=trigger)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, without changing line ends."""
+def write_text(path: Path, parts: Iterable[str]) -> None:
+    """Write the parts of a text to a file in UTF-8, one after the other, without changing line ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(parts)
 
 
 def shorten(text: str, limit: int = 60) -> str:

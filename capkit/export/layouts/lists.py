@@ -8,8 +8,8 @@ drop blank ones; a caption with a line break would shift all captions after it. 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 from capkit.export.layouts.base import Layout, Pair, write_text
 
@@ -20,26 +20,35 @@ class TwoLists(Layout):
     tables = ("prompts.txt", "videos.txt")
 
     def as_read(self, text: str) -> list[str]:
-        return _lines(io.StringIO(text, newline=None))
+        return list(_lines(io.StringIO(text, newline=None)))
 
-    def write(self, root: Path, pairs: list[Pair]) -> None:
-        write_text(root / "prompts.txt", "".join(f"{pair.text}\n" for pair in pairs))
-        write_text(root / "videos.txt", "".join(f"{self.clip_folder}/{pair.name}\n" for pair in pairs))
+    def write(self, root: Path, pairs: Iterable[Pair]) -> None:
+        write_text(root / "prompts.txt", (f"{pair.text}\n" for pair in pairs))
+        write_text(root / "videos.txt", (f"{self.clip_folder}/{pair.name}\n" for pair in pairs))
 
-    def read(self, root: Path) -> list[tuple[Path, str]]:
-        with open(root / "prompts.txt", encoding="utf-8") as file:
-            captions = _lines(file)
-        with open(root / "videos.txt", encoding="utf-8") as file:
-            clips = [root / line for line in _lines(file)]
-        if len(captions) != len(clips):
-            raise ValueError(f"{len(captions)} captions and {len(clips)} clips")
-        if missing := [clip for clip in clips if not clip.is_file()]:
-            raise ValueError(f"{missing[0]} is not a file")
-        return list(zip(clips, captions, strict=True))
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
+        with (
+            open(root / "prompts.txt", encoding="utf-8") as prompts,
+            open(root / "videos.txt", encoding="utf-8") as clips,
+        ):
+            num_captions, num_clips = (sum(1 for _ in _lines(file)) for file in (prompts, clips))
+            if num_captions != num_clips:
+                raise ValueError(f"{num_captions} captions and {num_clips} clips")
+            prompts.seek(0)
+            clips.seek(0)
+            for line, caption in zip(_lines(clips), _lines(prompts), strict=True):
+                if not (root / line).is_file():
+                    raise ValueError(f"{root / line} is not a file")
+                yield root / line, caption
 
 
-def _lines(file: TextIO) -> list[str]:
-    return [line.strip() for line in file if line.strip()]
+def _lines_of(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        yield from _lines(file)
+
+
+def _lines(file: Iterable[str]) -> Iterator[str]:
+    return (line.strip() for line in file if line.strip())
 
 
 class CogVideo(TwoLists):

@@ -13,6 +13,8 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 
@@ -40,15 +42,15 @@ class VideoFolder(Layout):
             return f"{self.trainer} could read {text!r} as a time instead of text"
         return super().unfit(text)
 
-    def write(self, root: Path, pairs: list[Pair]) -> None:
-        rows = [{"file_name": pair.name} | dict.fromkeys(self.columns, pair.text) for pair in pairs]
+    def write(self, root: Path, pairs: Iterable[Pair]) -> None:
+        rows = ({"file_name": pair.name} | dict.fromkeys(self.columns, pair.text) for pair in pairs)
         _write_json_lines(root / self.tables[0], rows)
 
-    def read(self, root: Path) -> list[tuple[Path, str]]:
-        rows = _read_video_folder(root / self.clip_folder)
-        if any(row[name] != row[self.columns[0]] for _, row in rows for name in self.columns):
-            raise ValueError(f"metadata.jsonl: {self.columns} differ")
-        return [(clip, row[self.columns[0]]) for clip, row in rows]
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
+        for clip, row in _read_video_folder(root / self.clip_folder):
+            if any(row[name] != row[self.columns[0]] for name in self.columns):
+                raise ValueError(f"metadata.jsonl: {self.columns} differ")
+            yield clip, row[self.columns[0]]
 
 
 class VideoFolderCSV(VideoFolder):
@@ -62,17 +64,18 @@ class VideoFolderCSV(VideoFolder):
     def as_read(self, text: str) -> list[str]:
         if text.count(" ") > 1 and "\0" not in text:
             return [text]  # neither a number nor one of pandas' words for a missing value: saves parsing most captions
-        table = pd.read_csv(io.StringIO(_to_csv([("file_name", "caption"), ("a.mp4", text)]), newline=""))
+        content = "".join(map(_csv_line, [("file_name", "caption"), ("a.mp4", text)]))
+        table = pd.read_csv(io.StringIO(content, newline=""))
         return table["caption"].to_list()
 
-    def write(self, root: Path, pairs: list[Pair]) -> None:
-        rows = [(pair.name, *[pair.text] * len(self.columns)) for pair in pairs]
-        write_text(root / "metadata.csv", _to_csv([("file_name", *self.columns), *rows]))
+    def write(self, root: Path, pairs: Iterable[Pair]) -> None:
+        rows = ((pair.name, *[pair.text] * len(self.columns)) for pair in pairs)
+        write_text(root / "metadata.csv", map(_csv_line, chain([("file_name", *self.columns)], rows)))
 
-    def read(self, root: Path) -> list[tuple[Path, str]]:
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
         table = pd.read_csv(root / "metadata.csv")
         _check_split_names(root)
-        return [(root / name, text) for name, text in zip(table["file_name"], table["caption"], strict=True)]
+        yield from ((root / name, text) for name, text in zip(table["file_name"], table["caption"], strict=True))
 
 
 class Finetrainers(VideoFolder):
@@ -90,13 +93,13 @@ class Finetrainers(VideoFolder):
     def as_read(self, text: str) -> list[str]:
         return [text[2:-1] if text.startswith("b'") and text.endswith("'") else text]
 
-    def read(self, root: Path) -> list[tuple[Path, str]]:
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
         tables = [kind for kind in ("json", "jsonl", "csv") if (root / f"metadata.{kind}").exists()]
         if tables != ["jsonl"]:
             raise ValueError("must have metadata.jsonl, and neither metadata.json nor metadata.csv")
         if archives := [path for path in root.rglob("*") if path.suffix in (".tar", ".parquet")]:
             raise ValueError(f"{archives[0]} would be taken for the data set")
-        return [(clip, self.as_read(text)[0]) for clip, text in super().read(root)]
+        yield from ((clip, self.as_read(text)[0]) for clip, text in super().read(root))
 
     def command(self, root: Path, trigger_word: str) -> str:
         data = {"data_root": str(root), "dataset_type": "video", "video_resolution_buckets": [[49, 480, 720]]}
@@ -140,16 +143,16 @@ class CogKitImageToVideo(CogKit):
     tables = ("train/metadata.jsonl", "train/videos/metadata.jsonl")
     launch = CogKit.launch.replace("1.5-5B", "1.5-5B-I2V").replace("t2v", "i2v")
 
-    def write(self, root: Path, pairs: list[Pair]) -> None:
-        _write_json_lines(root / self.tables[0], [{"id": pair.stem, "prompt": pair.text} for pair in pairs])
-        _write_json_lines(root / self.tables[1], [{"file_name": pair.name, "id": pair.stem} for pair in pairs])
+    def write(self, root: Path, pairs: Iterable[Pair]) -> None:
+        _write_json_lines(root / self.tables[0], ({"id": pair.stem, "prompt": pair.text} for pair in pairs))
+        _write_json_lines(root / self.tables[1], ({"file_name": pair.name, "id": pair.stem} for pair in pairs))
 
-    def read(self, root: Path) -> list[tuple[Path, str]]:
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
         captions = sorted(_read_json_lines(root / self.tables[0]), key=lambda row: row["id"])
         clips = sorted(_read_video_folder(root / self.clip_folder), key=lambda pair: pair[1]["id"])
         if len(captions) != len(clips):
             raise ValueError(f"{len(captions)} captions and {len(clips)} clips")
-        return [(clip, row["prompt"]) for (clip, _), row in zip(clips, captions, strict=True)]
+        yield from ((clip, row["prompt"]) for (clip, _), row in zip(clips, captions, strict=True))
 
 
 class VideoXFun(Layout):
@@ -168,32 +171,33 @@ class VideoXFun(Layout):
         "--output_dir OUTPUT_DIR  # in VideoX-Fun"
     )
 
-    def write(self, root: Path, pairs: list[Pair]) -> None:
+    def write(self, root: Path, pairs: Iterable[Pair]) -> None:
         rows = [{"file_path": f"{self.clip_folder}/{pair.name}", "text": pair.text, "type": "video"} for pair in pairs]
-        write_text(root / "metadata.json", json.dumps(rows, indent=2) + "\n")
+        write_text(root / "metadata.json", [json.dumps(rows, indent=2), "\n"])
 
-    def read(self, root: Path) -> list[tuple[Path, str]]:
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
         rows = json.loads((root / "metadata.json").read_text(encoding="ascii"))
-        return [(root / row["file_path"], row["text"]) for row in rows if row.get("type", "image") == "video"]
+        yield from ((root / row["file_path"], row["text"]) for row in rows if row.get("type", "image") == "video")
 
 
-def _write_json_lines(path: Path, rows: list[dict[str, str]]) -> None:
+def _write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
     """Write JSON Lines; line breaks within captions are escaped."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _read_json_lines(path: Path) -> list[dict[str, str]]:
+def _read_json_lines(path: Path) -> Iterator[dict[str, str]]:
     """Read JSON Lines, which end with "\\n" only."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    with open(path, "rb") as file:
+        yield from (json.loads(line) for line in file if line != b"\n")
 
 
-def _read_video_folder(folder: Path) -> list[tuple[Path, dict[str, str]]]:
+def _read_video_folder(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """Clips and rows of a folder with a metadata.jsonl, as `load_dataset("videofolder", split="train")` has them."""
     tables = [path for path in folder.rglob("metadata.*") if path.suffix in (".csv", ".jsonl", ".parquet")]
     if tables != [folder / "metadata.jsonl"]:
         raise ValueError(f"must have one metadata.jsonl and no other table, but has {sorted(map(str, tables))}")
     _check_split_names(folder)
-    return [(folder / row["file_name"], row) for row in _read_json_lines(tables[0])]
+    yield from ((folder / row["file_name"], row) for row in _read_json_lines(tables[0]))
 
 
 def _check_split_names(folder: Path) -> None:
@@ -203,7 +207,7 @@ def _check_split_names(folder: Path) -> None:
             raise ValueError(f"{path}: load_dataset takes the name for a split's")
 
 
-def _to_csv(rows: list[tuple[str, ...]]) -> str:
-    file = io.StringIO(newline="")
-    csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
-    return file.getvalue()
+def _csv_line(row: tuple[str, ...]) -> str:
+    line = io.StringIO(newline="")
+    csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="\n").writerow(row)
+    return line.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from capkit.export.layouts.base import Layout, Pair, write_text
@@ -14,11 +15,11 @@ class TextFiles(Layout):
 
     caption_folder = ""
 
-    def write(self, root: Path, pairs: list[Pair]) -> None:
+    def write(self, root: Path, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
-            write_text(root / self.caption_folder / f"{pair.stem}.txt", f"{pair.text}\n")
+            write_text(root / self.caption_folder / f"{pair.stem}.txt", [pair.text, "\n"])
 
-    def caption_files(self, names: list[str]) -> set[str]:
+    def caption_files(self, names: Iterable[str]) -> set[str]:
         return {(Path(self.caption_folder) / f"{Path(name).stem}.txt").as_posix() for name in names}
 
 
@@ -38,14 +39,13 @@ class Sidecars(TextFiles):
     def as_read(self, text: str) -> list[str]:
         return [io.StringIO(text, newline=None).read().strip()]
 
-    def read(self, root: Path) -> list[tuple[Path, str]]:
-        pairs = []
-        for file in sorted(root.glob("*.txt")):
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
+        for name in sorted(name for name in os.listdir(root) if name.endswith(".txt")):
+            file = root / name
             clips = [clip for suffix in sorted(self.clip_suffixes) if (clip := file.with_suffix(suffix)).exists()]
             if len(clips) > 1:
                 raise ValueError(f"{file} is beside {len(clips)} clips of its name")
-            pairs += [(clip, file.read_text(encoding="utf-8").strip()) for clip in clips]
-        return pairs
+            yield from ((clip, file.read_text(encoding="utf-8").strip()) for clip in clips)
 
 
 class SAT(TextFiles):
@@ -72,10 +72,8 @@ class SAT(TextFiles):
         reason = "which SAT replaces in paths, so that SAT would look for the captions elsewhere; choose another folder"
         return f"{root} has {words[0]!r} in it, {reason}" if words else ""
 
-    def read(self, root: Path) -> list[tuple[Path, str]]:
-        pairs = []
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
         for folder, _, files in os.walk(root):
             for clip in [os.path.join(folder, name) for name in files if name.endswith(".mp4")]:
                 path = Path(clip.replace(".mp4", ".txt").replace("videos", "labels"))
-                pairs.append((Path(clip), path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else ""))
-        return pairs
+                yield Path(clip), path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else ""
