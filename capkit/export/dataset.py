@@ -78,7 +78,7 @@ def export_dataset(
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     is_estimate = tokenizer is None or tokenizer == ""
     threshold = int(token_limit * (1 - ESTIMATE_ERROR)) if is_estimate else token_limit
-    trigger_word = trigger_word.strip()
+    trigger_word = encodable(trigger_word.strip())
     prefix = f"{trigger_word} " if trigger_word else ""
     limit = _TokenLimit(threshold, on_too_long, prefix, t5_counter(tokenizer), is_estimate)
     with hold_folder(root):

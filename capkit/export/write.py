@@ -13,6 +13,8 @@ from pathlib import Path
 from capkit.export.layouts import Layout, Pair, shorten
 from capkit.files import Busy, file_sha256, hold_lock
 
+REPORT_BEGINS = b'{\n "layout": "'
+
 
 def report_of(root: Path) -> Path:
     """The file of an export's report: beside the root, because a trainer might take it for data inside."""
@@ -51,8 +53,11 @@ def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], overwrite: bo
     """True if the root holds this very export already; False if it may be written there.
 
     Raises:
-        ValueError: the root holds something else.
+        ValueError: the root holds something else, or the file that a report would replace is none.
     """
+    report = report_of(root)
+    if os.path.lexists(report) and not (report.is_file() and _begins_with(report, REPORT_BEGINS)):
+        raise ValueError(f"output_dir: {report}, where the report goes, is something else; choose another folder")
     if not root.exists() or root.is_dir() and not any(root.iterdir()):
         return False
     if not root.is_dir():
@@ -142,3 +147,8 @@ def _first_difference(layout: Layout, root: Path, pairs: Sequence[Pair]) -> str:
     except (ValueError, KeyError, IndexError, OSError) as error:
         return f"it stops: {error}"
     return f"{len(places)} of {len(pairs)} clips are missing, such as {min(places)}" if places else ""
+
+
+def _begins_with(path: Path, content: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(content)) == content

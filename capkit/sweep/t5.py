@@ -43,7 +43,7 @@ def t5_counter(tokenizer: Any = None) -> Callable[[str], int]:
             (nothing is downloaded); None or "" for `estimate_t5_tokens`.
 
     Raises:
-        ValueError: the folder has no tokenizer.
+        ValueError: the folder has no tokenizer, or another model's.
     """
     if tokenizer is None or tokenizer == "":
         return estimate_t5_tokens
@@ -54,4 +54,6 @@ def t5_counter(tokenizer: Any = None) -> Callable[[str], int]:
             tokenizer = AutoTokenizer.from_pretrained(Path(tokenizer).expanduser(), local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"{tokenizer} is no folder with a T5 tokenizer's files: {error}") from error
+        if tokenizer.convert_ids_to_tokens(tokenizer("A dog.").input_ids)[-1] != "</s>":
+            raise ValueError(f"{tokenizer.name_or_path} is no T5 tokenizer: it does not end a text with </s>")
     return lambda text: len(tokenizer(text, verbose=False).input_ids)  # verbose warns about long texts

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from video_factory import encode_clip
 
+import capkit
 from capkit import CaptionStore
 from capkit.export import CLEANING, LAYOUTS, ExportBusy, ExportError, export_dataset
 from capkit.export.layouts import LINE_SEPARATORS
@@ -348,6 +349,9 @@ class TestWhichCaption:
             export_dataset([store, tmp_path / "nowhere.jsonl"], "sidecar", tmp_path / "out")
         with pytest.raises(ValueError, match="no folder with a T5 tokenizer"):
             export_dataset(store, "sidecar", tmp_path / "out", tokenizer=tmp_path)
+        with pytest.raises(ValueError, match="checkpoint is no T5 tokenizer: it does not end a text with </s>"):
+            checkpoint = Path(capkit.__file__).parent / "demo" / "checkpoint"
+            export_dataset(store, "sidecar", tmp_path / "out", tokenizer=checkpoint)
         assert not (tmp_path / "out").exists()
 
 
@@ -469,6 +473,18 @@ class TestFolder:
         with pytest.raises(ValueError, match="is a file"):
             export_dataset(store, layout, tmp_path / "file", overwrite=True)
         assert (root / "notes.txt").read_text() == "mine"
+
+    def test_a_file_where_the_report_goes_is_never_replaced(self, store, tmp_path):
+        mine = tmp_path / "out.export.json"
+        for content in ('{"mine": 1}', "", "text"):
+            mine.write_text(content)
+            with pytest.raises(ValueError, match="out.export.json, where the report goes, is something else"):
+                export_dataset(store, "cogvideo", tmp_path / "out", overwrite=True)
+            assert mine.read_text() == content and not (tmp_path / "out").exists()
+        mine.unlink()
+        mine.symlink_to("/dev/null")
+        with pytest.raises(ValueError, match="is something else"):
+            export_dataset(store, "cogvideo", tmp_path / "out")
 
     def test_another_layout_is_not_replaced(self, store, tmp_path):
         export_dataset(store, "cogvideo", tmp_path / "out")
