@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -169,10 +169,11 @@ def _stores(path: Path) -> list[Path]:
             hint = f"; give one of {', '.join(below)}" if below else "; notebook 01 and caption-shard write some"
             raise ValueError(f"{path}: there are no captions in this folder{hint}")
         return stores
-    with open(path, "rb") as file:
-        if b'"request"' not in file.read(1 << 20):
-            raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
-    return [path]
+    if path.is_file() and path.stat().st_size:  # a pipe may never end
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b'"request"') >= 0:
+                return [path]
+    raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
 
 
 def _print_captions(store: CaptionStore) -> None:
@@ -201,9 +202,6 @@ def _caption_shard(arguments: argparse.Namespace) -> int:
     settings |= {name: getattr(arguments, name) for name in names}
     check_numbers(*(settings[name] for name in ("batch_size", "timeout_seconds", "num_readers")))
     cut = _cut(arguments)
-    for video in arguments.videos:
-        if video != "demo" and not glob.has_magic(video) and not os.path.lexists(os.path.expanduser(video)):
-            raise ValueError(f"{video}: no such file or folder")
     items = find_clips(arguments.videos[0] if len(arguments.videos) == 1 else arguments.videos)
     if arguments.devices:
         return _one_process_each(shard, [device for device in arguments.devices.split(",") if device])

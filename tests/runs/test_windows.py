@@ -43,7 +43,7 @@ class TestIntoWindows:
         assert into_windows([item], 7.0) == [item]
 
     def test_what_cannot_be_read_stays_to_be_reported(self, folder):
-        items = find_clips([folder / "short.mp4", "gone.mp4"])
+        items = [*find_clips(folder / "short.mp4"), Item("gone.mp4")]
         assert into_windows(items, 2.0) == items == trainer_windows(items, "cogvideo")
 
     @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
