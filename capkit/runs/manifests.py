@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capkit.cogvlm2 import Prompt
+from capkit.runs.lines import MAX_TEXT_CHARACTERS
 from capkit.video import check_window, finite_float
 
 if TYPE_CHECKING:
@@ -87,9 +88,11 @@ def _check_video(name: Any) -> str:
 
 
 def _check_text(text: Any) -> str:
-    """The text; ValueError unless it is a `str` that can be written as UTF-8."""
+    """The text; ValueError unless it is a `str` of a sensible length that can be written as UTF-8."""
     if not isinstance(text, str):
         raise ValueError(f"must be a text, not {reprlib.repr(text)}")
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise ValueError(f"has {len(text):,} characters; {MAX_TEXT_CHARACTERS:,} are the most")
     try:
         text.encode()
     except UnicodeEncodeError:

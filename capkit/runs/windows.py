@@ -99,10 +99,10 @@ def write_webvtt(records: Iterable[dict[str, Any]], folder: str | os.PathLike[st
     cues = defaultdict(list)
     for record in records:
         if record["status"] == "ok" and record.get("duration_seconds") is not None:
-            end = record["start_seconds"] + record["duration_seconds"]
+            start = record.get("start_seconds", 0.0)
             text = " ".join(record.get("edited_text", record["text"]).split())
             text = without_controls(html.escape(text, quote=False))
-            cues[record["video"]].append((record["start_seconds"], end, text))
+            cues[record["video"]].append((start, start + record["duration_seconds"], text))
     paths = []
     reserved = {Path(video).stem.lower() for video in cues}
     taken: set[str] = set()
@@ -205,9 +205,10 @@ def unseen_by_trainer(
             continue
         times, info = listing
         seen = trainer_indices(trainer, len(times), info.average_fps, num_frames)
-        unseen = [index for index in record["frame_indices"] if not seen or not seen[0] <= index <= seen[-1]]
+        captioned = record.get("frame_indices") or []
+        unseen = [index for index in captioned if not seen or not seen[0] <= index <= seen[-1]]
         if unseen:
-            counts = {"num_unseen": len(unseen), "num_captioned": len(record["frame_indices"])}
+            counts = {"num_unseen": len(unseen), "num_captioned": len(captioned)}
             first, last = (float(times[seen[0]]), float(times[seen[-1]])) if seen else (None, None)
             span = {"seen_from_seconds": first, "seen_to_seconds": last}
             flagged.append({"request": record["request"], "video": record["video"]} | counts | span)
