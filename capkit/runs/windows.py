@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import itertools
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -104,18 +105,22 @@ def write_webvtt(records: Iterable[dict[str, Any]], folder: str | os.PathLike[st
             text = without_controls(html.escape(text, quote=False))
             cues[record["video"]].append((start, start + record["duration_seconds"], text))
     paths = []
-    reserved = {Path(video).stem.lower() for video in cues}
+    reserved = {_as_file_systems_compare(Path(video).stem) for video in cues}
     taken: set[str] = set()
     for video, of_video in cues.items():
         name = stem = Path(video).stem
         numbers = itertools.count(2)
-        while name.lower() in taken or (name != stem and name.lower() in reserved):
+        while (key := _as_file_systems_compare(name)) in taken or (name != stem and key in reserved):
             name = f"{stem} ({next(numbers)})"
-        taken.add(name.lower())
+        taken.add(key)
         blocks = [f"{_clock(start)} --> {_clock(end)}\n{text}" for start, end, text in sorted(of_video)]
         content = "\n\n".join(["WEBVTT", *blocks]) + "\n"
         paths.append(atomic_write(Path(folder).expanduser() / f"{name}.vtt", content))
     return paths
+
+
+def _as_file_systems_compare(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()  # macOS
 
 
 def _clock(seconds: float) -> str:

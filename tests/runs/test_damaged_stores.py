@@ -377,6 +377,20 @@ def assert_every_reader_refuses(folder, path, monkeypatch, capsys):
     assert re.fullmatch(r"capkit: .*\n", capsys.readouterr().err)
 
 
+def test_good_lines_that_lack_a_field(tmp_path, planned, monkeypatch, capsys):
+    optional = planned[0][0].keys() - {"request", "video", "status", "text", "video_sha256"}  # no digest: it is decoded
+    records = []
+    for number, name in enumerate(sorted(optional)):
+        video = tmp_path / f"lacks {name}.mp4"
+        video.write_bytes(b"not a video")
+        records.append({key: value for key, value in make_record(number, video).items() if key != name})
+    folder, path = new_folder(tmp_path, 0, records)
+    path.write_bytes(b"\n".join(map(encode, records)))
+    found = read(folder, path, [record["request"] for record in records], True, monkeypatch, capsys)
+    assert all(there == texts(records) for there in found.values())
+    assert len(list((folder / "vtt").iterdir())) == len(records) - 1  # no duration, no cue
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes, links and signals")
 def test_good_lines_that_name_other_files(tmp_path, planned, monkeypatch, capsys):
     (first, *_), _, _ = planned
