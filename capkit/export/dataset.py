@@ -87,7 +87,7 @@ def export_dataset(
             row = _row(chosen, rules)
             row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
             export.add(row)
-        if not len(export.rows):
+        if not export.rows:
             raise ValueError("nothing to export: there are no captions in the stores")
         if not export.places:
             refused = "\n".join(plain_text(f"  {row['video']}: {row['reason']}") for row in export.rows[:10])
