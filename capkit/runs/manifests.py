@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capkit.cogvlm2 import Prompt
-from capkit.runs.lines import MAX_TEXT_CHARACTERS
+from capkit.runs.lines import MAX_PATH_CHARACTERS, MAX_TEXT_CHARACTERS
 from capkit.video import check_window, finite_float
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ def _check_video(name: Any) -> str:
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"must be a file name, not {reprlib.repr(name)}")
     name = os.fspath(name)
+    is_short = len(name) < MAX_PATH_CHARACTERS // 2  # the record has the absolute path
     try:
-        is_file_name = bool(name.strip()) and b"\0" not in os.fsencode(name)
+        is_file_name = is_short and bool(name.strip()) and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:  # half a surrogate pair; other lone surrogates stand for bytes that are not UTF-8
         is_file_name = False
     if not is_file_name:

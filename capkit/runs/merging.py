@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import warnings
 from array import array
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capkit.files import atomic_write, atomic_writer
+from capkit.files import atomic_writer
 from capkit.runs.index import is_complete
 from capkit.runs.lines import read_store
 from capkit.runs.shards import MERGED, plan_differences, plan_files, read_plan, shard_stores
@@ -82,7 +83,8 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
                 kept.append(line.start)
     if num_bad:
         aside = merged.path.with_name(f"{MERGED}.damaged")
-        atomic_write(aside, merged.path.read_bytes())  # not copyfile(), which would write through a link
+        with open(merged.path, "rb") as source, atomic_writer(aside) as copy:  # copyfile() would write through a link
+            shutil.copyfileobj(source, copy)
         message = f"{merged.path}: the lines that are skipped are no longer in it, but in {aside}"
         warnings.warn(plain_text(message), stacklevel=3)
     with atomic_writer(merged.path) as target:

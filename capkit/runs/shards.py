@@ -228,7 +228,7 @@ def read_plan(path: Path) -> dict[str, Any]:
         if {*map(type, texts)} != {str} or {*map(type, numbers)} != {int} or {*map(len, plan["clips"])} - {2}:
             raise ValueError("a field has another type")
         if not 0 <= plan["shard"] < plan["num_shards"] <= MOST_SHARDS:
-            raise ValueError("there are no such shards")
+            raise ValueError("its shard, or their number, is out of range")
         if plan["settings"] and {*SETTINGS_OF_RUN, "prompt"} - plan["settings"].keys():
             raise ValueError("a setting is missing")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
