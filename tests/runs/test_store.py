@@ -265,7 +265,7 @@ class TestStoresWrittenBefore:
         assert before[0]["edited_text"] == "By hand." and len(old.done()) == 5
         model = SimpleNamespace(name="demo", fingerprint=before[0]["model_fingerprint"], dtype="float32")
         model.quantization, model.processor = None, SimpleNamespace(image_size=224)
-        items = find_clips([before[0]["video"], before[4]["video"]])
+        items = [Item(before[0]["video"]), Item(before[4]["video"])]
         assert caption_clips(model, items, old) == [before[0], before[4]]
         assert "0 clips to caption, 2 done before" in capsys.readouterr().out
         monkeypatch.setattr(sys, "argv", ["capkit", "show", str(old.path)])
