@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ exit codes, of all commands:
   3    another process is at work on this shard
   130  stopped by Ctrl-C or SIGTERM"""
 STOPPED = "capkit: stopped; all that is written is kept, and the same command continues"
+ONE_OF_SEVERAL = "CAPKIT_ONE_OF_SEVERAL"  # set for the processes of `--devices`: the one that started them speaks
 GRACE_SECONDS = 1.5  # from Ctrl-C to the end of the process, even if a library does not return
 
 
@@ -66,7 +68,7 @@ def main() -> None:
     except OSError as error:
         code = _fail(1, error)
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        _say_stopped()
         code = 130
     sys.exit(code)
 
@@ -169,10 +171,11 @@ def _stores(path: Path) -> list[Path]:
             hint = f"; give one of {', '.join(below)}" if below else "; notebook 01 and caption-shard write some"
             raise ValueError(f"{path}: there are no captions in this folder{hint}")
         return stores
-    with open(path, "rb") as file:
-        if b'"request"' not in file.read(1 << 20):
-            raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
-    return [path]
+    if path.is_file() and path.stat().st_size:  # a pipe may never end
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b'"request"') >= 0:
+                return [path]
+    raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
 
 
 def _print_captions(store: CaptionStore) -> None:
@@ -201,9 +204,6 @@ def _caption_shard(arguments: argparse.Namespace) -> int:
     settings |= {name: getattr(arguments, name) for name in names}
     check_numbers(*(settings[name] for name in ("batch_size", "timeout_seconds", "num_readers")))
     cut = _cut(arguments)
-    for video in arguments.videos:
-        if video != "demo" and not glob.has_magic(video) and not os.path.lexists(os.path.expanduser(video)):
-            raise ValueError(f"{video}: no such file or folder")
     items = find_clips(arguments.videos[0] if len(arguments.videos) == 1 else arguments.videos)
     if arguments.devices:
         return _one_process_each(shard, [device for device in arguments.devices.split(",") if device])
@@ -267,7 +267,8 @@ def _one_process_each(shard: Shard, devices: list[str]) -> int:
     try:
         for index, device in enumerate(devices):
             part = shard.split(Shard(index, len(devices)))
-            processes.append(subprocess.Popen([*command, "--device", device, "--shard", str(part)]))
+            arguments = [*command, "--device", device, "--shard", str(part)]
+            processes.append(subprocess.Popen(arguments, env=os.environ | {ONE_OF_SEVERAL: "1"}))
         codes = [process.wait() for process in processes]
     except BaseException:
         for process in processes:
@@ -287,6 +288,13 @@ def _merge(arguments: argparse.Namespace) -> int:
         return _fail(3, error)
     print(merged)
     return 1 if merged.problems or not merged.num_ok and merged.num_errors else 0
+
+
+@cache
+def _say_stopped() -> None:
+    """Print once that the command was stopped."""
+    if ONE_OF_SEVERAL not in os.environ:
+        os.write(2, f"{STOPPED}\n".encode())
 
 
 def _fail(code: int, error: Exception | str) -> int:
@@ -330,7 +338,7 @@ def _end_soon_after_ctrl_c() -> None:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 child.kill()
-        os.write(2, f"{STOPPED}\n".encode())
+        _say_stopped()
         os._exit(130)
 
     threading.Thread(target=end, daemon=True).start()

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import tempfile
 import warnings
 import weakref
@@ -97,6 +98,12 @@ def output_folder(path: str | os.PathLike[str], name: str = "output_dir") -> Pat
         raise ValueError(f"{name}={str(path)!r}: no folder to write into: {reason}") from error
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError, with the path, unless it is a regular file: a folder cannot be read, and a pipe may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path}: is not a regular file")
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
@@ -142,6 +149,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in a file of JSON lines; none if it does not exist. Other lines are skipped with a warning."""
     if not path.exists():
         return
+    check_regular(path)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             fault = "not a JSON object"

@@ -77,7 +77,7 @@ def clean(text: str, record: dict[str, Any], rules: Sequence[str]) -> tuple[str,
 def sentence_ends(text: str) -> list[int]:
     """Positions where sentences end, after closing quotes and before spaces; the dot of an abbreviation ends none."""
     ends = [match.start() + len(match[0].rstrip()) for match in SENTENCE_END.finditer(text)]
-    return [end for end in ends if end and not _ABBREVIATION.search(text[:end])]
+    return [end for end in ends if end and not _ABBREVIATION.search(text, max(end - 8, 0), end)]
 
 
 def trim_to_sentence(text: str, limit: int, count: Callable[[str], int]) -> str:

@@ -87,6 +87,8 @@ def export_dataset(
             row = _row(chosen, rules)
             row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
             export.add(row)
+        if not export.rows:
+            raise ValueError("nothing to export: there are no captions in the stores")
         if not export.places:
             refused = "\n".join(plain_text(f"  {row['video']}: {row['reason']}") for row in export.rows[:10])
             raise ValueError(f"nothing to export; of {len(export.rows)} clips, the first:\n{refused}")

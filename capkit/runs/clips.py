@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capkit.files import check_regular
 from capkit.runs.manifests import MANIFEST_SUFFIXES, Item, dictionary_to_item, frame_rows, read_rows, to_items
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def find_clips(
     - `.ts` and `.mts` files that are text, such as TypeScript;
     - links to nowhere, and folders that may not be read.
 
-    A row that cannot be used, of a manifest or a dictionary, becomes an item with an `error`; a warning names it.
+    What is named in `videos` itself, alone or in a list, must be there and hold a clip. A row that cannot be used, of a
+    manifest or a dictionary in a list, becomes an item with an `error`, and a warning names it; a row whose file is
+    missing becomes an item as any other. Each gets a record with the error, and the others are captioned.
 
     Args:
         videos: "demo" for the clips that come with capkit; a pattern such as "clips/**/*.mp4"; a folder, searched with
@@ -62,7 +65,7 @@ def find_clips(
         Items, sorted for globs and folders, in the given order for lists and manifests.
 
     Raises:
-        ValueError: no clips, none of them usable, a single one that is not there, an empty or unusable entry, a
+        ValueError: no clips, none of them usable, an entry of `videos` that is not there, is empty or finds no video, a
             manifest that cannot be read or has no column `video`, or a limit below 1.
     """
     if limit is not None and limit < 1:
@@ -75,15 +78,15 @@ def find_clips(
     notes: list[str] = []
     for number, entry in enumerate(entries, 1):
         found = _items(entry, number, left_out, notes)
-        if not found and len(entries) > 1:
-            left_out["without videos"][str(entry)] += 1
+        if not found:
+            raise ValueError(f"no videos found in {str(entry)!r}: {_describe(left_out) or 'nothing is there'}")
         items += found
     if not items:
-        raise ValueError(f"no videos found in {str(videos)!r}: {_describe(left_out) or 'nothing is there'}")
+        raise ValueError(f"no videos found in {str(videos)!r}: nothing is there")
     errors = [item.error for item in items if item.error is not None]
     if len(errors) == len(items):
         raise ValueError(f"{'' if len(items) == 1 else f'none of {len(items)} clips can be captioned: '}{errors[0]}")
-    if len(entries) == len(items) == 1 and not os.path.exists(items[0].video):
+    if isinstance(videos, dict) and not os.path.exists(items[0].video):
         raise ValueError(f"videos: {items[0].video!r}: there is no such file")
     if errors:
         first = "; ".join(errors[:3] + ["..."] * (len(errors) > 3))
@@ -116,13 +119,13 @@ def _items(entry: Any, number: int, left_out: LeftOut, notes: list[str]) -> list
         return [item for file in _search(folder, pattern, left_out) for item in _file(Path(file), notes)]
     if isinstance(entry, str) and "://" in entry:
         raise ValueError(f"videos: {entry!r} is an address; download it first")
-    if not os.path.lexists(path) and (path.suffix.lower() in MANIFEST_SUFFIXES or str(entry).endswith(os.sep)):
-        raise ValueError(f"videos: {str(entry)!r}: there is no such {'folder' if str(entry)[-1] == os.sep else 'file'}")
+    if not os.path.exists(path):
+        raise ValueError(f"videos: {str(entry)!r}: there is no such file or folder")
     return _file(path, notes)
 
 
 def _file(path: Path, notes: list[str]) -> list[Item]:
-    """The items of a file that was named: of a manifest all, of a video one. A missing file's record has the error."""
+    """The items of a file that was named: of a manifest all, of a video one."""
     suffix = path.suffix.lower()
     if suffix in MANIFEST_SUFFIXES and path.is_file():
         items, note = to_items(read_rows(path, "a manifest"), path.parent, str(path))
@@ -217,6 +220,7 @@ def _is(test: Callable[[], bool]) -> bool:
 
 def _is_text(path: str) -> bool:
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             head = file.read(1024)
         codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut

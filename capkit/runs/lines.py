@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from capkit.files import check_regular
 from capkit.text import plain_text
 
 MAX_LINE_BYTES = 10**7  # real records have 2,500
+MAX_TEXT_CHARACTERS = 200_000  # captions have some thousand; tables and exports take seconds for one of so many
+MAX_PATH_CHARACTERS = 2**15  # Windows; elsewhere 4,096 bytes
 MOST_WARNINGS = 20  # of one reading; the rest are counted
 MAX_NUMBER = 1e20  # seeds have up to 63 bits
 _NUMBER, _TEXT, _NONE = frozenset((int, float)), frozenset((str,)), frozenset((type(None),))
@@ -53,6 +56,7 @@ def read_store(path: Path, start: int = 0, num_before: int = 0) -> Iterator[Line
         OSError: with the path.
     """
     number, num_bad = num_before, 0
+    check_regular(path)
     with naming(path), open(path, "rb") as file:
         file.seek(start)
         while content := file.readline(MAX_LINE_BYTES):
@@ -138,6 +142,8 @@ def check_line(line: Any) -> None:
             _check_value(name, line[name], types)
     if "\0" in line["video"] or "\0" in line.get("strip", ""):
         raise ValueError("a file name has a NUL in it")
+    if len(line["video"]) > MAX_PATH_CHARACTERS:
+        raise ValueError(f"the video's name has more than {MAX_PATH_CHARACTERS:,} characters")
     for name, types in _TYPES_IN_LISTS.items():
         if (values := line.get(name)) and not (set(map(type, values)) <= types and _are_in_range(values)):
             for value in values:
@@ -160,6 +166,8 @@ def _check_texts(line: dict[str, Any], *names: str) -> None:
         if name not in line:
             raise ValueError(f"has no `{name}`")
         _check_value(name, line[name], _TEXT)
+        if name == "text" and len(line[name]) > MAX_TEXT_CHARACTERS:
+            raise ValueError(f"the text has more than {MAX_TEXT_CHARACTERS:,} characters, which no caption has")
         if name == "text" and not line[name].isascii():
             try:
                 line[name].encode()

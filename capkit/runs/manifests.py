@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capkit.cogvlm2 import Prompt
+from capkit.runs.lines import MAX_PATH_CHARACTERS, MAX_TEXT_CHARACTERS
 from capkit.video import check_window, finite_float
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def _check_video(name: Any) -> str:
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"must be a file name, not {reprlib.repr(name)}")
     name = os.fspath(name)
+    is_short = len(name) < MAX_PATH_CHARACTERS // 2  # the record has the absolute path
     try:
-        is_file_name = bool(name.strip()) and b"\0" not in os.fsencode(name)
+        is_file_name = is_short and bool(name.strip()) and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:  # half a surrogate pair; other lone surrogates stand for bytes that are not UTF-8
         is_file_name = False
     if not is_file_name:
@@ -87,9 +89,11 @@ def _check_video(name: Any) -> str:
 
 
 def _check_text(text: Any) -> str:
-    """The text; ValueError unless it is a `str` that can be written as UTF-8."""
+    """The text; ValueError unless it is a `str` of a sensible length that can be written as UTF-8."""
     if not isinstance(text, str):
         raise ValueError(f"must be a text, not {reprlib.repr(text)}")
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise ValueError(f"has {len(text):,} characters; {MAX_TEXT_CHARACTERS:,} are the most")
     try:
         text.encode()
     except UnicodeEncodeError:

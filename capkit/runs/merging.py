@@ -83,7 +83,8 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
                 kept.append(line.start)
     if num_bad:
         aside = merged.path.with_name(f"{MERGED}.damaged")
-        shutil.copyfile(merged.path, aside)
+        with open(merged.path, "rb") as source, atomic_writer(aside) as copy:  # copyfile() would write through a link
+            shutil.copyfileobj(source, copy)
         message = f"{merged.path}: the lines that are skipped are no longer in it, but in {aside}"
         warnings.warn(plain_text(message), stacklevel=3)
     with atomic_writer(merged.path) as target:

@@ -26,7 +26,7 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.files import atomic_write, now, output_folder
+from capkit.files import atomic_write, check_regular, now, output_folder
 from capkit.runs.caption import caption_planned, check_numbers, current_records, plan_clips
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine
@@ -34,6 +34,7 @@ from capkit.runs.store import CaptionStore, StoreBusy
 from capkit.video import FrameSamplingLike
 
 MERGED = "captions.jsonl"
+MOST_SHARDS = 10**6
 SETTINGS_OF_RUN = "model_fingerprint dtype quantization template frame_numbers history decoding frame_sampling".split()
 
 
@@ -219,15 +220,18 @@ def read_plan(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
+    check_regular(path)
     try:
         plan = {"run": 0} | json.loads(path.read_text(encoding="utf-8"))
         texts = [plan["items"], plan["written"], *chain.from_iterable(plan["clips"])]
         numbers = [plan[name] for name in ("run", "num_shards", "shard")]
         if {*map(type, texts)} != {str} or {*map(type, numbers)} != {int} or {*map(len, plan["clips"])} - {2}:
             raise ValueError("a field has another type")
-        if plan["settings"] and {*SETTINGS_OF_RUN, "prompt"} - set(plan["settings"]):
+        if not 0 <= plan["shard"] < plan["num_shards"] <= MOST_SHARDS:
+            raise ValueError("its shard, or their number, is out of range")
+        if plan["settings"] and {*SETTINGS_OF_RUN, "prompt"} - plan["settings"].keys():
             raise ValueError("a setting is missing")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: is damaged ({error!r}); delete it and start this shard again") from error
     return plan
 

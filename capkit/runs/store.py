@@ -23,7 +23,7 @@ from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
 from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now
 from capkit.runs.index import Records, StoreIndex
-from capkit.runs.lines import MAX_LINE_BYTES, check_line, read_store
+from capkit.runs.lines import MAX_LINE_BYTES, MAX_TEXT_CHARACTERS, check_line, read_store
 from capkit.text import encodable
 from capkit.video import Clip, FrameSampling, FrameSamplingLike
 
@@ -105,9 +105,10 @@ class CaptionStore:
 
     def lines(self) -> list[dict[str, Any]]:
         """All attempts and edits, in file order; `current` needs less memory."""
-        if not self.path.exists():
+        try:
+            return [line.record for line in read_store(self.path) if line.record is not None]
+        except FileNotFoundError:
             return []
-        return [line.record for line in read_store(self.path) if line.record is not None]
 
     def current(self) -> Records:
         """The current record of each request, in the order in which requests were first tried, read when it is used.
@@ -153,6 +154,8 @@ class CaptionStore:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+\.webp", name, re.ASCII):
             raise ValueError(f"{name!r} is not the name of a picture strip")
         path = self.strips / name
+        if self.strips.is_symlink():
+            raise ValueError(f"{self.strips} is a link; open the store with CaptionStore(path, strips=<its folder>)")
         try:
             status = os.lstat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -260,6 +263,10 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
     if isinstance(outcome, Caption) and not math.isfinite(outcome.mean_logprob):
         reason = f"log probabilities are not finite; its numbers overflow in {settings['dtype']}, try another dtype"
         outcome = ValueError(f"{settings['video']}: the model's {reason}")
+    if isinstance(outcome, Caption) and len(outcome.text) > MAX_TEXT_CHARACTERS:
+        outcome = ValueError(
+            f"{settings['video']}: the model wrote {len(outcome.text):,} characters; it repeats itself"
+        )
     if clip is not None:
         end = clip.info.duration_seconds if clip.end_seconds is None else clip.end_seconds
         record["duration_seconds"] = round(min(end, clip.info.duration_seconds) - clip.start_seconds, 3)

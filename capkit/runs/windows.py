@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import itertools
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -99,23 +100,27 @@ def write_webvtt(records: Iterable[dict[str, Any]], folder: str | os.PathLike[st
     cues = defaultdict(list)
     for record in records:
         if record["status"] == "ok" and record.get("duration_seconds") is not None:
-            end = record["start_seconds"] + record["duration_seconds"]
+            start = record.get("start_seconds", 0.0)
             text = " ".join(record.get("edited_text", record["text"]).split())
             text = without_controls(html.escape(text, quote=False))
-            cues[record["video"]].append((record["start_seconds"], end, text))
+            cues[record["video"]].append((start, start + record["duration_seconds"], text))
     paths = []
-    reserved = {Path(video).stem.lower() for video in cues}
+    reserved = {_as_file_systems_compare(Path(video).stem) for video in cues}
     taken: set[str] = set()
     for video, of_video in cues.items():
         name = stem = Path(video).stem
         numbers = itertools.count(2)
-        while name.lower() in taken or (name != stem and name.lower() in reserved):
+        while (key := _as_file_systems_compare(name)) in taken or (name != stem and key in reserved):
             name = f"{stem} ({next(numbers)})"
-        taken.add(name.lower())
+        taken.add(key)
         blocks = [f"{_clock(start)} --> {_clock(end)}\n{text}" for start, end, text in sorted(of_video)]
         content = "\n\n".join(["WEBVTT", *blocks]) + "\n"
         paths.append(atomic_write(Path(folder).expanduser() / f"{name}.vtt", content))
     return paths
+
+
+def _as_file_systems_compare(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()  # macOS
 
 
 def _clock(seconds: float) -> str:
@@ -205,9 +210,10 @@ def unseen_by_trainer(
             continue
         times, info = listing
         seen = trainer_indices(trainer, len(times), info.average_fps, num_frames)
-        unseen = [index for index in record["frame_indices"] if not seen or not seen[0] <= index <= seen[-1]]
+        captioned = record.get("frame_indices") or []
+        unseen = [index for index in captioned if not seen or not seen[0] <= index <= seen[-1]]
         if unseen:
-            counts = {"num_unseen": len(unseen), "num_captioned": len(record["frame_indices"])}
+            counts = {"num_unseen": len(unseen), "num_captioned": len(captioned)}
             first, last = (float(times[seen[0]]), float(times[seen[-1]])) if seen else (None, None)
             span = {"seen_from_seconds": first, "seen_to_seconds": last}
             flagged.append({"request": record["request"], "video": record["video"]} | counts | span)

@@ -64,10 +64,10 @@ _CHARACTERS_AS_WORDS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003
 _COMBINING_MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0eff"
 _LETTER = rf"(?:(?![{_CHARACTERS_AS_WORDS}])[\w{_COMBINING_MARKS}])"
 _WORD = re.compile(rf"[{_CHARACTERS_AS_WORDS}]|{_LETTER}+(?:(?:['-]|(?<=\d)[.,:](?=\d)){_LETTER}+)*")
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?:\s+|$)|[。！？؟।]+|\n+")
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]]*(?:\s+|$)|[。！？؟।]+|\n+")
 _STARTS_SENTENCE = re.compile(r"[^\W\d_]")
 OPENING = re.compile(
-    rf"\W*((?:{_either(OPENINGS)})(?!\w)"
+    rf"\W{{0,20}}((?:{_either(OPENINGS)})(?!\w)"
     rf"|th(?:e|is) (?:\w+ )?(?:{OPENING_SUBJECTS})(?: clip| sequence)? (?:{OPENING_VERBS})\b(?: with\b)?)",
     re.IGNORECASE,
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -244,6 +245,20 @@ def test_export_as_it_stands_and_of_a_store_with_hand_edits(tmp_path):
     assert "A &lt;b&gt;dog&lt;/b&gt; runs." in html and "<b>dog</b>" not in html
     assert (tmp_path / "data" / "dogs" / "prompts.txt").read_text().startswith("A <b>dog</b> runs.\n")
     assert (tmp_path / "again" / "export.csv").is_file()
+
+
+def test_export_of_a_store_with_damaged_lines(tmp_path, executed):
+    made = executed("01")[0] / "runs" / "captions"
+    shutil.copytree(made / "captions_strips", tmp_path / "mine_strips")
+    good = (made / "captions.jsonl").read_bytes().splitlines()
+    nan = json.dumps(json.loads(good[0]) | {"request": "nan", "mean_logprob": float("nan")}).encode()
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join([nan, *good, good[0][:200]]))
+    _, shown = run("05", tmp_path, stores="mine.jsonl", layout="metadata-jsonl", export_dir="data", output_dir="out")
+    exported = [json.loads(line) for line in (tmp_path / "data" / "metadata.jsonl").read_bytes().splitlines()]
+    assert sorted(row["text"] for row in exported) == sorted(json.loads(line)["text"].strip() for line in good)
+    assert f"0 of {len(good)} clips refused" in shown and shown.count("data:image/webp;base64,") >= 5
+    assert "mine.jsonl, line 1 is skipped: has NaN in it" in shown
+    assert f"mine.jsonl, line {len(good) + 2} is skipped: torn or damaged" in shown
 
 
 class TestBenchmark:

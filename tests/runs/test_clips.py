@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import warnings
@@ -93,9 +94,31 @@ class TestFindClips:
             str(tmp_path / "sub/d d.mkv"),
         ]
 
-    def test_a_file_that_is_not_there_is_kept_to_be_reported(self, tmp_path):
-        with pytest.warns(UserWarning, match=r"left out 1 without videos \(.*\[1\]\.mp4\)$"):  # a pattern
-            assert find_clips(["missing.mp4", str(tmp_path / "[1].mp4")]) == [Item("missing.mp4")]
+    def test_a_name_must_be_there_and_a_row_need_not(self, tmp_path, monkeypatch):
+        touch(tmp_path, "a.mp4", "empty/notes.txt")
+        link(tmp_path / "link.mp4", "gone.mp4")
+        (tmp_path / "list.csv").write_text("video\ngone.mp4\n")
+        (tmp_path / "none.csv").write_text("video\n")
+        monkeypatch.chdir(tmp_path)
+        for name in ("gone.mp4", "gone.csv", "gone/", "gone", "link.mp4"):
+            for videos in (name, [name], ["a.mp4", name], [{"video": "a.mp4"}, Path(name)]):
+                with pytest.raises(ValueError, match=rf"{name.strip('/')}.*: there is no such file or folder"):
+                    find_clips(videos)
+        for name in ("*.mkv", "[1].mp4", "empty", "none.csv"):
+            for videos in (name, ["a.mp4", name]):
+                with pytest.raises(ValueError, match=rf"no videos found in '{re.escape(name)}'"):
+                    find_clips(videos)
+        gone = Item("gone.mp4")
+        assert find_clips("list.csv") == [gone] and find_clips(["a.mp4", "list.csv"]) == [Item("a.mp4"), gone]
+        assert find_clips([{"video": "a.mp4"}, {"video": "gone.mp4"}]) == [Item("a.mp4"), gone]
+
+    @pytest.mark.skipif(os.name != "posix", reason="pipes")
+    @pytest.mark.parametrize("name", ["pipe", "pipe.csv", "pipe.ts", "pipe.mp4"])
+    def test_a_pipe_is_not_waited_for(self, tmp_path, name):
+        os.mkfifo(tmp_path / name)
+        (item,) = find_clips(tmp_path / name)
+        with pytest.raises(capkit.VideoError, match="is not a regular file|no such file|not a"):
+            capkit.load_clip(item.video)
 
     def test_a_name_with_glob_characters(self, tmp_path):
         touch(tmp_path, "set [1]/a.mp4")
@@ -183,7 +206,7 @@ class TestFindClips:
 
     @pytest.mark.parametrize("entry", [None, 3, 1.5, b"a.mp4", ["a.mp4"]])
     def test_entries_that_are_no_names(self, entry):
-        for videos in (["a.mp4", entry], *([entry] if not isinstance(entry, (bytes, list)) else [])):
+        for videos in (["demo", entry], *([entry] if not isinstance(entry, (bytes, list)) else [])):
             with pytest.raises(ValueError) as error:
                 find_clips(videos)
             assert repr(entry) in str(error.value)
@@ -204,11 +227,6 @@ class TestFindClips:
         monkeypatch.chdir(tmp_path)
         clip = {"video": "a.mp4", "prompt": "Why?"}
         assert find_clips(clip) == find_clips([clip]) == find_clips(iter([clip])) == [Item("a.mp4", "Why?")]
-
-    def test_a_search_without_videos_among_others(self, tmp_path):
-        touch(tmp_path, "a/1.mp4", "b/2.txt")
-        with pytest.warns(UserWarning, match=r"^videos: left out 1 not named .*\(\.txt 1\), 1 without videos \(.*b\)$"):
-            assert len(find_clips([tmp_path / "a", tmp_path / "b"])) == 1
 
 
 class TestLinks:

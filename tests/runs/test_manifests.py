@@ -188,6 +188,8 @@ BAD_ROWS = [
     (B | {"start": 9}, "no frame starts between 9 s"),
     ({"video": "gone.mp4"}, "no such file"),
     ({"video": "x" * 5000 + ".mp4"}, "no such file"),
+    ({"video": "x/" * 20_000 + "b.mp4"}, "cannot be the name of a file"),
+    (B | {"reference": "x" * 200_001}, "column reference: has 200,001 characters; 200,000 are the most"),
     ({"video": "~nobody/b.mp4"}, "no such file"),
     ({"video": "."}, "is a folder, not a video"),
     ({"video": "text.mp4"}, "text.mp4"),

@@ -166,7 +166,9 @@ def test_records_that_cannot_be_kept(store):
     with pytest.raises(ValueError, match="mean_logprob is NaN: out of range"):
         store.append(attempt("a", mean_logprob=float("nan")))
     with pytest.raises(ValueError, match="less than 10,000,000 bytes"):
-        store.append(attempt("a", text="x" * 10**7))
+        store.append(attempt("a", own="x" * 10**7))
+    with pytest.raises(ValueError, match="the text has more than 200,000 characters"):
+        store.append(attempt("a", text="x" * 200_001))
     assert not store.path.exists()
 
 
@@ -263,7 +265,7 @@ class TestStoresWrittenBefore:
         assert before[0]["edited_text"] == "By hand." and len(old.done()) == 5
         model = SimpleNamespace(name="demo", fingerprint=before[0]["model_fingerprint"], dtype="float32")
         model.quantization, model.processor = None, SimpleNamespace(image_size=224)
-        items = find_clips([before[0]["video"], before[4]["video"]])
+        items = [Item(before[0]["video"]), Item(before[4]["video"])]
         assert caption_clips(model, items, old) == [before[0], before[4]]
         assert "0 clips to caption, 2 done before" in capsys.readouterr().out
         monkeypatch.setattr(sys, "argv", ["capkit", "show", str(old.path)])
@@ -284,6 +286,13 @@ class TestStoresWrittenBefore:
         record = new_record(request_settings(captioner, "a.mp4", "Why?"), caption, clip)
         before = [name for name in old.current()[0] if name != "edited_text"]
         assert [name for name in record if name != "video_notes"] == before
+
+
+def test_a_text_longer_than_readers_take_is_an_error(captioner, video, random_clip, store):
+    caption = captioner.caption(random_clip(2), decoding=capkit.Decoding(max_new_tokens=3))
+    record = new_record(request_settings(captioner, video, "What?"), replace(caption, text="a" * 200_001))
+    store.append(record)
+    assert store.current()[0]["error"].endswith("the model wrote 200,001 characters; it repeats itself")
 
 
 def test_a_record_has_the_designs_fields(captioner, video, random_clip, store):

@@ -43,7 +43,7 @@ class TestIntoWindows:
         assert into_windows([item], 7.0) == [item]
 
     def test_what_cannot_be_read_stays_to_be_reported(self, folder):
-        items = find_clips([folder / "short.mp4", "gone.mp4"])
+        items = [*find_clips(folder / "short.mp4"), Item("gone.mp4")]
         assert into_windows(items, 2.0) == items == trainer_windows(items, "cogvideo")
 
     @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
@@ -81,6 +81,11 @@ class TestWebVTT:
         for number, path in zip(order, paths, strict=True):
             assert f"caption {number}\n" in path.read_text()
         assert paths[order.index(2)].name == "dog (2).vtt"  # as its video is called
+
+    def test_names_that_a_mac_takes_for_one(self, tmp_path):
+        composed, decomposed = "/a/caf\u00e9.mp4", "/b/cafe\u0301.mp4"
+        paths = write_webvtt([record(video, 0.0, 1.0, "A dog") for video in (composed, decomposed)], tmp_path)
+        assert [path.name for path in paths] == ["caf\u00e9.vtt", "cafe\u0301 (2).vtt"]
 
     def test_long_names_controls_and_a_full_disk(self, tmp_path, monkeypatch):
         (path,) = write_webvtt([record(f"/a/{'x' * 251}.mp4", 0.0, 1.0, "A \x1b[31m\u202edog \u2028runs")], tmp_path)
