@@ -298,8 +298,9 @@ def _read_clips(
             yield group, source.clip
         else:
             from_files.append(group)
-    ahead = {"num_ahead": 2, "image_size": image_size, "store": store, "prepare": prepare}
-    with closing(read_ahead((group[0][0] for group in from_files), timeout_seconds, **ahead)) as clips:
+    first = (group[0][0] for group in from_files)
+    ahead = read_ahead(first, timeout_seconds, num_ahead=2, image_size=image_size, store=store, prepare=prepare)
+    with closing(ahead) as clips:
         for group, (_, clip) in zip(from_files, clips, strict=True):
             yield group, clip
 
