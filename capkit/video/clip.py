@@ -204,7 +204,7 @@ class ClipReader(WorkerProcess):
         super().__init__(__name__, "_read", self.memory_bytes)
 
     def read(self, timeout_seconds: float, path: str, *arguments: Any) -> Clip:
-        """Read a clip in the worker process; `load_clip` checks the arguments.
+        """Read a clip in the worker process; `arguments` are those of `_read`, which `load_clip` checks.
 
         Raises:
             MemoryError: reading takes more than `memory_bytes`.

@@ -42,7 +42,7 @@ class VideoInfo:
         num_frames: number of frames that a player shows.
         average_fps: frames per second, as the file says; uneven frame times may have another average.
         duration_seconds: from the first frame's start to the last frame's end.
-        height, width: of the frames in `Clip.frames`, in pixels.
+        height, width: of full frames as in `Clip.frames`, in pixels.
         codec: FFmpeg's name, such as "h264".
         orientation: how the stored frames were turned to be upright.
         sample_aspect_ratio: width of a stored pixel divided by its height; frames are scaled to square pixels.

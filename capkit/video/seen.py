@@ -126,11 +126,15 @@ def _normalise(squares: Pixels) -> Pixels:
 
 def _centre_square(frame: Frames, image_size: int) -> Pixels:
     """float32 (3, S, S), from 0 to 255. Reads only the pixels that count, however large the frame."""
-    (above, below, down), (left, right, across) = _neighbours(*frame.shape[:2], image_size)
+    height, width, _ = frame.shape
+    size, (top, left) = resized_and_cut(height, width, image_size)
+    if size == (height, width):
+        return frame[top : top + image_size, left : left + image_size].transpose(2, 0, 1).astype(np.float32)
+    (above, below, down), (before, after, across) = _neighbours(height, width, image_size)
 
     def resized(rows: NDArray[np.intp]) -> Pixels:
         pixels = frame[rows].reshape(image_size, -1)
-        return pixels.take(left, 1) * (1 - across) + pixels.take(right, 1) * across
+        return pixels.take(before, 1) * (1 - across) + pixels.take(after, 1) * across
 
     square: Pixels = resized(above) * (1 - down) + resized(below) * down
     return square.reshape(image_size, 3, image_size).transpose(1, 0, 2)
@@ -153,5 +157,5 @@ def _neighbours(height: int, width: int, image_size: int) -> tuple[Neighbours, N
 
     above, below, down = along(height, sizes[0], starts[0])
     columns, colours = along(width, sizes[1], starts[1]), np.arange(3)[:, None]
-    left, right = ((3 * column + colours).ravel() for column in columns[:2])
-    return (above, below, down[:, None]), (left, right, np.tile(columns[2], 3))
+    before, after = ((3 * column + colours).ravel() for column in columns[:2])
+    return (above, below, down[:, None]), (before, after, np.tile(columns[2], 3))
