@@ -22,6 +22,7 @@ from capkit.cogvlm2 import (
     CogVLM2VideoProcessor,
     Prompt,
     loading,
+    use_grouped_sdpa,
     use_onednn,
 )
 from capkit.video import Clip
@@ -176,6 +177,7 @@ def make_captioner(
     processor = CogVLM2VideoProcessor(tokenizer, vision.image_size, config.tokens_per_frame)
     quick = copy.deepcopy(model, shared)
     use_onednn(quick)  # in place
+    use_grouped_sdpa(quick)
     return model, Captioner(quick, processor, "random weights")
 
 

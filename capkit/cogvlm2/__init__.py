@@ -1,5 +1,6 @@
 """CogVLM2-Video as transformers knows models: configuration, model, processor."""
 
+from capkit.cogvlm2.attention import use_grouped_sdpa
 from capkit.cogvlm2.checkpoint import CheckpointError, CheckpointNotFound, fingerprint
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig, CogVLM2VisionConfig
 from capkit.cogvlm2.linear import use_onednn
@@ -42,5 +43,6 @@ __all__ = [
     "preprocess_frames",
     "resized_and_cut",
     "rotary_position_ids",
+    "use_grouped_sdpa",
     "use_onednn",
 ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from paths import GOLDEN
+from transformers.generation import TopPLogitsWarper
 
 import capkit
 from capkit import Decoding, Prompt
@@ -89,6 +90,15 @@ class TestSampling:
         clips = [random_clip(n, n) for n in (1, 4, 2)]
         together = captioner.caption_batch(clips, decoding=decoding)
         assert [c.token_ids for c in together] == [captioner.caption(c, decoding=decoding).token_ids for c in clips]
+
+    @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+    def test_top_p_keeps_what_transformers_keeps_and_ties(self, top_p):
+        (_, mask) = Chooser([Decoding(temperature=1.0, top_p=top_p)], [0]).warpers
+        scores = 3 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
+        scores[1, 10:] = -torch.inf  # as after top_k
+        assert torch.equal(mask(None, scores), TopPLogitsWarper(top_p)(None, scores))
+        tied = torch.tensor([[1.0, 2.0, 1.0, -9.0, 1.0]])  # 2 has 0.48 of the probability, each 1 has 0.18
+        assert mask(None, tied).isfinite().tolist() == [[top_p > 0.48, True, top_p > 0.48, False, top_p > 0.48]]
 
     def test_a_sure_token_is_drawn_whatever_the_noise(self):
         """Of this token, the random number in [0, 1) rounds to 1 in float32, whose noise would be minus infinity."""
