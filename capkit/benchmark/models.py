@@ -59,12 +59,14 @@ class Size:
         num_frames, height, width: of a clip.
         num_tokens: of a caption.
         num_sweep_tokens: of a caption in a sweep.
+        num_long_tokens: of a long caption, alone, in the largest batch and in sweeps; 0: `num_tokens` are long already.
         batches: numbers of clips in a batch.
         large_frame: height and width of the frames that preprocessing is measured with.
         num_minutes: of the video that reading is measured with.
         repeats: of short measurements, whose median counts.
         num_clips: different clips; larger batches repeat them.
         num_plain_cells: cells of a sweep that the baseline captions; the others are assumed to take as long.
+        num_grounded: captions to be grounded together, of `num_grounded_tokens`.
         num_sweeps, num_loads: repeats of these.
     """
 
@@ -74,12 +76,15 @@ class Size:
     width: int = 854
     num_tokens: int = 64
     num_sweep_tokens: int = 32
+    num_long_tokens: int = 200
     batches: tuple[int, ...] = (8, 16, 32)
     large_frame: tuple[int, int] = (1080, 1920)
     num_minutes: int = 60
     repeats: int = 3
     num_clips: int = 8
     num_plain_cells: int = 64
+    num_grounded: int = 64
+    num_grounded_tokens: int = 192
     num_sweeps: int = 3
     num_loads: int = 3
 
@@ -108,13 +113,17 @@ SIZES = {
         width=128,
         num_tokens=8,
         num_sweep_tokens=8,
+        num_long_tokens=16,
         batches=(8,),
+        num_grounded=8,
+        num_grounded_tokens=24,
         num_minutes=1,
     ),
     "small": Size(_config(32000, 512, 1536, 8, (8, 2), 256, 6, 4, 1024, 224, 257)),
     "full": Size(  # takes some minutes on a GPU
         num_tokens=200,
         num_sweep_tokens=200,
+        num_long_tokens=0,
         batches=(8, 32),
         num_clips=2,
         num_plain_cells=2,
