@@ -24,7 +24,8 @@ class Compared(NamedTuple):
 
 def random_captions(captioner: Captioner, num_captions: int, num_tokens: int) -> list[Caption]:
     """Captions of random tokens: what they say does not matter to the time."""
-    draws = np.random.default_rng(0).integers(1000, captioner.model.config.vocab_size - 3, (num_captions, num_tokens))
+    most = captioner.model.config.vocab_size - 3  # without special tokens
+    draws = np.random.default_rng(0).integers(most // 2, most, (num_captions, num_tokens))
     logprobs = [0.0] * num_tokens
     return [
         Caption(captioner.processor.decode(ids), ids, logprobs, "length", Prompt(), Decoding(), 0.0)

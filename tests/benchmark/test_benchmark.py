@@ -109,7 +109,8 @@ def test_other_programs_are_counted_and_this_one_and_idle_time_are_not(monkeypat
     own = process(1, 0, 0, 0), process(1, 0, 0, 0), process(1.5, 0.5, 0.25, 0.25)
     monkeypatch.setattr(time, "perf_counter", iter(seconds).__next__)
     monkeypatch.setattr(psutil, "cpu_times", iter(machine).__next__)
-    monkeypatch.setattr(psutil.Process, "cpu_times", lambda _, values=iter(own): next(values))
+    values = iter(own)
+    monkeypatch.setattr(psutil.Process, "cpu_times", lambda _: next(values))
     load = OtherLoad()
     assert load() == 0  # too soon to tell
     assert load() == pytest.approx((10 - 6 - 1.5) / 2)  # of user, system and steal; per second
