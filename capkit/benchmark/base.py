@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache
 
 from capkit.benchmark import models
 from capkit.benchmark.measuring import (
@@ -23,6 +22,7 @@ from capkit.benchmark.measuring import (
     seconds_of,
 )
 from capkit.benchmark.models import PROMPTS, make_clip, plain_caption, prefilled_values
+from capkit.benchmark.results import warning_if_busy
 from capkit.captioning import Decoding
 from capkit.cogvlm2 import Prompt, preprocess_frames
 from capkit.video import Clip
@@ -57,12 +57,13 @@ class Measurements:
         self._captioned: dict[int, tuple[Captioned, Captioned]] = {}  # from _both
 
     def results(self) -> dict[str, Any]:
-        """All results so far: `size`, `command`, `machine`, `model`, `limits`, `rows`, `skipped`, `profile`."""
+        """All results so far: size, command, machine, warning, model, limits, rows, skipped parts, profile."""
         parameters = sum(weight.numel() for weight in self.plain.parameters())
         return {
             "size": self.name,
             "command": f"python -m capkit.benchmark --size {self.name}",
             "machine": self.machine,
+            "warning": warning_if_busy(self.machine),
             "model": {
                 "parameters": parameters,
                 "dtype": self.captioner.dtype,
@@ -201,7 +202,7 @@ class Measurements:
         """Floating point operations of encoding a clip, of prefilling it, and of a token (without attention)."""
         pixels, features, ids = self._inputs()
         tower = count_flops(self.plain, partial(self.plain.model.get_video_features, pixels))
-        prefill = count_flops(self.plain, partial(prefilled_values, self.plain, DynamicCache, ids, features))
+        prefill = count_flops(self.plain, partial(prefilled_values, self.plain, ids, features))
         return tower, prefill, 2 * sum(weight.numel() for weight in models.decoder_weights(self.plain))
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -26,7 +26,16 @@ from transformers import DynamicCache
 from capkit.benchmark.base import PLAIN, Measurements
 from capkit.benchmark.grounding import measure_left_out, measure_together, random_captions
 from capkit.benchmark.measuring import PeakMemory, StepTimes, profile_of, seconds_of, take_turns
-from capkit.benchmark.models import DECODINGS, PROMPTS, decode, make_clip, plain_caption, plain_pixels, prefilled_values
+from capkit.benchmark.models import (
+    DECODINGS,
+    PROMPTS,
+    decode,
+    make_clip,
+    plain_caption,
+    plain_pixels,
+    plain_prefilled_values,
+    prefilled_values,
+)
 from capkit.benchmark.results import describe, warning_if_busy
 from capkit.benchmark.second_day import Reused, measure_in_another_process, measure_reuse, store_features
 from capkit.benchmark.video import measure_reading
@@ -35,8 +44,19 @@ from capkit.captioning.shared_prefix import MAX_BRANCHES
 from capkit.cogvlm2 import Prompt, preprocess_frames
 from capkit.video import Clip
 
-PARTS = ("reading", "preprocessing", "stages", "captions", "batches", "sweeps", "second_day", "grounding", "compiled")
-PARTS += ("loading", "profiling")
+PARTS = (
+    "reading",
+    "preprocessing",
+    "stages",
+    "captions",
+    "batches",
+    "sweeps",
+    "second_day",
+    "grounding",
+    "compiled",
+    "loading",
+    "profiling",
+)
 SWEEPS = (4, 8)  # numbers of prompts, and of decodings for each
 PROFILED_ROWS = 8  # of the decoding step that is profiled
 NUM_GROUNDED_ALONE = 4  # captions that are grounded one by one; the others are assumed to take as long
@@ -77,7 +97,7 @@ class Benchmark(Measurements):
         if unknown := [part for part in parts if part not in PARTS]:
             raise ValueError(f"parts={unknown!r}: must be among {', '.join(PARTS)}")
         failed = None
-        if warning := warning_if_busy(self.results()):
+        if warning := warning_if_busy(self.machine):
             print(warning, flush=True)
         for part in parts or PARTS:
             count = len(self.rows)
@@ -124,8 +144,8 @@ class Benchmark(Measurements):
         pixels, features, ids = self._inputs()
         plain, quick = self.plain, self.captioner.model
         towers = [partial(model.model.get_video_features, pixels) for model in (plain, quick)]
-        prefills = [partial(prefilled_values, plain, DynamicCache, ids, features)]
-        prefills += [partial(prefilled_values, quick, PreallocatedCache, ids, features)]
+        prefills = [partial(plain_prefilled_values, plain, ids, features)]
+        prefills += [partial(prefilled_values, quick, ids, features)]
         for name, pair, work in (
             (f"vision tower, {len(pixels)} frames", towers, {"num_encoded": 1}),
             (f"prefill, {len(ids)} positions", prefills, {"num_prefilled": 1}),
@@ -145,7 +165,8 @@ class Benchmark(Measurements):
                 continue
             first = statistics.median(seconds_of(self._first_words, self.device)[0] for _ in range(self.size.repeats))
             against = "the whole caption: nothing shows before"
-            self._add("its first words, as a stream", against, "s", (plain.seconds, first), **self._shares(first, 1, 1))
+            shares = self._shares(first, 1, 1)
+            self._add("its first words, as a stream", against, "s", (plain.seconds, first), "", **shares)
             self._add_decoding(1, plain, quick.step_seconds, equal)
             pair = [partial(run, self.clips[0], Decoding(length)) for run in (self._plain_caption, self._caption)]
             self._add_memory("extra memory for one caption", PLAIN, pair, self.device, equal)
@@ -209,16 +230,17 @@ class Benchmark(Measurements):
             clips = self.clips[:8]
             in_memory = store_features(self.captioner, clips, folder)
             for length in self._lengths:
-                repeats = 1 if self._is_long(length) else size.repeats
-                try:
-                    elsewhere = measure_in_another_process(size, self.device, model.dtype, length, folder, repeats)
-                    self._add_reused("on disk by another process", 1, length, elsewhere)
-                except subprocess.CalledProcessError as error:  # its own message is above; a second model may not fit
-                    self.skipped.append({"part": "second_day in another process", "why": str(error)[-200:]})
                 for count in (1, len(clips)):
-                    for where, stored in {"in memory": in_memory, "on disk": folder}.items():
+                    repeats = size.repeats if count == 1 and not self._is_long(length) else 1
+                    for where, stored in (("in memory", in_memory), ("on disk", Path(folder))):
                         reused = measure_reuse(self.captioner, clips[:count], length, stored, repeats)
                         self._add_reused(where, count, length, reused)
+            length = size.num_tokens
+            try:
+                elsewhere = measure_in_another_process(size, self.device, model.dtype, length, folder, size.repeats)
+                self._add_reused("on disk by another process", 1, length, elsewhere)
+            except subprocess.CalledProcessError as error:  # its own message is above; a second model may not fit
+                self.skipped.append({"part": "second_day in another process", "why": str(error)[-200:]})
 
     def _add_reused(self, where: str, count: int, length: int, reused: Reused) -> None:
         self._add_captions(
@@ -296,14 +318,16 @@ class Benchmark(Measurements):
 
     def _profiling(self) -> None:
         pixels, features, ids = self._inputs()
-        sides = ("plain", self.plain, DynamicCache), ("capkit", self.captioner.model, PreallocatedCache)
-        for name, model, cache_class in sides:
+        for name, model, cache_class, read in (
+            ("plain", self.plain, DynamicCache, plain_prefilled_values),
+            ("capkit", self.captioner.model, PreallocatedCache, prefilled_values),
+        ):
             cache = cache_class(config=model.config)
             prefill(model, cache, ids, features)
             cache.batch_repeat_interleave(PROFILED_ROWS)
             stages: dict[str, Callable[[], Any]] = {
                 "vision tower": partial(model.model.get_video_features, pixels),
-                "prefill": partial(prefilled_values, model, cache_class, ids, features),
+                "prefill": partial(read, model, ids, features),
                 f"decoding {PROFILED_ROWS} together": partial(decode, model, cache, PROFILED_ROWS),
             }
             for stage, function in stages.items():

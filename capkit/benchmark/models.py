@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 
-from capkit.captioning import Captioner, Chooser, Decoding, draw_key, prefill, until_end
+from capkit.captioning import Captioner, Chooser, Decoding, PreallocatedCache, draw_key, prefill, until_end
 from capkit.cogvlm2 import (
     DEFAULT_PROMPT,
     CogVLM2VideoConfig,
@@ -22,6 +22,7 @@ from capkit.cogvlm2 import (
     CogVLM2VideoProcessor,
     Prompt,
     loading,
+    rotary_position_ids,
     use_grouped_sdpa,
     use_onednn,
 )
@@ -205,13 +206,12 @@ def make_clip(size: Size, seed: int, frame: tuple[int, int] | None = None) -> Cl
 
 
 def prefilled_values(
-    model: CogVLM2VideoForConditionalGeneration, cache_class: type[DynamicCache], ids: list[int], features: torch.Tensor
+    model: CogVLM2VideoForConditionalGeneration, ids: list[int], features: torch.Tensor
 ) -> torch.Tensor:
-    """Read a prompt into a new cache; returns values of its last layer."""
-    cache = cache_class(config=model.config)
+    """Read a prompt into a new cache as capkit does; returns values of its last layer."""
+    cache = PreallocatedCache(model.config)
     prefill(model, cache, ids, features)
-    layer: Any = cache.layers[-1]
-    return layer.values
+    return cache.layers[-1].values
 
 
 def decode(model: CogVLM2VideoForConditionalGeneration, cache: DynamicCache, num_rows: int) -> None:
@@ -236,6 +236,23 @@ def plain_pixels(frames: np.ndarray, image_size: int) -> torch.Tensor:
     video = F.interpolate(video, size=resized, mode="bilinear", align_corners=False)
     top, left = (round((side - image_size) / 2) for side in resized)
     return video[:, :, top : top + image_size, left : left + image_size].contiguous()
+
+
+def plain_prefilled_values(
+    model: CogVLM2VideoForConditionalGeneration, ids: list[int], features: torch.Tensor
+) -> torch.Tensor:
+    """Read a prompt into a new cache as transformers does; returns values of its last layer."""
+    all_ids = torch.tensor([ids], device=model.device)
+    cache = DynamicCache(config=model.config)
+    model.model(
+        inputs_embeds=model.model.embed(all_ids, video_features=features),
+        attention_mask=torch.ones_like(all_ids),
+        position_ids=rotary_position_ids(all_ids, model.config.video_token_id),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    layer: Any = cache.layers[-1]
+    return layer.values
 
 
 @torch.inference_mode()

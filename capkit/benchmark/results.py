@@ -42,9 +42,8 @@ def describe(row: dict[str, Any]) -> str:
     return f"{row['name']}: {value} against {baseline}, x {row['ratio']:.2f}" + (f"; {', '.join(more)}" if more else "")
 
 
-def warning_if_busy(results: dict[str, Any]) -> str:
-    """That other programs took cores that this benchmark needs, or nothing."""
-    machine = results["machine"]
+def warning_if_busy(machine: dict[str, Any]) -> str:
+    """That other programs took cores that the benchmark needs, or nothing; `machine` as in the results."""
     cores, others = machine["cores"], machine.get("other_cores", 0.0)
     needed = 1 if machine["gpu"] else machine["torch_threads"]
     if others + needed <= cores + 0.2:
@@ -103,7 +102,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     on = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
     lines = [f"`{results['command']}`: {on}, {results['model']['dtype']}, {versions}", ""]
-    lines += [warning, ""] if (warning := warning_if_busy(results)) else []
+    lines += [warning, ""] if (warning := warning_if_busy(machine)) else []
     lines += ["| | plain | capkit | ratio | memory rate | matrix rate | equal |", "|---|---|---|---|---|---|---|"]
     for row in results["rows"]:
         values = [f"{row[name]:.3g} {row['unit']}" for name in ("baseline_value", "value")]

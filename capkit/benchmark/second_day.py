@@ -78,8 +78,15 @@ def measure_in_another_process(
     size: Size, device: torch.device, dtype: torch.dtype, num_tokens: int, folder: str | Path, repeats: int
 ) -> Reused:
     """`measure_reuse` for the first clip in a new process, which makes the same model and reads the features."""
-    asked = {"size": dataclasses.asdict(size), "device": str(device), "dtype": str(dtype), "folder": str(folder)}
-    asked |= {"num_tokens": num_tokens, "repeats": repeats, "threads": torch.get_num_threads()}
+    asked = {
+        "size": dataclasses.asdict(size),
+        "device": str(device),
+        "dtype": str(dtype),
+        "folder": str(folder),
+        "num_tokens": num_tokens,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+    }
     code = "import sys; from capkit.benchmark.second_day import in_this_process; print(in_this_process(sys.argv[1]))"
     command = [sys.executable, "-c", code, json.dumps(asked)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
