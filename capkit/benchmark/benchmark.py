@@ -39,8 +39,7 @@ from capkit.benchmark.models import (
 from capkit.benchmark.results import describe, warning_if_busy
 from capkit.benchmark.second_day import Reused, measure_in_another_process, measure_reuse, store_features
 from capkit.benchmark.video import measure_reading
-from capkit.captioning import Caption, Decoding, PreallocatedCache, SharedVideo, load_captioner, prefill
-from capkit.captioning.shared_prefix import MAX_BRANCHES
+from capkit.captioning import MAX_BRANCHES, Caption, Decoding, PreallocatedCache, SharedVideo, load_captioner, prefill
 from capkit.cogvlm2 import Prompt, preprocess_frames
 from capkit.video import Clip
 
