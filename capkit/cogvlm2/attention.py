@@ -17,15 +17,22 @@ GROUPED_SDPA = "grouped_sdpa"
 
 
 def grouped_sdpa(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    prefix: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' "sdpa", (B, heads, N, D) with keys and values of fewer heads -> (B, N, heads, D)."""
+    """transformers' "sdpa", (B, heads, N, D) with keys and values of fewer heads -> (B, N, heads, D).
+
+    `prefix` has each layer's keys and values (1, heads, P, D) of positions that all rows see before their own; N is 1.
+    """
+    if prefix is not None:
+        output = _attend_after_prefix(query, key, value, attention_mask, scaling, *prefix[module.layer_idx])
+        return output.reshape(len(query), 1, query.shape[1], -1), None
     if torch.is_grad_enabled():
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     shape, length = query.shape, query.shape[2]
@@ -36,6 +43,26 @@ def grouped_sdpa(
         query, key, value, attention_mask, is_causal=is_causal, scale=scaling, enable_gqa=True
     )
     return output.reshape(shape).transpose(1, 2).contiguous(), None
+
+
+def _attend_after_prefix(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of one query a row: to the prefix in one product for all rows, to each row's own keys, then summed."""
+    attend, num_rows, width = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, len(query), query.shape[-1]
+    grouped = query.reshape(num_rows, key.shape[1], -1, width)
+    own, own_logsumexp = attend(grouped, key, value, attn_mask=mask, scale=scale)
+    rows_together = grouped.transpose(0, 1).flatten(1, 2)[None]
+    shared, logsumexp = attend(rows_together, prefix_key, prefix_value, scale=scale)
+    shared = shared[0].unflatten(1, (num_rows, -1)).transpose(0, 1)
+    logsumexp = logsumexp[0].unflatten(1, (num_rows, -1)).transpose(0, 1)
+    return own.lerp(shared, torch.sigmoid(logsumexp - own_logsumexp)[..., None].to(own.dtype))
 
 
 AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
