@@ -34,7 +34,7 @@ from capkit.cogvlm2 import (
 )
 from capkit.video import Clip
 
-MAX_BRANCHES = 32  # in a row: attention also computes each branch's masked positions, those of all the others
+MAX_BRANCHES = 32  # together: as parts of one row, attention also computes the masked positions of all others
 VIDEO = 0  # the part that all others attend to
 
 Branch = tuple[Prompt, Decoding]
