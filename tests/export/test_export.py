@@ -462,6 +462,23 @@ class TestFolder:
         with pytest.raises(ValueError, match=f"holds {latents}/, which a trainer has computed from clips"):
             export_dataset(store, layout, root, overwrite=True)
 
+    @pytest.mark.parametrize("before", ["link", "copy", "hardlink"])
+    @pytest.mark.parametrize("after", ["link", "copy", "hardlink"])
+    def test_links_become_copies_and_the_reverse(self, store, tmp_path, before, after):
+        root, originals = tmp_path / "out", {path.name: path.stat().st_ino for path in tmp_path.glob("clips/*.mp4")}
+        report = export_dataset(store, "cogkit", root, clips=before)
+        if before != after:
+            with pytest.raises(
+                ValueError, match=f"with clips='{before}', not '{after}'; .*overwrite"
+            ):
+                export_dataset(store, "cogkit", root, clips=after)
+            assert json.loads(report.path.read_text())["options"]["clips"] == before
+        report = export_dataset(store, "cogkit", root, clips=after, overwrite=before != after)
+        made = [root / file for file in report.exported["file"]]
+        assert len(made) == 2 and all(path.is_symlink() == (after == "link") for path in made)
+        assert [path.stat().st_ino in originals.values() for path in made] == [after != "copy"] * 2
+        assert json.loads(report.path.read_text())["options"]["clips"] == after
+
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_foreign_files_are_never_replaced(self, store, tmp_path, layout):
         root = tmp_path / "out"
