@@ -106,11 +106,12 @@ def caption_planned(
     """
     check_numbers(batch_size, timeout_seconds, num_readers)
     todo = missing(planned, [store, *other_stores], retry_errors)
+    num_before = counts_before(planned, [store, *other_stores], len(todo))
     half_memory = (memory_bytes or memory_budget()) // 2  # for reading ahead, and for choosing batches
     prepare = partial(prepare_clip, store=store, image_size=captioner.processor.image_size)
     ahead = (2 * batch_size, num_readers, half_memory, quarantine, prepare)
     with (
-        Progress("clips", len(todo), len(planned) - len(todo), heartbeat, label) as progress,
+        Progress(("clip", "caption"), len(todo), *num_before, heartbeat, label) as progress,
         closing(read_ahead(todo, timeout_seconds, *ahead)) as pairs,
     ):
         for batch in _batches(pairs, batch_size, half_memory):
@@ -132,6 +133,12 @@ def missing(
     """The planned requests that no store has an answer to, each once."""
     done = set().union(*(store.done(retry_errors) for store in stores))
     return list({settings["request"]: settings for settings in planned if settings["request"] not in done}.values())
+
+
+def counts_before(planned: Sequence[dict[str, Any]], stores: Iterable[CaptionStore], num_todo: int) -> tuple[int, int]:
+    """How many of the planned requests were captioned before, and how many failed and are not tried again."""
+    num_failed = len(missing(planned, stores, retry_errors=True)) - num_todo
+    return len(planned) - num_todo - num_failed, num_failed
 
 
 def current_records(planned: Sequence[dict[str, Any]], stores: Iterable[CaptionStore]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import glob
 import os
 import re
 import sys
-import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from capkit.runs.manifests import MANIFEST_SUFFIXES, Item, dictionary_to_item, f
 if TYPE_CHECKING:
     import pandas as pd
 
-from capkit.text import plain_text
+from capkit.text import warn
 
 # What FFmpeg reads and people have. Not here: suffixes that are mostly sound (.ogg) or pictures (.webp, .avif, .png).
 VIDEO_SUFFIXES = frozenset(
@@ -94,7 +93,7 @@ def find_clips(
     if left_out:
         notes.append(f"{entries[0] if len(entries) == 1 else 'videos'}: {_describe(left_out)}")
     for note in dict.fromkeys(filter(None, notes)):
-        warnings.warn(plain_text(note), stacklevel=2)
+        warn(note, stacklevel=2)
     return items[:limit]
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from capkit.runs.index import is_complete
 from capkit.runs.lines import read_store
 from capkit.runs.shards import MERGED, plan_differences, plan_files, read_plan, shard_stores
 from capkit.runs.store import CaptionStore
-from capkit.text import plain_text
+from capkit.text import plain_text, warn
 
 MOST_OPEN_FILES = 500
 NOWHERE = -1
@@ -86,7 +85,7 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
         with open(merged.path, "rb") as source, atomic_writer(aside) as copy:  # copyfile() would write through a link
             shutil.copyfileobj(source, copy)
         message = f"{merged.path}: the lines that are skipped are no longer in it, but in {aside}"
-        warnings.warn(plain_text(message), stacklevel=3)
+        warn(message, stacklevel=3)
     with atomic_writer(merged.path) as target:
         target.writelines(_lines([merged.path], ((0, start) for start in kept)))
         target.writelines(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
@@ -28,6 +28,7 @@ from capkit.runs import (
     to_frame,
 )
 from capkit.sweep.plan import Source, SweepPlan, plan_sweep
+from capkit.text import plural, warn
 from capkit.video import Clip, FrameSampling
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class SweepResult:
 
     def __repr__(self) -> str:
         errors = sum(record["status"] == "error" for record in self.records)
-        return f"SweepResult({len(self.records)} captions in {len(self.plan.cells)} cells, {errors} errors)"
+        counts = [(len(self.records) - errors, "caption"), (errors, "error")]
+        made = " and ".join(itertools.starmap(plural, counts))
+        return f"SweepResult({made} in {plural(len(self.plan.cells), 'cell')})"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per caption.
@@ -198,7 +201,7 @@ def read_captions(path: str | Path) -> list[dict[str, Any]]:
         if window := row.window():
             captions[-1] |= {WINDOW[0]: window[0], WINDOW[1]: window[1]}
     if note:
-        warnings.warn(note, stacklevel=2)
+        warn(note, stacklevel=2)
     return captions
 
 
@@ -250,6 +253,7 @@ def _run_plan(
     timeout_seconds: float | None,
 ) -> SweepResult:
     done = store.done(retry_errors) if store else set()
+    failed = done - store.done(retry_errors=True) if store else set()
     hash_once = functools.cache(sha256_if_there)  # a clip is read once for each frame sampling
     order: list[str] = []
     todo: dict[tuple[Source, FrameSampling], list[Request]] = {}
@@ -263,12 +267,13 @@ def _run_plan(
             todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
     records = {record["request"]: record for record in store.latest(dict.fromkeys(order))} if store else {}
     num_todo = sum(len(group) for group in todo.values())
+    num_failed = len(failed.intersection(order))
 
     def prepare(settings: dict[str, Any], _: Clip) -> None:
         hash_once(settings["video"])  # while the model is busy
 
     with (
-        Progress("captions", num_todo, len(order) - num_todo) as progress,
+        Progress(("caption", "make"), num_todo, len(order) - num_todo - num_failed, num_failed) as progress,
         closing(_read_clips(todo, timeout_seconds, prepare)) as clips_read,
     ):
         for group, clip in clips_read:

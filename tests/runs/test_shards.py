@@ -83,7 +83,7 @@ def test_a_second_run_does_nothing_and_a_retry_only_errors(captioner, eight_clip
     first = caption_clips(captioner, items, store, decoding=FEW)
     capsys.readouterr()
     assert caption_clips(captioner, items, store, decoding=FEW) == first
-    assert "0 clips to caption, 8 done before" in capsys.readouterr().out
+    assert "0 clips to caption, 5 done before, 3 failed before" in capsys.readouterr().out
     caption_clips(captioner, items, store, decoding=FEW, retry_errors=True)
     assert len(store.lines()) == 8 + 3
     caption_clips(captioner, items, store, "Something else?", decoding=FEW)
@@ -123,7 +123,9 @@ def test_killed_half_way_it_captions_only_what_was_missing(eight_clips, tmp_path
     again = captioning_process(eight_clips, path, pause_seconds=0)
     printed, _ = again.communicate()
     assert again.returncode == 0
-    assert f"{8 - len(before)} clips to caption, {len(before)} done before" in printed
+    num_errors = sum(line["status"] == "error" for line in before)
+    told = f", {num_errors} failed before" if num_errors else "\n"
+    assert f"{8 - len(before)} clips to caption, {len(before) - num_errors} done before{told}" in printed
     lines = CaptionStore(path).lines()
     assert lines[: len(before)] == before and len(lines) == len({line["request"] for line in lines}) == 8
     assert sorted(line["status"] for line in lines) == ["error"] * 3 + ["ok"] * 5

@@ -378,6 +378,21 @@ def test_a_bad_row_among_captions_made_elsewhere_is_named(tmp_path, line, words)
     assert str(error.value).startswith(f"{tmp_path / 'a.csv'}, row 2 (line 3), {words}")
 
 
+def test_the_duration_is_estimated_from_the_first_clip_that_can_be_captioned(demo, tmp_path, capsys):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    broken, axes = [str(tmp_path / "broken.mp4"), str(tmp_path / "gone.mp4")], {"decodings": [{"max_new_tokens": 4}]}
+    plan = plan_sweep([*broken, CLIPS[0]], prompts=["Why?", "How?"], **axes)
+    assert 0 < plan.estimate_seconds(demo) < 60
+    assert plan_sweep(broken, **axes).estimate_seconds(demo) is None
+    assert plan_sweep(CLIPS[:1], **axes).estimate_seconds(demo, timeout_seconds=1e-3) is None
+    result = run_sweep(demo, plan)
+    assert repr(result) == "SweepResult(2 captions and 4 errors in 2 cells)"
+    printed = "".join(capsys.readouterr())
+    assert "6 captions to make, 0 done before" in printed and "6/6 captions, 4 errors" in printed
+    for path in broken:
+        assert printed.count(f"error: {path}") == 1 and printed.count("(the same error 2 times)") == 2
+
+
 def test_a_row_that_cannot_be_used_is_an_error_of_its_own_requests(demo, tmp_path):
     clips = [{"video": CLIPS[0]}, {"video": CLIPS[0], "start": "soon"}]
     with pytest.warns(UserWarning, match="row 2, column start"):
