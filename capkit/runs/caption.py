@@ -10,7 +10,7 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
-from capkit.runs.index import is_complete
+from capkit.runs.index import is_complete, is_row_error
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress
@@ -130,9 +130,13 @@ def check_numbers(batch_size: int = 1, timeout_seconds: float | None = None, num
 def missing(
     planned: Iterable[dict[str, Any]], stores: Iterable[CaptionStore], retry_errors: bool
 ) -> list[dict[str, Any]]:
-    """The planned requests that no store has an answer to, each once."""
+    """The planned requests that no store has an answer to, each once.
+
+    Rows that cannot be used come last, so that a caption after such an error is of a later run: see `StoreIndex`.
+    """
     done = set().union(*(store.done(retry_errors) for store in stores))
-    return list({settings["request"]: settings for settings in planned if settings["request"] not in done}.values())
+    todo = {settings["request"]: settings for settings in planned if settings["request"] not in done}
+    return sorted(todo.values(), key=is_row_error)
 
 
 def counts_before(planned: Sequence[dict[str, Any]], stores: Iterable[CaptionStore], num_todo: int) -> tuple[int, int]:
@@ -181,11 +185,16 @@ def caption_batch_into(captioner: Captioner, batch: Sequence[Pair], store: Capti
 
 
 def _batches(pairs: Iterable[Pair], batch_size: int, memory_bytes: int) -> Iterator[list[Pair]]:
-    """Batches of up to `batch_size` clips of similar length; an error is a batch of its own, at once."""
+    """Batches of up to `batch_size` clips of similar length; an error is a batch of its own, at once.
+
+    Only rows that cannot be used wait for all clips before them, see `missing`.
+    """
     held: list[Any] = []
     num_held = 1 if batch_size == 1 else BATCHES_TO_CHOOSE_FROM * batch_size
     for settings, clip in pairs:
         if not isinstance(clip, Clip):
+            while held and is_row_error(settings):
+                yield _take_batch(held, batch_size)
             yield [(settings, clip)]
             continue
         held.append((settings, clip))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CAPTION_COLUMNS = {
-    **{"video": ("video", "file_name", "path"), "text": ("text",), "caption": ("caption",)},
+    **{"video": ("video", "file_name", "filename", "path"), "text": ("text",), "caption": ("caption",)},
     **{"start": ("start",), "end": ("end",)},
 }
 WINDOW = ("start_seconds", "end_seconds")
@@ -265,6 +265,7 @@ def _run_plan(
         if settings["request"] not in done:
             done.add(settings["request"])  # a clip may be named twice
             todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
+    todo = dict(sorted(todo.items(), key=lambda group: group[0][0].error is not None))  # as in `runs.caption.missing`
     records = {record["request"]: record for record in store.latest(dict.fromkeys(order))} if store else {}
     num_todo = sum(len(group) for group in todo.values())
     num_failed = len(failed.intersection(order))

@@ -468,9 +468,7 @@ class TestFolder:
         root, originals = tmp_path / "out", {path.name: path.stat().st_ino for path in tmp_path.glob("clips/*.mp4")}
         report = export_dataset(store, "cogkit", root, clips=before)
         if before != after:
-            with pytest.raises(
-                ValueError, match=f"with clips='{before}', not '{after}'; .*overwrite"
-            ):
+            with pytest.raises(ValueError, match=f"with clips='{before}', not '{after}'; .*overwrite"):
                 export_dataset(store, "cogkit", root, clips=after)
             assert json.loads(report.path.read_text())["options"]["clips"] == before
         report = export_dataset(store, "cogkit", root, clips=after, overwrite=before != after)
