@@ -168,16 +168,17 @@ class SharedRow:
 
     def _forward(self, ids: list[int], own: list[int], before: list[int], positions: list[int]) -> torch.Tensor:
         """Read tokens of the parts `own`, which continue the parts `before`."""
-        own_parts, before_parts = torch.tensor([own, before], device=self.device)
+        # One copy to the device: each waits for it.
+        own_parts, before_parts, new_ids, places = torch.tensor([own, before, ids, positions], device=self.device)
         self.parts = torch.cat([self.parts, own_parts])
         seen = (self.parts == VIDEO) | (self.parts == own_parts[:, None]) | (self.parts == before_parts[:, None])
         seen = seen.tril(len(self.parts) - len(own))  # causal
         dtype = self.model.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)
         outputs = self.model.model(
-            inputs_embeds=self.model.model.embed(torch.tensor([ids], device=self.device)),
+            inputs_embeds=self.model.model.embed(new_ids[None]),
             attention_mask=mask[None, None],
-            position_ids=torch.tensor([positions], device=self.device),
+            position_ids=places[None],
             past_key_values=self.cache,
             use_cache=True,
         )

@@ -122,9 +122,10 @@ def caption_on_ray(
 
 def _identify(model: str, device: str, dtype: str, quantization: str | None, revision: str | None) -> ModelIdentity:
     """The identity of a model, without loading it. To be run where the model will, because the dtype depends on it."""
-    chosen = loading.choose_dtype(dtype, loading.choose_device(device))
+    place = loading.choose_device(device)
+    chosen = loading.choose_dtype(dtype, place)
     if quantization is not None:
-        loading.quantization_config(quantization, chosen)  # raises before anything is downloaded
+        loading.quantization_config(quantization, chosen, place)  # raises before anything is downloaded
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
     return ModelIdentity(model, fingerprint(folder), str(chosen).removeprefix("torch."), quantization)
 
