@@ -55,12 +55,15 @@ class CaptionStore:
     what was added since.
 
     Args:
-        path: the file, such as `runs/captions.jsonl`; its folder is made with the first record.
+        path: the file, such as `runs/captions.jsonl`, whose folder is made with the first record; or a folder, for the
+            `captions.jsonl` in it.
         strips: folder of the picture strips; None: `<name>_strips/` beside the file. Several stores may share one.
     """
 
     def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
         self.path = Path(path).expanduser()
+        if (self.path / "captions.jsonl").is_file():
+            self.path /= "captions.jsonl"
         self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
         self._index = StoreIndex(self.path)
         self._num_bytes = 0  # of the file after the last `append`

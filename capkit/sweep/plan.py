@@ -21,7 +21,7 @@ import yaml
 from capkit.captioning import Captioner, Decoding, DecodingLike, SharedVideo
 from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt, PromptLike, is_out_of_memory
 from capkit.runs import Item, read_rows
-from capkit.text import plain_text
+from capkit.text import plain_text, plural, unknown_name
 from capkit.video import Clip, FrameSampling, FrameSamplingLike, VideoError, load_clip
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ class SweepPlan:
         return pd.DataFrame(rows).rename_axis("cell")
 
     def __str__(self) -> str:
-        counts = f"{len(self.cells)} cells x {len(self.sources)} clips: {self.num_captions} captions"
+        counts = f"{plural(len(self.cells), 'cell')} x {plural(len(self.sources), 'clip')}: "
+        counts += plural(self.num_captions, "caption")
         return "\n".join(map(plain_text, [counts, *(f"left out: {reason}" for reason in self.collapsed)]))
 
     def estimate_seconds(self, captioner: Captioner, timeout_seconds: float | None = 60.0) -> float | None:
@@ -339,5 +340,5 @@ def read_axes(path: str | Path) -> dict[str, Any]:
     if not isinstance(axes, dict) or not axes:
         raise ValueError(f"{path}: must be a mapping with any of {', '.join(names)}, not {axes!r}")
     if unknown := sorted(set(axes) - set(names), key=str):
-        raise ValueError(f"{path}: unknown {unknown!r}; choose from {', '.join(names)}")
+        raise ValueError(f"{path}: {unknown_name('axis', unknown[0], names, 'there are')}")
     return axes

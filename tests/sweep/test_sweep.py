@@ -120,7 +120,7 @@ def test_labels_are_short_and_tell_cells_apart():
         ({"max_captions": None}, "max_captions"),
         ({"prompts": None}, "prompts=None: must be a list"),
         ({"decodings": 5}, "decodings=5: must be a list"),
-        ({"decodings": [{1: 2}]}, "unknown decoding settings 1"),
+        ({"decodings": [{1: 2}]}, "unknown decoding setting 1"),
         (
             {"decodings": [{"seed": seed, "temperature": 1.0} for seed in range(1000)], "num_samples": 1000},
             "max_captions",

@@ -138,11 +138,15 @@ class TestClip:
         places = re.findall(r'title="frame at ([\d.]+) s" style="position:absolute;left:([\d.]+)%', html)
         assert [float(time) for time, _ in places] == [2.0, 3.0, 4.0, 4.9]
         np.testing.assert_allclose([float(left) for _, left in places], clip.timestamps_seconds / 7.2 * 100, atol=0.01)
-        assert html.count("dotted #888") == 2 and "All of the window is sampled" in html  # before it and after it
+        assert html.count("dotted #888") == 2 and "No part of the window is further" in html  # before it and after it
 
     def test_frames_from_memory(self, random_clip):
         html = show_clip(random_clip()).html
-        assert "frames from memory" in html and "All of it is sampled" in html and "not seconds" not in html
+        assert (
+            "frames from memory" in html
+            and "No part is further than half a second" in html
+            and "not seconds" not in html
+        )
         apart = capkit.Clip.from_frames(random_clip().frames, [100, 101, 109])
         assert unsampled_gaps(apart) == [(102.0, 108.5)]
         assert "not seconds" in show_clip(apart).html
