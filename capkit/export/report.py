@@ -143,11 +143,7 @@ class ExportReport:
             f"{plural(num_exported, 'clip')} exported for {self.layout} to {self.output_dir}, {num_refused} refused",
             self.read_back,
             tokens,
-            *(
-                f"{plural(self.counts[name], noun)} {rest}"
-                for name, (noun, rest) in COUNTED.items()
-                if self.counts[name]
-            ),
+            *(f"{plural(num, noun)} {rest}" for name, (noun, rest) in COUNTED.items() if (num := self.counts[name])),
         ]
 
     def _repr_html_(self) -> str:

@@ -112,7 +112,7 @@ class FrameSampling:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise ValueError(f"unknown frame sampling {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
+            raise ValueError(unknown_name("frame sampling", self.strategy, STRATEGIES, "there are"))
         if self.decoder not in DECODERS:
             raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
         object.__setattr__(self, "num_frames", at_least_one("num_frames", self.num_frames))

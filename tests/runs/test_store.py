@@ -172,6 +172,12 @@ def test_records_that_cannot_be_kept(store):
     assert not store.path.exists()
 
 
+def test_a_folder_stands_for_the_captions_in_it(tmp_path):
+    (tmp_path / "captions.jsonl").touch()
+    assert CaptionStore(tmp_path).path == CaptionStore(str(tmp_path)).path == tmp_path / "captions.jsonl"
+    assert CaptionStore(tmp_path).strips == tmp_path / "captions_strips"
+
+
 class TestRequests:
     def test_every_setting_makes_another_request(self, captioner, video, tmp_path):
         other = tmp_path / "other.mp4"
