@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capkit.doctor import run_command as run_doctor
-from capkit.text import plain_text
+from capkit.text import plain_text, plural, show_warnings_plainly
 
 if TYPE_CHECKING:
     from capkit.captioning import Captioner
@@ -222,7 +221,8 @@ def _caption_shard(arguments: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(1, f"{error}; captions written so far are kept, and the same command continues")
     num_errors = sum(record["status"] == "error" for record in records)
-    print(f"shard {shard}: {len(records)} clips, {num_errors} with an error, in {arguments.output.absolute()}")
+    counts = f"{plural(len(records), 'clip')}, {num_errors} with an error"
+    print(f"shard {shard}: {counts}, in {arguments.output.absolute()}")
     return 1 if records and num_errors == len(records) else 0
 
 
@@ -302,15 +302,6 @@ def _fail(code: int, error: Exception | str) -> int:
     return code
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning of capkit's as a plain line, others as Python prints them."""
-    if Path(__file__).parent in Path(filename).parents:
-        return plain_text(f"capkit: {message}") + "\n"
-    return _format_python_warning(message, category, filename, lineno, line)
-
-
 def _end_soon_after_ctrl_c() -> None:
     """Have Ctrl-C and SIGTERM end this process and its children after GRACE_SECONDS, whatever the main thread does.
 
@@ -347,5 +338,5 @@ def _end_soon_after_ctrl_c() -> None:
 if __name__ == "__main__":
     _end_soon_after_ctrl_c()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names that are not UTF-8
-    _format_python_warning, warnings.formatwarning = warnings.formatwarning, _format_warning
+    show_warnings_plainly()
     main()

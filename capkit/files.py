@@ -10,7 +10,6 @@ import secrets
 import socket
 import stat
 import tempfile
-import warnings
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
-from capkit.text import encodable, escape, plain_text
+from capkit.text import encodable, escape, warn
 
 # What flock answers on file systems without it, such as some of Lustre and NFS.
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
@@ -160,7 +159,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if isinstance(content, dict):
                 yield content
             else:
-                warnings.warn(plain_text(f"{path}, line {number} is {fault}; skipped"), stacklevel=4)
+                warn(f"{path}, line {number} is {fault}; skipped", stacklevel=4)
 
 
 class DiskList(Sequence[Any]):
@@ -245,7 +244,7 @@ def _acquire(path: Path) -> BaseFileLock:
 
     def lost(_: object) -> None:
         message = f"{path}: another process has taken over this lock, because it was not renewed"
-        warnings.warn(plain_text(message), stacklevel=2)
+        warn(message, stacklevel=2)
 
     def renewed() -> int | None:
         try:
@@ -262,7 +261,7 @@ def _acquire(path: Path) -> BaseFileLock:
         lease.acquire(timeout=0)
     except Timeout:
         message = f"{path}: waiting up to {LEASE_SECONDS:g} s to see whether {_holder(path)} lives"
-        warnings.warn(plain_text(message), stacklevel=4)
+        warn(message, stacklevel=4)
         lease.acquire(LEASE_SECONDS + RENEWAL_SECONDS, cancel_check=lambda: renewed() not in (before, None))
     return lease
 

@@ -107,7 +107,7 @@ class TestCaptionShard:
         settings = ("--output", tmp_path / "out", "--model", GOLDEN, "--device", "cpu")
         settings += ("--decoding", '{"max_new_tokens": 2}')
         code, printed = main("caption-shard", tmp_path / "bad.mp4", *settings)
-        assert code == 1 and "1 clips, 1 with an error" in printed
+        assert code == 1 and "1 clip, 1 with an error" in printed
         assert main("merge", tmp_path / "out")[0] == 1
         code, printed = main("caption-shard", tmp_path / "bad.mp4", CLIPS[0], *settings)
         assert code == 0 and "2 clips, 1 with an error" in printed

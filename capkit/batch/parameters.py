@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from capkit.text import unknown_name
 
 INJECTED = "# Parameters"  # first line of the cell that papermill injects
 ALSO_LISTS = ("videos",)  # annotated as `str`, because papermill does not understand unions; a list is accepted too
@@ -80,14 +81,6 @@ def _literals(source: str) -> dict[str, Any]:
             with suppress(ValueError):
                 values[node.targets[0].id] = ast.literal_eval(node.value)
     return values
-
-
-def unknown_name(kind: str, name: str, names: Iterable[str], introduction: str) -> str:
-    """Error message for an unknown name: the nearest match, if any, and all names after an introduction."""
-    names = list(names)
-    nearest = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown {kind} {name!r}; {hint}{introduction}: {', '.join(names)}"
 
 
 def code_cells(path: Path) -> list[dict[str, Any]]:

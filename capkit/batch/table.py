@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from capkit.batch.parameters import code_cells, convert_value, parameter_annotations, unknown_name
+from capkit.batch.parameters import code_cells, convert_value, parameter_annotations
 from capkit.files import atomic_write
-from capkit.text import plain_text
+from capkit.text import plain_text, unknown_name
 
 LONGEST_NAME = 60  # characters; each value in it VALUE_LENGTH at most
 VALUE_LENGTH = 20

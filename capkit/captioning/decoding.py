@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
+from capkit.text import unknown_name
 from capkit.video import finite_float
 
 # Defaults for sampling in transformers 4.4x, on which the original runs.
@@ -159,6 +160,7 @@ DecodingLike = Decoding | dict[str, Any]
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Decoding) if f.name != "dropped"}
 
 
-def _refuse_unknown(settings: dict[str, Any], allowed: Iterable[str]) -> None:
-    if unknown := sorted(map(str, set(settings) - set(allowed))):
-        raise ValueError(f"unknown decoding settings {', '.join(unknown)}; known: {', '.join(sorted(allowed))}")
+def _refuse_unknown(settings: dict[str, Any], allowed: Collection[str]) -> None:
+    for name in settings:
+        if name not in allowed:
+            raise ValueError(unknown_name("decoding setting", name, sorted(allowed), "known"))

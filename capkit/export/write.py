@@ -49,8 +49,8 @@ def hold_folder(root: Path) -> Iterator[None]:
         yield
 
 
-def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], overwrite: bool) -> bool:
-    """True if the root holds this very export already; False if it may be written there.
+def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str, overwrite: bool) -> bool:
+    """True if the root holds this very export, clips made as `clips` says; False if it may be written there.
 
     Raises:
         ValueError: the root holds something else, or the file that a report would replace is none.
@@ -75,11 +75,20 @@ def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], overwrite: bo
     files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
     if foreign := min((file for file in files if file not in own), default=""):
         raise ValueError(f"output_dir: {root} holds {foreign!r}, not part of such an export; choose another folder")
+    other = "other captions"
     if not _first_difference(layout, root, pairs):
-        return True
+        made = (_how_made(root / layout.clip_folder / pair.name, pair.clip) for pair in pairs)
+        if not (differing := next((way for way in made if way != clips), "")):
+            return True
+        other = f"this export with clips={differing!r}, not {clips!r}"
     if not overwrite:
-        raise ValueError(f"output_dir: {root} holds other captions; choose another folder, or overwrite=True")
+        raise ValueError(f"output_dir: {root} holds {other}; choose another folder, or overwrite=True replaces it")
     return False
+
+
+def _how_made(path: Path, clip: Path) -> str:
+    """The `clips` of `write_export` that made this file from the clip."""
+    return "link" if path.is_symlink() else "hardlink" if path.samefile(clip) else "copy"
 
 
 def write_export(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str) -> None:

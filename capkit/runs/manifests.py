@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST_SUFFIXES = frozenset((".csv", ".tsv", ".jsonl", ".json", ".parquet"))
+DECIMAL_COMMA = re.compile(r"^\s*(\d+),(\d+)\s*$")
 # Each column with the names it goes by, the first choice first.
 COLUMNS = {
-    "video": ("video", "file_name", "path"),
+    "video": ("video", "file_name", "filename", "path"),
     "prompt": ("prompt",),
     "reference": ("reference", "caption", "text"),
     "start": ("start",),
@@ -57,7 +59,7 @@ class Item:
         problems = []
         for name, check, otherwise in (
             ("video", _check_video, reprlib.repr(self.video)),
-            ("prompt", lambda text: text if text is None else Prompt(text).text, None),
+            ("prompt", lambda text: text if text is None else Prompt(_check_encoding(text)).text, None),
             ("reference", lambda text: text if text is None else _check_text(text), None),
             ("start", lambda start: _check_window(start, None)[0], 0.0),
             ("end", lambda end: _check_window(self.start, end)[1], None),
@@ -94,14 +96,23 @@ def _check_text(text: Any) -> str:
         raise ValueError(f"must be a text, not {reprlib.repr(text)}")
     if len(text) > MAX_TEXT_CHARACTERS:
         raise ValueError(f"has {len(text):,} characters; {MAX_TEXT_CHARACTERS:,} are the most")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{reprlib.repr(text)} is not UTF-8, or was cut within a character") from None
+    return _check_encoding(text)
+
+
+def _check_encoding(text: Any) -> Any:
+    """The value; ValueError for a text that cannot be written as UTF-8."""
+    if isinstance(text, str) and (bad := re.search("[\ud800-\udfff]", text)):
+        is_a_byte = "\udc80" <= bad[0] <= "\udcff"  # see `_read_lines`
+        reason = "; save the file as UTF-8, in Excel as 'CSV UTF-8'" if is_a_byte else ", or was cut within a character"
+        raise ValueError(f"{reprlib.repr(text)} is not UTF-8{reason}")
     return text
 
 
 def _check_window(start: Any, end: Any) -> tuple[float, float | None]:
+    for name, value in (("start", start), ("end", end)):
+        if isinstance(value, str):
+            hint = f"; write {value.replace(',', '.')}" if DECIMAL_COMMA.search(value) else ""
+            raise ValueError(f"{name}_seconds must be a number, such as 2.5; got {value!r}{hint}")
     check_window(start, end)
     return finite_float(start) or 0.0, finite_float(end)
 
@@ -191,7 +202,11 @@ def _read_csv(path: Path) -> Iterator[Row]:
             cut = f"column {header[-1]}: followed by {len(more)} more, {reprlib.repr(separator.join(more))}"
             yield Row(place, {}, f"{cut}; put quotation marks around a text with {separator!r} in it")
         else:
-            yield _row(place, dict(zip_longest(header, cells)))
+            row = dict(zip_longest(header, cells))
+            if separator == ";":  # as Excel writes it where the comma is the decimal separator
+                times = {name: row[name] or "" for name in row if name.lower() in ("start", "end")}
+                row |= {name: DECIMAL_COMMA.sub(r"\1.\2", cell) for name, cell in times.items()}
+            yield _row(place, row)
 
 
 def _csv_records(lines: Sequence[str], separator: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
@@ -279,13 +294,19 @@ def choose_columns(
         known = [name for alias in known_as for name in names if name.strip().lower() == alias]
         chosen |= {known[0]: column} if known else {}
     if names and "video" not in chosen.values():
-        raise ValueError(f"{source}: has no column 'video', but {names[:20]}; columns are {', '.join(columns)}")
+        raise ValueError(f"{source}: has no column 'video', but {names[:20]}; {_describe(columns)}")
     ignored = [name for name in names if name not in chosen]
     notes = [f"column {name} is read as {column}" for name, column in chosen.items() if name != column]
     notes += [f"ignored columns {ignored}"] if ignored else []
-    note = f"{source}: {'; '.join(notes)}; columns are {', '.join(columns)}" if notes else ""
+    note = f"{source}: {'; '.join(notes)}; {_describe(columns)}" if notes else ""
     renamed = [{chosen[name]: cell for name, cell in row.cells.items() if name in chosen} for row in rows]
     return [row._replace(cells=cells) for row, cells in zip(rows, renamed, strict=True)], ignored, note
+
+
+def _describe(columns: Mapping[str, Sequence[str]]) -> str:
+    others = {name: [alias for alias in known_as if alias != name] for name, known_as in columns.items()}
+    names = [f"{name} (or {', '.join(also)})" if also else name for name, also in others.items()]
+    return f"columns are {', '.join(names)}"
 
 
 def to_items(rows: Sequence[Row], folder: Path, source: str) -> tuple[list[Item], str]:

@@ -6,20 +6,20 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from capkit.files import atomic_writer
-from capkit.runs.index import is_complete
+from capkit.runs.index import is_complete, is_row_error
 from capkit.runs.lines import read_store
 from capkit.runs.shards import MERGED, plan_differences, plan_files, read_plan, shard_stores
 from capkit.runs.store import CaptionStore
-from capkit.text import plain_text
+from capkit.text import plain_text, plural, warn
 
 MOST_OPEN_FILES = 500
 NOWHERE = -1
@@ -30,8 +30,9 @@ class Merged:
     """Result of `merge`.
 
     Attributes:
-        store: all captions, in the order of the manifest.
+        store: all captions, in the order of the manifest, its rows that cannot be used last.
         num_ok, num_errors: clips with a caption, and with an error.
+        num_other: records of other requests, from before, that the store holds beside them.
         problems: sentences about missing records and mismatched shards; empty when every clip is accounted for.
     """
 
@@ -39,9 +40,12 @@ class Merged:
     num_ok: int
     num_errors: int
     problems: list[str]
+    num_other: int = 0
 
     def __str__(self) -> str:
-        counts = f"{self.num_ok} captions and {self.num_errors} errors in {self.store.path}"
+        counts = f"{plural(self.num_ok, 'caption')} and {plural(self.num_errors, 'error')} in {self.store.path}"
+        if self.num_other:
+            counts += f", beside {plural(self.num_other, 'record')} of other requests that it held before"
         return "\n".join(map(plain_text, [counts, *(f"problem: {problem}" for problem in self.problems)]))
 
 
@@ -68,7 +72,7 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
 def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str]) -> Merged:
     places = _planned(plans)
     best = _Best(len(places))
-    kept, edits, num_bad = array("q"), dict[str, str](), 0
+    kept, others, edits, num_bad = array("q"), set[str](), dict[str, str](), 0
     stores = sorted(shard_stores(merged.path.parent), key=lambda path: path == merged.path)  # the merged one last
     for number, path in enumerate(stores):
         is_merged = path == merged.path
@@ -81,23 +85,26 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
                 best.offer(place, line.record, number, line.start, may_be_older=is_merged)
             elif is_merged:
                 kept.append(line.start)
+                others.add(line.record["request"])
     if num_bad:
         aside = merged.path.with_name(f"{MERGED}.damaged")
         with open(merged.path, "rb") as source, atomic_writer(aside) as copy:  # copyfile() would write through a link
             shutil.copyfileobj(source, copy)
         message = f"{merged.path}: the lines that are skipped are no longer in it, but in {aside}"
-        warnings.warn(plain_text(message), stacklevel=3)
+        warn(message, stacklevel=3)
     with atomic_writer(merged.path) as target:
         target.writelines(_lines([merged.path], ((0, start) for start in kept)))
         target.writelines(
             edit.encode(errors="backslashreplace") + b"\n" for edit in sorted(edits, key=edits.__getitem__)
         )
-        target.writelines(_lines(stores, zip(best.files, best.starts, strict=True)))
+        order = chain((place for place in places.values() if place not in best.row_errors), sorted(best.row_errors))
+        target.writelines(_lines(stores, ((best.files[place], best.starts[place]) for place in order)))
     if NOWHERE in best.files:
         gone = {request for request, place in places.items() if best.files[place] == NOWHERE}
         videos = {places[request]: video for request, video in _clips(plans) if request in gone}
         problems += [f"no record of {videos[place]}" for place in sorted(videos)]
-    return Merged(merged, sum(best.is_ok), len(places) - best.files.count(NOWHERE) - sum(best.is_ok), problems)
+    num_ok = sum(best.is_ok)
+    return Merged(merged, num_ok, len(places) - best.files.count(NOWHERE) - num_ok, problems, len(others))
 
 
 def _last_run(folder: Path) -> tuple[dict[int, Path], list[str]]:
@@ -147,6 +154,7 @@ class _Best:
     def __init__(self, num_places: int):
         self.files, self.starts = array("i", [NOWHERE]) * num_places, array("q", [0]) * num_places
         self.is_ok, self._is_complete, self._created = bytearray(num_places), bytearray(num_places), [""] * num_places
+        self.row_errors = set[int]()
 
     def offer(self, place: int, record: dict[str, Any], file: int, start: int, may_be_older: bool) -> None:
         """Take a record for a place if it is better than the one there, or if none is; files come one after another.
@@ -162,6 +170,8 @@ class _Best:
                 return
         self.files[place], self.starts[place] = file, start
         self.is_ok[place], self._is_complete[place] = record["status"] == "ok", complete
+        if is_row_error(record):
+            self.row_errors.add(place)
         self._created[place] = sys.intern(created)  # few differ, and only in their seconds
 
 

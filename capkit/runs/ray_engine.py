@@ -21,7 +21,15 @@ import numpy as np
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT, CogVLM2VideoProcessor, Prompt, PromptLike, fingerprint, loading
 from capkit.files import output_folder
-from capkit.runs.caption import caption_batch_into, check_numbers, current_records, missing, plan_clips, prepare_clip
+from capkit.runs.caption import (
+    caption_batch_into,
+    check_numbers,
+    counts_before,
+    current_records,
+    missing,
+    plan_clips,
+    prepare_clip,
+)
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
@@ -102,9 +110,10 @@ def caption_on_ray(
         identity, image_size = ray.get(ray.remote(_identify).options(**resources).remote(*model_arguments))
         planned = plan_clips(identity, items, prompt, decoding, frame_sampling)
         write_plan(folder, SHARD, items, planned, Prompt.of(prompt))
-        stores = map(CaptionStore, shard_stores(folder))
+        stores = [*map(CaptionStore, shard_stores(folder))]
         todo = missing(planned, stores, retry_errors or retry_quarantined)
-        with Progress("clips", len(todo), len(planned) - len(todo), heartbeat_path(folder, SHARD)) as progress:
+        num_before = counts_before(planned, stores, len(todo))
+        with Progress(("clip", "caption"), len(todo), *num_before, heartbeat_path(folder, SHARD)) as progress:
             pool = ray.data.ActorPoolStrategy(size=num_captioners)
             captioning = {"batch_size": batch_size, "compute": pool, **resources}
             read = functools.partial(_read, folder=folder, timeout_seconds=timeout_seconds, image_size=image_size)

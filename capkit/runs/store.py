@@ -51,12 +51,15 @@ class CaptionStore:
     what was added since.
 
     Args:
-        path: the file, such as `runs/captions.jsonl`; its folder is made with the first record.
+        path: the file, such as `runs/captions.jsonl`, whose folder is made with the first record; or a folder, for the
+            `captions.jsonl` in it.
         strips: folder of the picture strips; None: `<name>_strips/` beside the file. Several stores may share one.
     """
 
     def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
         self.path = Path(path).expanduser()
+        if (self.path / "captions.jsonl").is_file():
+            self.path /= "captions.jsonl"
         self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
         self._index = StoreIndex(self.path)
         self._num_bytes = 0  # of the file after the last `append`
@@ -110,8 +113,10 @@ class CaptionStore:
         """The current record of each request, in the order in which requests were first tried, read when it is used.
 
         Of requests that differ only in the video's size or modification time the last one with a complete caption is
-        kept, or else the last: the file was replaced since. A hand edit of a request is in `edited_text`, also when the
-        file was written again with the same content; `text` stays the model's.
+        kept, or else the last: the file was replaced since. The error of a manifest's row that cannot be used is left
+        out once a later run has captioned its video with the same settings: the row was mended. A hand edit of a
+        request is in `edited_text`, also when the file was written again with the same content; `text` stays the
+        model's.
         """
         self._num_bytes = 0
         return self._index.current()
@@ -234,7 +239,7 @@ def request_settings(
         file = None
     names = {"model": captioner.name, "strip": f"{_digest([frames, file])}.webp"}
     request = _digest([frames, file, settings] + ([] if error is None else [error]))
-    wrong = {} if error is None else {"error": error}
+    wrong = {} if error is None else {"error": error, "is_row_error": True}
     return {"request": request} | frames | settings | names | wrong
 
 
@@ -320,4 +325,4 @@ def digest_once() -> Callable[[str], str | None]:
 
 
 RECORD_FIELDS = tuple(new_record(request_settings(ModelIdentity("", "", "", None), os.sep, Prompt()), ValueError()))
-"""The fields of every record. Some have `reference` too, and `edited_text` in `CaptionStore.current`."""
+"""The fields of every record. Some have `reference` or `is_row_error` too; in `current`, `edited_text`."""

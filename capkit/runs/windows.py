@@ -26,7 +26,7 @@ import numpy as np
 
 from capkit.files import atomic_write
 from capkit.runs.manifests import Item
-from capkit.text import without_controls
+from capkit.text import unknown_name, without_controls
 from capkit.video import VideoError, VideoInfo, WorkerProcess, finite_float
 
 TRAINERS = ("cogvideo", "cogkit", "diffusers", "sat")
@@ -145,7 +145,7 @@ def trainer_indices(
         ValueError: unknown trainer, or a number below 1.
     """
     if trainer not in TRAINERS:
-        raise ValueError(f"unknown trainer {trainer!r}; choose one of {', '.join(TRAINERS)}")
+        raise ValueError(unknown_name("trainer", trainer, TRAINERS, "there are"))
     if type(num_frames) is not int or num_frames < 1 or num_video_frames < 1:
         raise ValueError(f"num_frames={num_frames!r} of {num_video_frames!r}: must be whole numbers of at least 1")
     if trainer != "sat":

@@ -102,7 +102,7 @@ def numbers_warning(clip: Clip, numbers: Sequence[int | None]) -> str:
     return (
         f"<b>The numbers are not seconds.</b> The model reads {number} beside a frame from second {second} and takes "
         "it for a time, so the times and durations in its caption are wrong. With "
-        "<code>frame_numbers=&quot;seconds&quot;</code> it reads the true times; "
+        "<code>frame_numbers=&quot;seconds&quot;</code> it reads the true times, rounded; "
         "<code>frame_sampling=&quot;chat&quot;</code> takes one frame a second."
     )
 
@@ -189,7 +189,8 @@ def _time_line(clip: Clip) -> str:
     parts += [part(label, time, text=f"{time:g}") for time in _round_times(begin, end)]
     legend = "Ticks: the sampled frames. Tall: within half a second of one."
     legend += " Dotted: outside the window." if outside else ""
-    summary = f"<b>All of {'the window' if outside else 'it'} is sampled.</b>"
+    part_of = "No part of the window" if outside else "No part"
+    summary = f"<b>{part_of} is further than half a second from a sampled frame.</b>"
     if gaps:
         lengths = [stop - start for start, stop in gaps]
         listed = ", ".join(f"{start:.2f} to {stop:.2f} s" for start, stop in gaps)

@@ -56,6 +56,21 @@ def show_captions(store: CaptionStore, records: Sequence[dict[str, Any]], limit:
     return HTML("".join(cards))
 
 
+def captions_table(records: Sequence[dict[str, Any]], limit: int = 60) -> HTML:
+    """A table of captions in full, errors in their place: a row for each of the first `limit` records."""
+    names = ("clip", "caption", "tokens", "ended by", "log probability a token", "seconds")
+    rows = [[f"<b>{name}</b>" for name in names]]
+    for record in records[:limit]:
+        numbers = [record.get(name) for name in ("num_tokens", "finish_reason", "mean_logprob", "seconds")]
+        shown = ["" if n is None else f"{n:.3g}" if isinstance(n, float) else escape(n) for n in numbers]
+        text = error_text(record) or escape(record_text(record))
+        rows.append([file_name(record), f'<div dir="auto" style="white-space:pre-wrap">{text}</div>', *shown])
+    cell = '<td style="text-align:left;vertical-align:top">'
+    body = "".join(f"<tr>{''.join(f'{cell}{html}</td>' for html in row)}</tr>" for row in rows)
+    more = f"<p>{len(records) - limit} more in the store</p>" if len(records) > limit else ""
+    return HTML(f"<table>{body}</table>{more}")
+
+
 def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> str:
     """A record as HTML: its frames, the caption or the error, and how it was made.
 
@@ -89,8 +104,10 @@ def record_text(record: dict[str, Any]) -> str:
 
 
 def error_text(record: dict[str, Any]) -> str:
-    """Why a record holds no caption, as HTML; "" if it holds one."""
-    return f"not captioned: {escape(record['error'])}" if record.get("status") == "error" else ""
+    """Why a record holds no caption, as HTML, without the video's path; "" if it holds one."""
+    if record.get("status") != "error":
+        return ""
+    return "not captioned: " + escape(record["error"].removeprefix(f"{record.get('video')}: "))
 
 
 def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str:

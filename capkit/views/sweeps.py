@@ -40,8 +40,9 @@ def compare_captions(
     if not records or len(names) != len(records):
         raise ValueError(f"{len(records)} captions with {len(names)} names: give at least one, and a name for each")
     marked = mark_differences(*map(record_text, records))
+    first = " · the first" if len(records) > 2 else ""
     columns = [
-        f'<div style="min-width:0"><b dir="auto">{escape(name)}</b>{"" if place else " · the first"}'
+        f'<div style="min-width:0"><b dir="auto">{escape(name)}</b>{"" if place else first}'
         f"{caption_paragraph(record, text)}{facts_line(record)}</div>"
         for place, (name, record, text) in enumerate(zip(names, records, marked, strict=True))
     ]

@@ -85,7 +85,7 @@ def test_values_outside_their_range(settings):
 
 def test_unknown_settings_are_named_with_the_known_ones():
     for make in (Decoding.from_generate_kwargs, lambda **kwargs: Decoding.of(kwargs)):
-        with pytest.raises(ValueError, match="unknown decoding settings temprature; known: .*temperature"):
+        with pytest.raises(ValueError, match="'temprature'; did you mean 'temperature'. known: .*top_p"):
             make(temprature=0.3)
     with pytest.raises(ValueError, match="must be a Decoding"):
         Decoding.of("greedy")

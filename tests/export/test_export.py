@@ -233,9 +233,7 @@ class TestWhichCaption:
         with pytest.raises(ValueError) as error:
             export_dataset(store, "cogvideo", tmp_path / "out")
         message = str(error.value)
-        assert (
-            "1 clips have several captions, the first" in message and "a.mp4" in message and "template" not in message
-        )
+        assert "several captions of 1 clip, the first" in message and "a.mp4" in message and "template" not in message
         assert '\n  prompt: "Describe." | "Briefly."' in message and '"seed": 1' in message
         assert not (tmp_path / "out").exists()
         for number, (choose, text, num_refused) in enumerate(
@@ -312,7 +310,7 @@ class TestWhichCaption:
         )
         saved = json.loads(report.path.read_text())
         assert len(saved["clips"]) == 9 and [row["video"] for row in saved["clips"]] == list(report.table["video"])
-        assert "1 clips are copies of another" in str(report) and "good" not in report._repr_html_()
+        assert "1 clip with the content of another" in str(report) and "good" not in report._repr_html_()
 
     def test_a_store_of_someone_else_may_name_any_file(self, make_store, tmp_path):
         """Without the digest of what was captioned, only videos are taken; pipes and devices never."""
@@ -393,7 +391,7 @@ class TestLimit:
         settings = {"token_limit": 9, "tokenizer": Words(), "trigger_word": "ZORP"}
         report = export_dataset(store, "cogvideo", tmp_path / "report", **settings)
         assert list(report.table["num_t5_tokens"]) == [15, 4, 52] and list(report.table["over_limit"]) == [1, 0, 1]
-        assert "2 captions have more than 9 T5 tokens" in str(report) and not report.table["t5_is_estimate"].any()
+        assert "2 captions of more than 9 T5 tokens" in str(report) and not report.table["t5_is_estimate"].any()
         report = export_dataset(store, "cogvideo", tmp_path / "trim", **settings, on_too_long="trim")
         assert list(report.exported["text"]) == ['ZORP One two "three four."', "ZORP One two."]
         assert list(report.exported["changed_by"]) == ["trimmed", ""] and report.exported["num_t5_tokens"].max() == 6
@@ -461,6 +459,21 @@ class TestFolder:
         (root / latents).mkdir(parents=True)
         with pytest.raises(ValueError, match=f"holds {latents}/, which a trainer has computed from clips"):
             export_dataset(store, layout, root, overwrite=True)
+
+    @pytest.mark.parametrize("before", ["link", "copy", "hardlink"])
+    @pytest.mark.parametrize("after", ["link", "copy", "hardlink"])
+    def test_links_become_copies_and_the_reverse(self, store, tmp_path, before, after):
+        root, originals = tmp_path / "out", {path.name: path.stat().st_ino for path in tmp_path.glob("clips/*.mp4")}
+        report = export_dataset(store, "cogkit", root, clips=before)
+        if before != after:
+            with pytest.raises(ValueError, match=f"with clips='{before}', not '{after}'; .*overwrite"):
+                export_dataset(store, "cogkit", root, clips=after)
+            assert json.loads(report.path.read_text())["options"]["clips"] == before
+        report = export_dataset(store, "cogkit", root, clips=after, overwrite=before != after)
+        made = [root / file for file in report.exported["file"]]
+        assert len(made) == 2 and all(path.is_symlink() == (after == "link") for path in made)
+        assert [path.stat().st_ino in originals.values() for path in made] == [after != "copy"] * 2
+        assert json.loads(report.path.read_text())["options"]["clips"] == after
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_foreign_files_are_never_replaced(self, store, tmp_path, layout):
@@ -588,4 +601,4 @@ def test_report_of_a_set_that_says_the_same_of_everything(make_store, tmp_path):
         rows = list(csv.DictReader(file))
     assert rows[5] == {"file_name": "other.mp4"} | dict.fromkeys(("caption", "prompt", "text"), "ZORP Rain falls.")
     exact = export_dataset(make_store({f"{n}.mp4": "A dog runs." for n in range(3)}, "b.jsonl"), "sat", tmp_path / "b")
-    assert exact.table["near_duplicate"].all() and "3 captions nearly repeat another clip's" in str(exact)
+    assert exact.table["near_duplicate"].all() and "3 captions nearly like another clip's" in str(exact)

@@ -111,6 +111,18 @@ class TestFindClips:
         gone = Item("gone.mp4")
         assert find_clips("list.csv") == [gone] and find_clips(["a.mp4", "list.csv"]) == [Item("a.mp4"), gone]
         assert find_clips([{"video": "a.mp4"}, {"video": "gone.mp4"}]) == [Item("a.mp4"), gone]
+        where = re.escape(f"(relative paths begin at {tmp_path})")
+        with pytest.raises(ValueError, match=rf"'sub/gone': there is no such file or folder {where}"):
+            find_clips("sub/gone")
+
+    def test_rows_whose_files_are_missing_are_counted_at_once(self, tmp_path, monkeypatch):
+        touch(tmp_path, "here.mp4")
+        (tmp_path / "list.csv").write_text("video,start\nwrong/1.mp4,\nhere.mp4,\nwrong/2.mp4,\nx.mp4,soon\n")
+        with pytest.warns(UserWarning, match=rf"^2 of 4 clips: there is no such file as {tmp_path}/wrong/1.mp4$"):
+            find_clips(tmp_path / "list.csv")
+        monkeypatch.setattr("capkit.runs.clips.MOST_LOOKED_FOR", 1)
+        with pytest.warns(UserWarning, match="1 of the first 1 clip: there is no such file as"):
+            find_clips(tmp_path / "list.csv")
 
     @pytest.mark.skipif(os.name != "posix", reason="pipes")
     @pytest.mark.parametrize("name", ["pipe", "pipe.csv", "pipe.ts", "pipe.mp4"])
@@ -178,7 +190,7 @@ class TestFindClips:
     def test_misspelt_columns_are_named(self, tmp_path):
         (tmp_path / "a.csv").write_text("video,promt\nx.mp4,Why?\n")
         (tmp_path / "x.mp4").touch()
-        with pytest.warns(UserWarning, match=r"ignored columns \['promt'\]; columns are video, prompt"):
+        with pytest.warns(UserWarning, match=r"ignored columns \['promt'\]; columns are video \("):
             find_clips(tmp_path / "a.csv")
         with pytest.raises(ValueError, match="nothing else"):
             find_clips([{"video": "x.mp4", "promt": "Why?"}])
@@ -218,6 +230,7 @@ class TestFindClips:
             find_clips(form)
 
     def test_a_pattern_may_name_manifests(self, tmp_path):
+        touch(tmp_path, "a1.mp4", "a2.mp4", "b1.mp4", "b2.mp4")
         for name in "ab":
             (tmp_path / f"{name}.csv").write_text(f"video\n{name}1.mp4\n{name}2.mp4\n")
         assert found(tmp_path, "*.csv") == (["a1.mp4", "a2.mp4", "b1.mp4", "b2.mp4"], "")

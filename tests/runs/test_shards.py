@@ -44,6 +44,7 @@ from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.shards import write_plan
 from capkit.sweep import run_sweep
+from capkit.text import CapkitWarning
 from capkit.video import ReaderHung, ReaderLost
 from capkit.views import show_captions, write_gallery
 
@@ -86,7 +87,7 @@ def test_a_second_run_does_nothing_and_a_retry_only_errors(captioner, eight_clip
     first = caption_clips(captioner, items, store, decoding=FEW)
     capsys.readouterr()
     assert caption_clips(captioner, items, store, decoding=FEW) == first
-    assert "0 clips to caption, 8 done before" in capsys.readouterr().out
+    assert "0 clips to caption, 5 done before, 3 failed before" in capsys.readouterr().out
     caption_clips(captioner, items, store, decoding=FEW, retry_errors=True)
     assert len(store.lines()) == 8 + 3
     caption_clips(captioner, items, store, "Something else?", decoding=FEW)
@@ -126,7 +127,9 @@ def test_killed_half_way_it_captions_only_what_was_missing(eight_clips, tmp_path
     again = captioning_process(eight_clips, path, pause_seconds=0)
     printed, _ = again.communicate()
     assert again.returncode == 0
-    assert f"{8 - len(before)} clips to caption, {len(before)} done before" in printed
+    num_errors = sum(line["status"] == "error" for line in before)
+    told = f", {num_errors} failed before" if num_errors else "\n"
+    assert f"{8 - len(before)} clips to caption, {len(before) - num_errors} done before{told}" in printed
     lines = CaptionStore(path).lines()
     assert lines[: len(before)] == before and len(lines) == len({line["request"] for line in lines}) == 8
     assert sorted(line["status"] for line in lines) == ["error"] * 3 + ["ok"] * 5
@@ -354,13 +357,33 @@ class TestCaptionShard:
     def test_what_is_done_stays_done_with_another_number_of_shards(self, captioner, eight_clips, tmp_path, capsys):
         items = find_clips(f"{eight_clips}/good*")
         in_shards(captioner, items, tmp_path, "0/2")
-        for index in range(3):
-            in_shards(captioner, items, tmp_path, f"{index}/3")
-        assert sum(int(printed) for printed in re.findall(r"(\d+) clips to caption", capsys.readouterr().out)) == len(
-            items
-        )
+        words = "holds shards of 2, this is one of 3: a run of its own, whose shards `merge` will all expect"
+        with pytest.warns(CapkitWarning, match=words) as warned:
+            for index in range(3):
+                in_shards(captioner, items, tmp_path, f"{index}/3")
+        assert len(warned) == 1  # the others have a shard of theirs beside them
+        printed = re.findall(r"(\d+) clips? to caption", capsys.readouterr().out)
+        assert sum(map(int, printed)) == len(items)
         merged = merge(tmp_path)
         assert merged.num_ok == len(items) == len(merged.store.lines()) and not merged.problems
+
+    def test_merge_counts_what_the_store_held_before(self, captioner, eight_clips, tmp_path):
+        caption_clips(captioner, find_clips(f"{eight_clips}/good*"), CaptionStore(tmp_path / "captions.jsonl"))
+        in_shards(captioner, find_clips(f"{eight_clips}/good 0*"), tmp_path, "0/1", prompt="Why?")
+        path = tmp_path / "captions.jsonl"
+        for _ in range(2):
+            told = f"1 caption and 0 errors in {path}, beside 4 records of other requests that it held before"
+            assert str(merge(tmp_path)) == told and len(CaptionStore(path).current()) == 5
+
+    def test_the_errors_of_rows_are_merged_last_until_they_are_mended(self, captioner, eight_clips, tmp_path):
+        def run(*starts):
+            rows = [{"video": str(eight_clips / "good 0.mp4"), "start": start} for start in starts]
+            in_shards(captioner, find_clips(rows), tmp_path)
+            records = merge(tmp_path).store.current()
+            return [record["start_seconds"] if record["status"] == "ok" else "error" for record in records]
+
+        assert run(0.5, "0:01", 1.5) == run(0.5, "0:01", 1.5) == [0.5, 1.5, "error"]
+        assert run(0.5, 1.0, 1.5) == run(0.5, 1.0, 1.5) == [0.5, 1.0, 1.5]
 
     def test_shards_that_do_not_go_together_are_reported(self, captioner, eight_clips, tmp_path):
         items = find_clips(f"{eight_clips}/good*")
@@ -391,7 +414,7 @@ class TestCaptionShard:
         store.append(made[1] | {"request": "another"})
         store.edit("another", "By hand.")
         for _ in range(2):
-            assert "3 captions and 1 errors" in str(merge(out)) and not merge(out).problems
+            assert "3 captions and 1 error in" in str(merge(out)) and not merge(out).problems
         records = [record for record in store.current() if record["request"] != "another"]
         assert [Path(record["video"]).name for record in records] == names
         assert [record["status"] for record in records] == ["ok", "ok", "error", "ok"]
@@ -642,12 +665,14 @@ class TestCommandLine:
         assert self.run(monkeypatch, capsys, "merge", tmp_path / "nowhere")[0] == 2
 
     def test_one_process_for_each_device(self, monkeypatch, capsys, eight_clips, tmp_path):
-        (tmp_path / "empty").mkdir()
-        arguments = ["caption-shard", eight_clips, tmp_path / "empty", "--output", tmp_path, "--devices", "cpu,cpu"]
+        clips = tmp_path / "clips"
+        shutil.copytree(eight_clips, clips)
+        (clips / "notes.txt").touch()
+        arguments = ["caption-shard", clips, "--output", tmp_path, "--devices", "cpu,cpu"]
         arguments += ["--decoding", '{"max_new_tokens": 6}', "--model", GOLDEN]
         run = subprocess.run([sys.executable, "-m", "capkit", *arguments], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        assert f"capkit: videos: left out 1 without videos ({tmp_path}/empty)" in run.stderr.splitlines()
+        assert f"capkit: {clips}: left out 1 not named like videos (.txt 1)" in run.stderr.splitlines()
         assert "shard 0/2: 4 clips" in run.stdout and "shard 1/2: 4 clips" in run.stdout
         code, printed = self.run(monkeypatch, capsys, "merge", tmp_path)
         assert code == 0 and "5 captions and 3 errors" in printed

@@ -172,6 +172,12 @@ def test_records_that_cannot_be_kept(store):
     assert not store.path.exists()
 
 
+def test_a_folder_stands_for_the_captions_in_it(tmp_path):
+    (tmp_path / "captions.jsonl").touch()
+    assert CaptionStore(tmp_path).path == CaptionStore(str(tmp_path)).path == tmp_path / "captions.jsonl"
+    assert CaptionStore(tmp_path).strips == tmp_path / "captions_strips"
+
+
 class TestRequests:
     def test_every_setting_makes_another_request(self, captioner, video, tmp_path):
         other = tmp_path / "other.mp4"
@@ -267,7 +273,7 @@ class TestStoresWrittenBefore:
         model.quantization, model.processor = None, SimpleNamespace(image_size=224)
         items = [Item(before[0]["video"]), Item(before[4]["video"])]
         assert caption_clips(model, items, old) == [before[0], before[4]]
-        assert "0 clips to caption, 2 done before" in capsys.readouterr().out
+        assert "0 clips to caption, 1 done before, 1 failed before" in capsys.readouterr().out
         monkeypatch.setattr(sys, "argv", ["capkit", "show", str(old.path)])
         with pytest.raises(SystemExit, match="0"):
             capkit.__main__.main()
