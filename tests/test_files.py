@@ -38,7 +38,7 @@ def hold(tmp_path):
     processes = []
 
     def start(flock="flock", host=""):
-        command = [sys.executable, "-c", HOLDER, str(tmp_path / "a.lock"), flock, host]
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / "a"), flock, host]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         assert processes[-1].stdout.readline() == "held\n"
         return processes[-1]
@@ -67,9 +67,9 @@ def kill(process):
 
 
 def test_a_lock_keeps_other_processes_and_threads_out_and_names_its_holder(tmp_path, hold):
-    path = tmp_path / "new" / "b.lock"
+    path = tmp_path / "new" / "b"
     for _ in range(2):  # one after the other
-        with hold_lock(path), pytest.raises(Busy, match=r"b\.lock: another thread of this process \(since 20") as inner:
+        with hold_lock(path), pytest.raises(Busy, match=r"b: another thread of this process \(since 20") as inner:
             with hold_lock(path):
                 pass
         refused = []
@@ -89,28 +89,28 @@ def test_a_lock_keeps_other_processes_and_threads_out_and_names_its_holder(tmp_p
         assert not list(path.parent.iterdir())
     process = hold()
     name = rf"process {process.pid} on {socket.gethostname()} \(since 20.*\) is at work here; wait for it, or end it"
-    with pytest.raises(Busy, match=name), hold_lock(tmp_path / "a.lock"):
+    with pytest.raises(Busy, match=name), hold_lock(tmp_path / "a"):
         pass
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path, hold):
     kill(hold())
-    with hold_lock(tmp_path / "a.lock"):
-        assert str(os.getpid()) in (tmp_path / "a.lock").read_text()
+    with hold_lock(tmp_path / "a"):
+        assert str(os.getpid()) in (tmp_path / ".a.capkit-lock").read_text()
     assert not list(tmp_path.iterdir())
 
 
 def test_an_error_within_is_passed_on_and_frees_the_lock(tmp_path):
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), hold_lock(tmp_path / "a.lock"):
+        with pytest.raises(KeyboardInterrupt), hold_lock(tmp_path / "a"):
             raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("without_flock", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"], indirect=True)
 def test_without_flock_a_renewed_file_is_the_lock(tmp_path, hold, without_flock):
-    path = tmp_path / "a.lock"
+    path = tmp_path / "a"
     process = hold("none")
-    assert (tmp_path / "a.lease").exists()
+    assert (tmp_path / ".a.capkit-lease").exists()
     with pytest.warns(UserWarning, match=f"to see whether process {process.pid} on "):
         with pytest.raises(Busy, match=f"process {process.pid} on .* is at work here"), hold_lock(path):
             pass
@@ -124,22 +124,22 @@ def test_without_flock_a_renewed_file_is_the_lock(tmp_path, hold, without_flock)
 def test_without_flock_a_lock_of_a_dead_host_is_taken_over_when_it_is_stale(tmp_path, hold, without_flock):
     process = hold("none", "elsewhere")
     with pytest.warns(UserWarning, match="waiting up to 3 s to see whether process .* on elsewhere"):
-        with pytest.raises(Busy, match="on elsewhere"), hold_lock(tmp_path / "a.lock"):
+        with pytest.raises(Busy, match="on elsewhere"), hold_lock(tmp_path / "a"):
             pass
         kill(process)
         started = time.monotonic()
-        with hold_lock(tmp_path / "a.lock"):
+        with hold_lock(tmp_path / "a"):
             assert time.monotonic() - started > 2.5
     assert not list(tmp_path.iterdir())
 
 
 def test_a_holder_that_was_taken_for_dead_is_told(tmp_path, without_flock):
-    with pytest.warns(UserWarning, match="another process has taken over this lock"), hold_lock(tmp_path / "a.lock"):
-        (tmp_path / "a.lease").unlink()
+    with pytest.warns(UserWarning, match="another process has taken over this lock"), hold_lock(tmp_path / "a"):
+        (tmp_path / ".a.capkit-lease").unlink()
         time.sleep(1)
 
 
 def test_other_errors_of_the_system_name_the_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"), hold_lock(tmp_path / "file" / "a.lock"):
+    with pytest.raises(OSError, match="file"), hold_lock(tmp_path / "file" / "a"):
         pass

@@ -30,6 +30,7 @@ from capkit.video import Clip, FrameSampling, FrameSamplingLike
 if TYPE_CHECKING:
     import pandas as pd
 
+OF_A_SHARD = re.compile(r"shard-\d+-of-\d+|ray-[0-9a-f]{32}")  # names of stores that share the merged one's strips
 STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
 STRIP_COLUMNS = 12
 STRIP_MAX_ROWS = 140  # WebP takes 16383 pixels; more frames go into more columns
@@ -56,12 +57,14 @@ class CaptionStore:
 
     Args:
         path: the file, such as `runs/captions.jsonl`; its folder is made with the first record.
-        strips: folder of the picture strips; None: `<name>_strips/` beside the file. Several stores may share one.
+        strips: folder of the picture strips; None: `<name>_strips/` beside the file, or of a shard's store
+            `captions_strips/`.
     """
 
     def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
         self.path = Path(path).expanduser()
-        self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
+        name = "captions" if OF_A_SHARD.fullmatch(self.path.stem) else self.path.stem
+        self.strips = self.path.with_name(f"{name}_strips") if strips is None else Path(strips).expanduser()
         self._index = StoreIndex(self.path)
         self._num_bytes = 0  # of the file after the last `append`
 
@@ -78,7 +81,7 @@ class CaptionStore:
         if self.path.exists() and not os.access(self.path, os.W_OK):
             yield  # for a run that finds everything done; one that does not fails at its first record
             return
-        with hold_lock(Path(os.path.realpath(self.path)).with_suffix(".lock"), error):
+        with hold_lock(Path(os.path.realpath(self.path)), error):
             yield
 
     def append(self, record: dict[str, Any]) -> None:

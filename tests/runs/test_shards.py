@@ -387,7 +387,7 @@ class TestCaptionShard:
     def test_a_shard_started_twice_is_refused_and_a_dead_ones_lock_is_not(self, captioner, eight_clips, tmp_path):
         items = find_clips(f"{eight_clips}/good 0.mp4")
         code = "import filelock, sys; x = filelock.FileLock(sys.argv[1]); x.acquire(); print('held', flush=1); input()"
-        lock = tmp_path / "shard-00000-of-00001.lock"
+        lock = tmp_path / ".shard-00000-of-00001.jsonl.capkit-lock"
         holder = subprocess.Popen(
             [sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
