@@ -178,7 +178,7 @@ def _show(arguments: argparse.Namespace) -> int:
         _print_captions(store, records)
     for store, records in new:
         command = f"python -m capkit merge {shlex.quote(str(path))}"
-        print(plain_text(f"\ncaptions.jsonl lacks these; `{command}` takes over those of the run started last:"))
+        print("\n" + plain_text(f"captions.jsonl lacks these; `{command}` takes over those of the run started last:"))
         _print_captions(store, records)
     return 0
 

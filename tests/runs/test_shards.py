@@ -345,8 +345,10 @@ class TestCaptionShard:
         for name in ("shard-00000-of-00003.jsonl", "captions.jsonl"):
             (tmp_path / name).unlink()
         assert f"no record of {items[0].video}" in str(merge(tmp_path))
-        with pytest.raises(ValueError, match="holds no shards"):
-            merge(tmp_path / "nowhere")
+        (tmp_path / "empty").mkdir()
+        for name, reason in (("nowhere", "no such folder"), ("captions.jsonl", "is a file"), ("empty", "holds no shards")):
+            with pytest.raises(ValueError, match=f"{name}: {reason}"):
+                merge(tmp_path / name)
 
     def test_a_file_name_that_is_not_utf_8_is_escaped_and_read_back(self, captioner, eight_clips, tmp_path, capfd):
         """In stores, pages, tables, subtitles and on the terminal."""
