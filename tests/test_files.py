@@ -143,3 +143,34 @@ def test_other_errors_of_the_system_name_the_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), hold_lock(tmp_path / "file" / "a"):
         pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes")
+@pytest.mark.parametrize("kind", ["file", "link", "hard link", "pipe", "folder", "link to nowhere"])
+def test_what_capkit_did_not_write_is_no_lock(tmp_path, kind):
+    lock, mine = tmp_path / ".a.capkit-lock", tmp_path / "mine"
+    mine.write_text('{"pid": 1, "host": "", "since": ""}' if "link" in kind else "precious")
+    make = {
+        "file": mine.rename,
+        "link": lambda lock: lock.symlink_to(mine),
+        "hard link": lambda lock: os.link(mine, lock),
+    }
+    make |= {"pipe": os.mkfifo, "folder": os.mkdir, "link to nowhere": lambda lock: lock.symlink_to("nowhere")}
+    make[kind](lock)
+    before = {path: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(OSError, match=r"\.a\.capkit-lock: is in the way of a lock, and not capkit's"):
+        with hold_lock(tmp_path / "a"):
+            pass
+    assert os.path.lexists(lock) and not (tmp_path / "nowhere").exists()
+    assert before == {path: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_files_beside_a_lock_stay(tmp_path):
+    """Also one that took the lock's place meanwhile."""
+    for name in ("a.lock", "a.lease", ".a.lock"):
+        (tmp_path / name).write_text("precious")
+    with hold_lock(tmp_path / "a"):
+        (tmp_path / "moved").write_text("precious")
+        (tmp_path / "moved").replace(tmp_path / ".a.capkit-lock")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.lock", "a.lease", ".a.lock", ".a.capkit-lock"}
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
