@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,14 @@ import time
 import pytest
 
 import capkit.files
-from capkit.files import Busy, hold_lock
+from capkit.batch import read_table
+from capkit.batch.parameters import code_cells
+from capkit.benchmark.results import read_results
+from capkit.export import choose_records
+from capkit.files import Busy, file_sha256, hold_lock
+from capkit.runs import find_clips
+from capkit.sweep import read_axes
+from capkit.sweep.run import read_captions
 
 HOLDER = """
 import errno, fcntl, pathlib, signal, socket, sys, time
@@ -174,3 +182,44 @@ def test_files_beside_a_lock_stay(tmp_path):
         (tmp_path / "moved").replace(tmp_path / ".a.capkit-lock")
     assert {path.name for path in tmp_path.iterdir()} == {"a.lock", "a.lease", ".a.lock", ".a.capkit-lock"}
     assert {path.read_text() for path in tmp_path.iterdir()} == {"precious"}
+
+
+READERS = {
+    "a manifest": (find_clips, (".csv", ".tsv", ".jsonl", ".json", ".parquet")),
+    "a list with a manifest": (lambda path: find_clips([path, "demo"]), (".csv",)),
+    "axes": (read_axes, (".yaml", ".csv")),
+    "captions elsewhere": (read_captions, (".csv", ".jsonl")),
+    "a table of runs": (read_table, (".yaml", ".csv")),
+    "a notebook": (code_cells, (".ipynb",)),
+    "results": (read_results, (".json",)),
+    "a store": (choose_records, (".jsonl",)),
+    "a digest": (file_sha256, (".mp4",)),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and signals")
+@pytest.mark.parametrize("name", READERS)
+def test_pipes_and_devices_are_not_read(tmp_path, name):
+    def stop(*_):
+        raise TimeoutError
+
+    read, suffixes = READERS[name]
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)  # whoever opens a pipe waits
+    try:
+        for suffix in suffixes:
+            os.mkfifo(tmp_path / f"pipe{suffix}")
+            (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+            for path in (tmp_path / f"pipe{suffix}", tmp_path / f"device{suffix}"):
+                with pytest.raises((ValueError, OSError), match=f"{re.escape(str(path))}: is not a regular file"):
+                    read(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_json_and_yaml_nested_too_deeply(tmp_path):
+    for name, read in (("a.yaml", read_axes), ("a.yaml", read_table), ("a.json", find_clips), ("a.json", read_results)):
+        (tmp_path / name).write_text("[" * 50_000)
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+            read(tmp_path / name)
