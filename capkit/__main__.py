@@ -42,7 +42,7 @@ exit codes, of all commands:
   3    another process is at work on this shard
   130  stopped by Ctrl-C or SIGTERM"""
 STOPPED = "capkit: stopped; all that is written is kept, and the same command continues"
-ONE_OF_SEVERAL = "CAPKIT_ONE_OF_SEVERAL"  # set for the processes of `--devices`, of which only the first speaks
+ONE_OF_SEVERAL = "CAPKIT_ONE_OF_SEVERAL"  # set for the processes of `--devices`: the one that started them speaks
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 SEARCHED_LEVELS = 3  # below a folder without captions, for the stores to name
 GRACE_SECONDS = 1.5  # from Ctrl-C to the end of the process, even if a library does not return
