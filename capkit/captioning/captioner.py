@@ -75,20 +75,21 @@ def load_captioner(
             Face hub, such as "THUDM/cogvlm2-llama3-caption" (25 GB).
         device: "auto" is a CUDA GPU where there is one, else the CPU.
         dtype: "auto" is bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU.
-        quantization: None, "4bit" or "8bit" (bitsandbytes: `pip install -e '.[quantize]'`).
+        quantization: None, "4bit" or "8bit", on a CUDA GPU (bitsandbytes: `pip install -e '.[quantize]'`).
         revision: branch, tag or commit on the hub.
         features_dir: folder where features of frames are kept for later runs, see `FrameFeatures`: a clip that was
             captioned before, under any prompt, then needs no vision tower. None: kept in memory only.
 
     Raises:
         CheckpointError: the checkpoint cannot be found, is damaged or of another kind, or does not fit into memory.
-        ValueError: unknown device, dtype or quantization, or a revision of "demo" or of a folder.
+        ValueError: unknown device, dtype or quantization, quantization without a CUDA GPU, or a revision of "demo" or
+            of a folder.
         ImportError: quantization is given, but bitsandbytes is not installed.
     """
     device = loading.choose_device(device)
     dtype = loading.choose_dtype(dtype, device)
     if quantization is not None:
-        loading.quantization_config(quantization, dtype)  # raises before anything is downloaded
+        loading.quantization_config(quantization, dtype, device)  # raises before anything is downloaded
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
     processor = CogVLM2VideoProcessor.from_pretrained(folder)
     loaded = CogVLM2VideoForConditionalGeneration.from_pretrained(

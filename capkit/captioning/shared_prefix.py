@@ -13,7 +13,6 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
-import numpy as np
 import torch
 
 from capkit.captioning.caches import PreallocatedCache, crop, layer_tensors, prefill
@@ -26,7 +25,6 @@ from capkit.cogvlm2 import (
     CogVLM2VideoForConditionalGeneration,
     Prompt,
     PromptLike,
-    preprocess_frames,
     rotary_position_ids,
 )
 from capkit.video import Clip
@@ -119,7 +117,7 @@ class SharedVideo:
     def _video_cache(self, video_ids: list[int]) -> PreallocatedCache:
         """Cache of bos, frames and frame numbers; only the last one is kept."""
         if self._features is None:
-            self._features = encode_frames(self.captioner, self.clip.frames)
+            self._features = encode_frames(self.captioner, self.clip)
         if self._cache is None or self._ids != video_ids:
             self._cache = None  # freed before the next one is allocated
             cache = PreallocatedCache(self.captioner.model.config)
@@ -129,9 +127,9 @@ class SharedVideo:
 
 
 @torch.inference_mode()
-def encode_frames(captioner: Captioner, frames: np.ndarray) -> torch.Tensor:
-    """Features (T, tokens_per_frame, hidden_size) of uint8 RGB frames (T, H, W, 3)."""
-    pixels = preprocess_frames(frames, captioner.processor.image_size)
+def encode_frames(captioner: Captioner, clip: Clip) -> torch.Tensor:
+    """Features (T, tokens_per_frame, hidden_size) of a clip's frames."""
+    pixels = torch.from_numpy(clip.pixels(captioner.processor.image_size))
     return captioner.model.model.get_video_features(pixels.to(captioner.model.device))
 
 
@@ -168,16 +166,17 @@ class SharedRow:
 
     def _forward(self, ids: list[int], own: list[int], before: list[int], positions: list[int]) -> torch.Tensor:
         """Read tokens of the parts `own`, which continue the parts `before`."""
-        own_parts, before_parts = torch.tensor([own, before], device=self.device)
+        # One copy to the device: each waits for it.
+        own_parts, before_parts, new_ids, places = torch.tensor([own, before, ids, positions], device=self.device)
         self.parts = torch.cat([self.parts, own_parts])
         seen = (self.parts == VIDEO) | (self.parts == own_parts[:, None]) | (self.parts == before_parts[:, None])
         seen = seen.tril(len(self.parts) - len(own))  # causal
         dtype = self.model.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)
         outputs = self.model.model(
-            inputs_embeds=self.model.model.embed(torch.tensor([ids], device=self.device)),
+            inputs_embeds=self.model.model.embed(new_ids[None]),
             attention_mask=mask[None, None],
-            position_ids=torch.tensor([positions], device=self.device),
+            position_ids=places[None],
             past_key_values=self.cache,
             use_cache=True,
         )

@@ -8,16 +8,20 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
+from transformers.utils import logging
 
 from capkit.cogvlm2.checkpoint import INDEX, CheckpointError, CheckpointNotFound
+from capkit.console import ProgressLines, is_interactive
 
 _FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 _WEIGHT_FILES = ["*.safetensors", INDEX]
+QUANTIZED_DEVICES = ("cuda",)  # on some CPUs bitsandbytes fails, on all it is slow
 
 
 def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: bool = True) -> Path:
@@ -54,7 +58,8 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
     )
     try:
         patterns = _FILES + (_WEIGHT_FILES if weights else [])
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        bar: Any = ProgressLines if _prints_lines() else None
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=bar))
     except (OSError, ValueError) as error:  # the base class of all these, and names that the hub refuses
         matching = (reason for kind, reason in reasons if isinstance(error, kind))
         is_unknown = isinstance(error, (errors.RevisionNotFoundError, errors.RepositoryNotFoundError))
@@ -62,37 +67,71 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
         raise kind_of_error(name, next(matching, f"the download failed: {error}")) from error
 
 
+def _prints_lines() -> bool:
+    return logging.is_progress_bar_enabled() and not is_interactive()
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[None]:
+    """Context in which transformers' progress bars are lines of text where nobody watches."""
+
+    def make(bar: Any, args: Any, kwargs: Any) -> Any:
+        return (ProgressLines if _prints_lines() else bar)(*args, **kwargs)
+
+    before = logging.set_tqdm_hook(make)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
 def check_memory(
-    folder: Path, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, quantization: str | None
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None,
+    through_cpu: bool = False,
 ) -> None:
-    """Check before loading that the weights fit into the device's free memory.
+    """Check before loading that the weights fit into the free memory of the device.
 
     Args:
         weights: by their published names, on any device (`meta` too).
+        through_cpu: whether the CPU holds all of them before they go to the device, as without accelerate.
 
     Raises:
         CheckpointError: they do not fit.
     """
-    quantized_size = {None: dtype.itemsize, "8bit": 1, "4bit": 0.5}[quantization]
-    needed = sum(
-        tensor.numel() * (quantized_size if name.startswith("model.layers.") and tensor.ndim == 2 else dtype.itemsize)
-        for name, tensor in weights.items()
-    )
-    free = _free_bytes(device)
-    if free is not None and needed > free:
-        advice = "a smaller dtype" if dtype.itemsize > 2 else "another device"
-        if device.type == "cuda" and quantization is None:
-            advice += ', or quantization="8bit" or "4bit"'
+    needed = num_bytes(weights, dtype, quantization)
+    for place in dict.fromkeys([torch.device("cpu"), device] if through_cpu else [device]):
+        free = _free_bytes(place)
+        if free is None or needed <= free:
+            continue
+        advice = ["a smaller dtype"] if dtype.itemsize > 2 else []
+        if place.type != device.type:
+            advice.insert(0, "installing accelerate, which loads straight to the GPU")
+        elif device.type in QUANTIZED_DEVICES and quantization != "4bit":
+            advice.append('quantization="4bit"' if quantization else 'quantization="8bit" or "4bit"')
         raise CheckpointError(
             folder,
-            f"not enough memory: the weights take {needed / 1e9:.1f} GB as {quantization or dtype} and {device} has "
-            f"{free / 1e9:.1f} GB free; try {advice}",
+            f"not enough memory: the weights take {needed / 1e9:.1f} GB as {quantization or dtype} and {place} has "
+            f"{free / 1e9:.1f} GB free; try {', or '.join(advice or ['another device'])}",
         )
+
+
+def num_bytes(weights: dict[str, torch.Tensor], dtype: torch.dtype, quantization: str | None) -> float:
+    """Size of a loaded model's weights, given by their published names."""
+    quantized = {None: dtype.itemsize, "8bit": 1, "4bit": 0.5 + 4 / 64}[quantization]  # nf4: a float32 for 64 weights
+    return sum(
+        tensor.numel() * (quantized if name.startswith("model.layers.") and tensor.ndim == 2 else dtype.itemsize)
+        for name, tensor in weights.items()
+    )
 
 
 def _free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what was freed
+        return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "cpu":
         return psutil.virtual_memory().available
     return None
@@ -171,15 +210,18 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return allowed[name]
 
 
-def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(quantization: str, dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
     """bitsandbytes' settings for "4bit" (nf4) or "8bit"; the vision tower and the head stay in `dtype`.
 
     Raises:
-        ValueError: another quantization.
+        ValueError: another quantization, or a device other than a CUDA GPU.
         ImportError: bitsandbytes or accelerate is not installed.
     """
     if quantization not in ("4bit", "8bit"):
         raise ValueError(f"quantization={quantization!r}: must be None, '4bit' or '8bit'")
+    if device.type not in QUANTIZED_DEVICES:
+        advice = "leave quantization out" + (', or set dtype="bfloat16"' if dtype.itemsize > 2 else "")
+        raise ValueError(f"quantization={quantization!r}: needs a CUDA GPU, and the device is {device}; {advice}")
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"quantization={quantization!r} needs {package}: pip install -e '.[quantize]'")

@@ -333,26 +333,27 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
             CheckpointError: no such folder or name, hub not reachable, files missing or cut short, tensors that are
                 missing, unexpected, of another shape, NaN or infinite, not enough memory.
             ImportError: bitsandbytes or accelerate is not installed.
-            ValueError: unknown device, dtype or quantization.
+            ValueError: unknown device, dtype or quantization, or quantization without a CUDA GPU.
         """
         device = loading.choose_device(device)
         dtype = loading.choose_dtype(dtype, device)
         if quantization is not None:
-            kwargs["quantization_config"] = loading.quantization_config(quantization, dtype)
+            kwargs["quantization_config"] = loading.quantization_config(quantization, dtype, device)
         folder = loading.find(pretrained_model_name_or_path, revision)
         config = checkpoint.read_config(folder)
         checkpoint.check_layers(folder, config)
         with torch.device("meta"), loading.translate_errors(folder, device):  # sizes may be beyond what torch counts
             expected = cls(config).published_state_dict()
         checkpoint.check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in expected.items()})
-        loading.check_memory(folder, expected, device, dtype, quantization)
-        if quantization is not None or (device.type != "cpu" and is_accelerate_available()):
+        goes_straight = quantization is not None or (device.type != "cpu" and is_accelerate_available())
+        loading.check_memory(folder, expected, device, dtype, quantization, through_cpu=not goes_straight)
+        if goes_straight:
             kwargs["device_map"] = {"": device}
         # Given, so that generation_config.json is not read: its penalties and filters would change every caption.
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         kwargs = {"generation_config": GenerationConfig(**ids)} | kwargs
         kwargs |= {"use_safetensors": True, "local_files_only": True}
-        with loading.translate_errors(folder, device):
+        with loading.translate_errors(folder, device), loading.show_progress():
             load: Any = super().from_pretrained  # its type omits output_loading_info
             model, info = load(folder, config=config, dtype=dtype, output_loading_info=True, **kwargs)
             if info["missing_keys"] or info["mismatched_keys"] or info["error_msgs"]:

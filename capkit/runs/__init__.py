@@ -1,5 +1,6 @@
 """Caption many clips into a store, on one or many machines; runs resume after crashes, bad clips and full disks."""
 
+from capkit.console import is_interactive
 from capkit.files import output_folder
 from capkit.runs.caption import caption_clips, check_numbers
 from capkit.runs.clip_ids import clip_id, window_name
@@ -8,18 +9,17 @@ from capkit.runs.index import Records, is_stopped
 from capkit.runs.manifests import Item, choose_columns, read_rows
 from capkit.runs.merging import merge, unmerged
 from capkit.runs.prefetch import read_ahead
-from capkit.runs.progress import Progress, is_interactive
+from capkit.runs.progress import Progress
 from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
 from capkit.runs.shards import Shard, ShardBusy, caption_shard, shard_stores
 from capkit.runs.store import (
     RECORD_FIELDS,
-    STRIP_FRAME_PIXELS,
     CaptionStore,
     StoreBusy,
+    digest_once,
     new_record,
     request_settings,
-    sha256_if_there,
     to_frame,
 )
 from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
@@ -47,14 +47,13 @@ __all__ = [
     "unmerged",
     "shard_stores",
     "RECORD_FIELDS",
-    "STRIP_FRAME_PIXELS",
     "CaptionStore",
     "StoreBusy",
     "Records",
     "is_stopped",
     "new_record",
     "request_settings",
-    "sha256_if_there",
+    "digest_once",
     "to_frame",
     "cut_into",
     "unseen_by_trainer",

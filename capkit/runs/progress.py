@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from capkit.console import LINE_SECONDS, is_interactive
 from capkit.files import atomic_write, now
 from capkit.text import plain_text
 
-LINE_SECONDS = 10.0  # least time between log lines
 BEAT_SECONDS = 5.0  # least time between writes of the heartbeat
 
 
@@ -91,12 +90,3 @@ class Progress:
         }
         atomic_write(self.heartbeat, json.dumps(beat, indent=1, ensure_ascii=False) + "\n")
         self.last_beat = time.monotonic()
-
-
-def is_interactive() -> bool:
-    """True in a live notebook or a terminal, False under papermill or in a log file."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    kernel = getattr(shell, "kernel", None)
-    if kernel is None:
-        return sys.stderr.isatty()
-    return bool(kernel.get_parent().get("content", {}).get("allow_stdin"))  # papermill sets it to False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from capkit.runs.progress import is_interactive
+from capkit.console import is_interactive
 
 
 def enter_project_root() -> None:

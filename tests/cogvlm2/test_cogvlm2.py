@@ -20,6 +20,7 @@ from capkit.cogvlm2 import (
     CogVLM2VideoForConditionalGeneration,
     CogVLM2VideoProcessor,
     checkpoint,
+    loading,
     rotary_position_ids,
 )
 
@@ -414,7 +415,7 @@ class TestWrongCheckpoints:
 
         request = {}
 
-        def download(name, revision, allow_patterns):
+        def download(name, revision, allow_patterns, tqdm_class):
             request.update(name=name, revision=revision, patterns=allow_patterns)
             return str(golden_copy)
 
@@ -425,15 +426,33 @@ class TestWrongCheckpoints:
         assert captioner.name == request["name"] == "THUDM/cogvlm2-llama3-caption" and request["revision"] == "main"
         assert not any(pattern.endswith(".py") or pattern == "*" for pattern in request["patterns"])
 
-    def test_no_room_in_memory(self, golden_copy, monkeypatch):
-        import psutil
+    @pytest.mark.parametrize(
+        "settings, is_accelerate_there, free, message",
+        [
+            ({"device": "cpu"}, True, {"cpu": 1000}, "as torch.float32 and cpu has 0.0 GB free; try a smaller dtype"),
+            ({"device": "cpu", "dtype": "bfloat16"}, True, {"cpu": 1000}, "try another device"),
+            ({}, True, {"cuda": 1000}, 'try a smaller dtype, or quantization="8bit" or "4bit"'),
+            ({"quantization": "8bit"}, True, {"cuda": 1000}, 'as 8bit and cuda has .* or quantization="4bit"'),
+            ({"quantization": "4bit", "dtype": "bfloat16"}, True, {"cuda": 1000}, "as 4bit .* try another device"),
+            # Without accelerate the CPU holds them first, with it only the GPU.
+            ({}, False, {"cpu": 1000, "cuda": 1e9}, "and cpu has .* try installing accelerate, .* or a smaller dtype"),
+            ({}, False, {"cpu": 1e9, "cuda": 1000}, "and cuda has 0.0 GB free"),
+            ({}, True, {"cpu": 1000, "cuda": 1e9}, "InterruptedError"),
+        ],
+    )
+    def test_no_room_in_memory(self, monkeypatch, settings, is_accelerate_there, free, message):
+        """Where a GPU is meant, nothing goes there: what follows the check is replaced."""
 
-        class Memory:
-            available = 1000
+        def load_weights(*args, **kwargs):
+            raise InterruptedError
 
-        monkeypatch.setattr(psutil, "virtual_memory", Memory)
-        with pytest.raises(CheckpointError, match=r"not enough memory: the weights take .* try a smaller dtype"):
-            load(golden_copy)
+        monkeypatch.setattr("capkit.cogvlm2.loading.choose_device", torch.device)
+        monkeypatch.setattr("capkit.cogvlm2.loading._free_bytes", lambda device: free[device.type])
+        monkeypatch.setattr("capkit.cogvlm2.modeling.is_accelerate_available", lambda: is_accelerate_there)
+        monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", load_weights)
+        with pytest.raises(CheckpointError, match=message):
+            settings = {"device": "cuda", "dtype": "float32"} | settings
+            CogVLM2VideoForConditionalGeneration.from_pretrained(GOLDEN, **settings)
 
     @pytest.mark.parametrize(
         "kwargs, message",
@@ -442,22 +461,31 @@ class TestWrongCheckpoints:
             ({"device": "cuda:99"}, "CUDA devices"),
             ({"dtype": "int8"}, "dtype='int8': must be 'auto', 'float32', 'bfloat16', 'float16'"),
             ({"quantization": "3bit"}, "must be None, '4bit' or '8bit'"),
+            (
+                {"quantization": "4bit", "device": "cpu"},
+                "needs a CUDA GPU, and the device is cpu; leave quantization out",
+            ),
+            ({"quantization": "8bit", "device": "cpu"}, 'or set dtype="bfloat16"'),
         ],
     )
     def test_arguments(self, kwargs, message):
         with pytest.raises(ValueError) as error:
-            capkit.load_captioner(GOLDEN, **kwargs)
+            capkit.load_captioner("no/such/folder", **kwargs)  # which would be found later
         assert message in str(error.value)
 
     def test_bitsandbytes_absent(self, monkeypatch):
+        monkeypatch.setattr("capkit.cogvlm2.loading.QUANTIZED_DEVICES", ("cpu",))
         monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None)
         with pytest.raises(ImportError, match="needs bitsandbytes: pip install"):
             load(GOLDEN, quantization="4bit")
 
 
 @pytest.mark.parametrize("quantization, tolerance", [("8bit", 0.1), ("4bit", 0.5)])
-def test_quantised_loading_leaves_the_vision_tower_and_the_head_alone(golden_cases, quantization, tolerance):
+def test_quantised_loading_leaves_the_vision_tower_and_the_head_alone(
+    golden_cases, quantization, tolerance, monkeypatch
+):
     pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("capkit.cogvlm2.loading.QUANTIZED_DEVICES", ("cpu",))
     captioner = capkit.load_captioner(GOLDEN, device="cpu", dtype="float32", quantization=quantization)
     model, case = captioner.model, golden_cases[0]
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
@@ -468,6 +496,20 @@ def test_quantised_loading_leaves_the_vision_tower_and_the_head_alone(golden_cas
     assert 0 < error < tolerance
     with pytest.raises(ValueError, match="quantised"):
         model.save_pretrained("unused")
+
+
+@pytest.mark.parametrize(
+    "dtype, quantization", [("float32", None), ("bfloat16", None), ("bfloat16", "8bit"), ("bfloat16", "4bit")]
+)
+def test_the_memory_that_is_checked_is_what_the_weights_take(captioner, dtype, quantization, monkeypatch):
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+        monkeypatch.setattr("capkit.cogvlm2.loading.QUANTIZED_DEVICES", ("cpu",))
+    model = load(GOLDEN, dtype=dtype, quantization=quantization)
+    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]  # scales of 4-bit weights
+    held = [*model.parameters(), *(state.absmax for state in states if state is not None)]
+    checked = loading.num_bytes(captioner.model.published_state_dict(), getattr(torch, dtype), quantization)
+    assert checked == pytest.approx(sum(tensor.nbytes for tensor in held), rel=1e-3)
 
 
 def test_loading_keeps_memory_within_bounds(tmp_path):

@@ -101,7 +101,8 @@ class TestCaptionClips:
         assert len(records) == len(clips) and all(record["status"] == "ok" for record in records)
         assert shown.count("data:image/webp;base64,") == len(clips)
         assert str(tmp_path / "runs" / "captions" / "captions.jsonl") in shown
-        assert "\r" not in shown
+        assert "\r" not in shown and "%|" not in shown
+        assert shown.count("Loading weights: 95 of 95 in") == 1
 
     def test_bad_clips_manifest_and_pasted_decoding(self, tmp_path):
         encode_clip(tmp_path / "good.mp4", range(30), fps=10)

@@ -1,0 +1,47 @@
+"""Progress: bars where somebody watches, lines of text elsewhere."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0  # least time between lines
+
+
+def is_interactive() -> bool:
+    """True in a live notebook or a terminal, False under papermill or in a log file."""
+    shell = sys.modules["IPython"].get_ipython() if sys.modules.get("IPython") else None
+    kernel = getattr(shell, "kernel", None)
+    if kernel is None:
+        return sys.stderr.isatty()
+    return bool(kernel.get_parent().get("content", {}).get("allow_stdin"))  # papermill sets it to False
+
+
+class ProgressLines(tqdm):
+    """A progress bar of tqdm's that prints a line now and then, and one at the end.
+
+    In a notebook that nobody watches, the usual bar is a widget that stays at 0 %; in a log file, a line of redrawings.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._last_line = time.monotonic()
+        text = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left"
+        super().__init__(*args, **kwargs | {"bar_format": text, "file": io.StringIO()})
+
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._print()
+
+    def close(self) -> None:
+        if not self.disable and self.n:
+            self._print()
+        super().close()
+
+    def _print(self) -> None:
+        self._last_line = time.monotonic()
+        text = str(self).replace(": : ", ": ")  # tqdm adds a colon to some descriptions
+        print(text, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)
