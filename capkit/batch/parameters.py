@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from capkit.files import read_regular
 from capkit.text import unknown_name
 
 INJECTED = "# Parameters"  # first line of the cell that papermill injects
@@ -92,7 +93,7 @@ def code_cells(path: Path) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
         ValueError: it is not a notebook of format 4.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(read_regular(path))
     if not isinstance(content, dict) or content.get("nbformat") != 4:
         raise ValueError("not a notebook of format 4")
     cells = [cell for cell in content.get("cells", []) if cell["cell_type"] == "code"]
@@ -157,7 +158,7 @@ def _read_text(text: str, types: Sequence[str]) -> Any:
         return [text]
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
     return [value] if "list" in types and isinstance(value, dict) and "dict" not in types else value
 

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from capkit.batch.parameters import code_cells, convert_value, parameter_annotations
-from capkit.files import atomic_write
+from capkit.files import atomic_write, read_regular
 from capkit.text import plain_text, unknown_name
 
 LONGEST_NAME = 60  # characters; each value in it VALUE_LENGTH at most
@@ -111,8 +112,8 @@ class Run:
         Without a file it is "not run"; it is "changed" if the notebook's code or the parameters have changed since.
         """
         try:
-            status = json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            status = json.loads(read_regular(self.folder / "status.json"))
+        except (OSError, ValueError, RecursionError):
             status = None
         if not isinstance(status, dict):
             return {"name": self.name, "status": "not run"}
@@ -164,7 +165,7 @@ def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] 
     is_csv = path.suffix.lower() == ".csv"
     try:
         content = _read(path, is_csv)
-    except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
         raise TableError(path, [f"cannot be read as a table of runs: {' '.join(str(error).split())}"]) from error
     if not isinstance(content, dict):
         raise TableError(path, [f"must be a list of runs, or a mapping with some of: {', '.join(TABLE_KEYS)}"])
@@ -187,11 +188,11 @@ def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] 
 
 
 def _read(path: Path, is_csv: bool) -> Any:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if not is_csv:
-            content = yaml.safe_load(file)
-            return {"runs": content} if isinstance(content, list) else content
-        rows = list(csv.DictReader(file, strict=True))
+    text = read_regular(path).decode("utf-8-sig")
+    if not is_csv:
+        content = yaml.safe_load(text)
+        return {"runs": content} if isinstance(content, list) else content
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     if any(None in row for row in rows):
         raise ValueError("a row has more fields than there are columns")
     runs = []
@@ -291,7 +292,7 @@ def _load_notebook(path: str) -> _Notebook:
         raise ValueError(f"notebook {path}: no such file") from None
     except SyntaxError as error:
         raise ValueError(f"notebook {path}: its parameters cell is not plain Python: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"notebook {path}: cannot be read as a notebook: {error!r}") from error
     return _Notebook(Path(path), _digest([cell["source"] for cell in cells]), annotations)
 
@@ -306,8 +307,8 @@ def _convert(notebook: _Notebook, name: str, value: Any, from_csv: bool) -> Any:
         if from_csv and annotation is None:
             value = yaml.safe_load(value)
         json.dumps(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: {value!r} cannot be read as YAML") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{name}: {reprlib.repr(value)} cannot be read as YAML") from error
     except TypeError as error:
         message = f"{name}: {value!r} cannot be passed to a notebook ({error}); quote it to pass text"
         raise ValueError(message) from error

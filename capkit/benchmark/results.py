@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capkit.files import read_regular
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -25,9 +27,9 @@ def read_results(path: str | Path) -> dict[str, Any]:
         ValueError: no such file, or another kind of file.
     """
     try:
-        results = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        results = json.loads(read_regular(Path(path).expanduser()))
         missing = {"size", "machine", "limits", "rows", "profile", "command"} - set(results)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not results of python -m capkit.benchmark: {error}") from error
     if missing:
         raise ValueError(f"{path}: not results of python -m capkit.benchmark: has no {', '.join(sorted(missing))}")

@@ -82,7 +82,8 @@ def load_captioner(
 
     Raises:
         CheckpointError: the checkpoint cannot be found, is damaged or of another kind, or does not fit into memory.
-        ValueError: unknown device, dtype or quantization, or quantization without a CUDA GPU.
+        ValueError: unknown device, dtype or quantization, quantization without a CUDA GPU, or a revision of "demo" or
+            of a folder.
         ImportError: quantization is given, but bitsandbytes is not installed.
     """
     device = loading.choose_device(device)

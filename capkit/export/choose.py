@@ -100,7 +100,7 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> Chose
     sources = []
     for source in [stores] if isinstance(stores, (str, os.PathLike, CaptionStore)) else stores:
         store = source if isinstance(source, CaptionStore) else CaptionStore(source)
-        if not store.path.is_file():
+        if not store.path.exists():
             raise ValueError(f"stores: {store.path}: no such file")
         sources.append((store.path, store.current()))
     clip_numbers: dict[str, int] = {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capkit.files import check_regular
+from capkit.files import open_regular
 from capkit.runs.manifests import MANIFEST_SUFFIXES, Item, dictionary_to_item, frame_rows, read_rows, to_items
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _items(entry: Any, number: int, left_out: LeftOut, notes: list[str]) -> list
 def _file(path: Path, notes: list[str]) -> list[Item]:
     """The items of a file that was named: of a manifest all, of a video one."""
     suffix = path.suffix.lower()
-    if suffix in MANIFEST_SUFFIXES and path.is_file():
+    if suffix in MANIFEST_SUFFIXES:
         items, note = to_items(read_rows(path, "a manifest"), path.parent, str(path))
         notes.append(note)
         return items
@@ -230,8 +230,7 @@ def _is(test: Callable[[], bool]) -> bool:
 
 def _is_text(path: str) -> bool:
     try:
-        check_regular(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(1024)
         codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
     except (OSError, UnicodeDecodeError):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from capkit.files import check_regular
+from capkit.files import open_regular
 from capkit.text import warn
 
 MAX_LINE_BYTES = 10**7  # real records have 2,500
@@ -55,8 +55,7 @@ def read_store(path: Path, start: int = 0, num_before: int = 0) -> Iterator[Line
         OSError: with the path.
     """
     number, num_bad = num_before, 0
-    check_regular(path)
-    with naming(path), open(path, "rb") as file:
+    with naming(path), open_regular(path) as file:
         file.seek(start)
         while content := file.readline(MAX_LINE_BYTES):
             number, end = number + 1, start + len(content)

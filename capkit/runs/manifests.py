@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capkit.cogvlm2 import Prompt
+from capkit.files import open_regular, read_regular
 from capkit.runs.lines import MAX_PATH_CHARACTERS, MAX_TEXT_CHARACTERS
 from capkit.video import check_window, finite_float
 
@@ -172,7 +173,7 @@ def read_rows(path: Path, kind: str) -> list[Row]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    content = path.read_bytes()
+    content = read_regular(path)
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     # Bytes that are not UTF-8 stay themselves in file names; in other texts, they are an error of their row.
     text = content.decode("utf-16") if is_utf_16 else content.decode("utf-8-sig", "surrogateescape")
@@ -250,7 +251,8 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _read_parquet(path: Path) -> Iterator[Row]:
     import pandas as pd
 
-    return frame_rows(pd.read_parquet(path), str(path))
+    with open_regular(path) as file:
+        return frame_rows(pd.read_parquet(file), str(path))
 
 
 def frame_rows(frame: pd.DataFrame, source: str) -> Iterator[Row]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from array import array
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from capkit.files import atomic_writer
-from capkit.runs.index import is_complete, is_row_error
+from capkit.files import atomic_writer, unused_name
+from capkit.runs.index import Records, is_complete, is_row_error
 from capkit.runs.lines import read_store
 from capkit.runs.shards import MERGED, plan_differences, plan_files, read_plan, shard_stores
 from capkit.runs.store import CaptionStore
@@ -57,28 +56,59 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
     made last by its `created`. Idempotent; can run while shards are at work. Hand edits and lines of other requests in
     `captions.jsonl` are kept; of a clip that was replaced since, `CaptionStore.current` shows the new caption only.
 
+    Lines of `captions.jsonl` that are no records go to `captions.jsonl.damaged`, or a file with the next free number.
+
     Raises:
         StoreBusy: a run is captioning into `captions.jsonl`.
-        ValueError: the folder holds no shards, or a damaged plan.
+        ValueError: no such folder, it holds no shards, or a damaged plan.
         OSError: a file cannot be read or written; `captions.jsonl` is as before.
     """
     folder = Path(output_dir).expanduser()
+    if not os.path.isdir(folder):
+        reason = "is a file; give the folder of the shards" if os.path.exists(folder) else "no such folder"
+        raise ValueError(f"{folder}: {reason}")
     plans, problems = _last_run(folder)
     merged = CaptionStore(folder / MERGED)
     with merged.hold():
         return _merge_into(merged, plans, problems)
 
 
+def unmerged(folder: Path) -> list[tuple[CaptionStore, Records]]:
+    """What the shards in a folder hold that its merged store lacks: newer captions and hand edits, by store."""
+    merged, found = CaptionStore(folder / MERGED), []
+    for store in map(CaptionStore, shard_stores(folder)):
+        if store.path == merged.path:
+            continue
+        records = store.current()
+        there = {  # with None for the many to which only a hand edit can be news
+            record["request"]: None if is_complete(record) and "edited_text" not in record else record
+            for record in merged.latest(record["request"] for record in records)
+        }
+        if places := [place for place, record in enumerate(records) if _is_news(record, there)]:
+            found.append((store, records.at(places)))
+    return found
+
+
+def _is_news(record: dict[str, Any], there: dict[str, dict[str, Any] | None]) -> bool:
+    if record["request"] not in there:
+        return True
+    before = there[record["request"]]
+    if before is not None and not is_complete(before) and record != before:
+        return True
+    return record.get("edited_text") not in (None, before and before.get("edited_text"))
+
+
 def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str]) -> Merged:
     places = _planned(plans)
     best = _Best(len(places))
-    kept, others, edits, num_bad = array("q"), set[str](), dict[str, str](), 0
+    kept, bad, others, edits = array("q"), array("q"), set[str](), dict[str, str]()
     stores = sorted(shard_stores(merged.path.parent), key=lambda path: path == merged.path)  # the merged one last
     for number, path in enumerate(stores):
         is_merged = path == merged.path
         for line in read_store(path):
             if line.record is None:
-                num_bad += is_merged
+                if is_merged:
+                    bad.append(line.start)
             elif "edits" in line.record:
                 edits[json.dumps(line.record, ensure_ascii=False)] = line.record.get("created", "")
             elif (place := places.get(line.record["request"])) is not None:
@@ -86,10 +116,10 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
             elif is_merged:
                 kept.append(line.start)
                 others.add(line.record["request"])
-    if num_bad:
-        aside = merged.path.with_name(f"{MERGED}.damaged")
-        with open(merged.path, "rb") as source, atomic_writer(aside) as copy:  # copyfile() would write through a link
-            shutil.copyfileobj(source, copy)
+    if bad:
+        aside = unused_name(merged.path.with_name(f"{MERGED}.damaged"))
+        with atomic_writer(aside) as target:
+            target.writelines(_lines([merged.path], ((0, start) for start in bad)))
         message = f"{merged.path}: the lines that are skipped are no longer in it, but in {aside}"
         warn(message, stacklevel=3)
     with atomic_writer(merged.path) as target:

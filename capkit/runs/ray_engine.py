@@ -20,7 +20,7 @@ import numpy as np
 
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT, CogVLM2VideoProcessor, Prompt, PromptLike, fingerprint, loading
-from capkit.files import output_folder
+from capkit.files import output_folder, unused_name
 from capkit.runs.caption import (
     caption_batch_into,
     check_numbers,
@@ -103,7 +103,7 @@ def caption_on_ray(
         gpus_per_captioner = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     if retry_quarantined:
         for path in folder.glob("*.quarantine.jsonl"):
-            os.replace(path, f"{path}.old")
+            path.rename(unused_name(Path(f"{path}.old")))
     resources = {"num_cpus": cpus_per_captioner, "num_gpus": gpus_per_captioner}
     model_arguments = (model, device, dtype, quantization, revision)
     with shard_store(folder, SHARD).hold(ShardBusy):
@@ -187,7 +187,7 @@ class _CaptionerActor:
 
     def __init__(self, folder: Path, model_arguments: tuple[Any, ...]):
         self.captioner = load_captioner(*model_arguments)
-        self.store = CaptionStore(folder / f"ray-{uuid.uuid4().hex}.jsonl", folder / "captions_strips")
+        self.store = CaptionStore(folder / f"ray-{uuid.uuid4().hex}.jsonl")
 
     def __call__(self, batch: Batch) -> dict[str, list[str]]:
         pairs = [pickle.loads(pair) for pair in batch["pair"]]

@@ -26,7 +26,7 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.files import atomic_write, check_regular, now, output_folder
+from capkit.files import atomic_write, now, output_folder, read_regular, unused_name
 from capkit.runs.caption import caption_planned, check_numbers, current_records, plan_clips
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine
@@ -155,7 +155,7 @@ def caption_shard(
     with store.hold(ShardBusy):
         quarantined = folder / f"{shard.name}.quarantine.jsonl"
         if retry_quarantined and quarantined.exists():
-            os.replace(quarantined, f"{quarantined}.old")
+            quarantined.rename(unused_name(Path(f"{quarantined}.old")))
         if counts := _other_counts(folder, shard):
             message = (
                 f"{folder}: holds shards of {' and of '.join(counts)}, this is one of {shard.count}: a run of its "
@@ -185,7 +185,7 @@ def caption_shard(
 
 def shard_store(folder: Path, shard: Shard) -> CaptionStore:
     """A shard's own store; all share a folder of picture strips."""
-    return CaptionStore(folder / f"{shard.name}.jsonl", folder / "captions_strips")
+    return CaptionStore(folder / f"{shard.name}.jsonl")
 
 
 def heartbeat_path(folder: Path, shard: Shard) -> Path:
@@ -238,9 +238,9 @@ def read_plan(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    check_regular(path)
+    content = read_regular(path)
     try:
-        plan = {"run": 0} | json.loads(path.read_text(encoding="utf-8"))
+        plan = {"run": 0} | json.loads(content)
         texts = [plan["items"], plan["written"], *chain.from_iterable(plan["clips"])]
         numbers = [plan[name] for name in ("run", "num_shards", "shard")]
         if {*map(type, texts)} != {str} or {*map(type, numbers)} != {int} or {*map(len, plan["clips"])} - {2}:

@@ -29,6 +29,7 @@ from capkit.video import Clip, FrameSampling, FrameSamplingLike, draw_strip
 if TYPE_CHECKING:
     import pandas as pd
 
+OF_A_SHARD = re.compile(r"shard-\d+-of-\d+|ray-[0-9a-f]{32}")  # names of stores that share the merged one's strips
 DIGESTS_KEPT = 1000  # a video's windows follow one another
 MOST_STRIP_BYTES, MOST_STRIP_PIXELS = 2**24, 2**26  # that are shown: of some 5,000 frames
 
@@ -53,14 +54,16 @@ class CaptionStore:
     Args:
         path: the file, such as `runs/captions.jsonl`, whose folder is made with the first record; or a folder, for the
             `captions.jsonl` in it.
-        strips: folder of the picture strips; None: `<name>_strips/` beside the file. Several stores may share one.
+        strips: folder of the picture strips; None: `<name>_strips/` beside the file, or of a shard's store
+            `captions_strips/`. Several stores may share one.
     """
 
     def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
         self.path = Path(path).expanduser()
         if (self.path / "captions.jsonl").is_file():
             self.path /= "captions.jsonl"
-        self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
+        name = "captions" if OF_A_SHARD.fullmatch(self.path.stem) else self.path.stem
+        self.strips = self.path.with_name(f"{name}_strips") if strips is None else Path(strips).expanduser()
         self._index = StoreIndex(self.path)
         self._num_bytes = 0  # of the file after the last `append`
 
@@ -77,7 +80,7 @@ class CaptionStore:
         if self.path.exists() and not os.access(self.path, os.W_OK):
             yield  # for a run that finds everything done; one that does not fails at its first record
             return
-        with hold_lock(Path(os.path.realpath(self.path)).with_suffix(".lock"), error):
+        with hold_lock(Path(os.path.realpath(self.path)), error):
             yield
 
     def append(self, record: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import yaml
 
 from capkit.captioning import Captioner, Decoding, DecodingLike, SharedVideo
 from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt, PromptLike, is_out_of_memory
+from capkit.files import read_regular
 from capkit.runs import Item, read_rows
 from capkit.text import plain_text, plural, unknown_name
 from capkit.video import Clip, FrameSampling, FrameSamplingLike, VideoError, load_clip
@@ -333,8 +334,8 @@ def read_axes(path: str | Path) -> dict[str, Any]:
                 for name in (rows[0].cells if rows else ())
             }
         else:
-            axes = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeError, TypeError, yaml.YAMLError) as error:
+            axes = yaml.safe_load(read_regular(path).decode("utf-8-sig"))
+    except (OSError, UnicodeError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read as axes: {error}") from error
     names = (*AXES, "num_samples", "mode", "history", "max_captions")
     if not isinstance(axes, dict) or not axes:

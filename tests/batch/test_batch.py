@@ -308,7 +308,7 @@ class TestRun:
         )
         batch, out = read_table(path), folder / "runs"
         (out / "good").mkdir(parents=True)
-        with FileLock(out / "good" / ".lock"):  # as a third command would hold it
+        with FileLock(out / ".good.capkit-lock"):  # as a third command would hold it
             both = [start(path), start(path)]
             wait_for(lambda: batch.runs[1].read_status()["status"] == "failed")
         shown = [process.communicate(timeout=300)[0] for process in both]

@@ -1,6 +1,7 @@
 """Exports: what trainers read is what was captioned, or it is refused with the reason."""
 
 import csv
+import errno
 import itertools
 import json
 import os
@@ -486,6 +487,35 @@ class TestFolder:
         with pytest.raises(ValueError, match="is a file"):
             export_dataset(store, layout, tmp_path / "file", overwrite=True)
         assert (root / "notes.txt").read_text() == "mine"
+
+    @pytest.mark.skipif(os.name != "posix", reason="links")
+    def test_a_link_to_nowhere_and_the_root_are_named(self, store, tmp_path):
+        (tmp_path / "out").symlink_to("gone")
+        with pytest.raises(ValueError, match=r"output_dir: .*out is a link to 'gone', which is not there"):
+            export_dataset(store, "cogvideo", tmp_path / "out", overwrite=True)
+        with pytest.raises(ValueError, match="output_dir: / is the root of the file system; name a folder in it"):
+            export_dataset(store, "cogvideo", "/")
+        assert {path.name for path in tmp_path.iterdir() if "out" in path.name} == {"out"}
+
+    def test_a_clip_added_by_hand_is_the_one_that_is_named(self, store, tmp_path):
+        root = tmp_path / "out"
+        export_dataset(store, "cogkit", root)
+        (root / "train" / "mine.mp4").touch()
+        with open(root / "train" / "metadata.jsonl", "a") as file:
+            file.write('{"file_name": "mine.mp4"}\n')
+        with pytest.raises(ValueError, match="holds 'train/mine.mp4', not part of such an export"):
+            export_dataset(store, "cogkit", root, overwrite=True)
+
+    def test_copies_are_advised_only_where_links_are_the_trouble(self, store, tmp_path, monkeypatch):
+        for number, advises in ((errno.EPERM, True), (errno.ENOSPC, False)):
+
+            def refuse(*_, number=number):
+                raise OSError(number, "as was to be shown")
+
+            monkeypatch.setattr(os, "symlink", refuse)
+            with pytest.raises(ExportError, match="as was to be shown") as raised:
+                export_dataset(store, "cogvideo", tmp_path / "out")
+            assert ("clips='copy'" in str(raised.value)) == advises
 
     def test_a_file_where_the_report_goes_is_never_replaced(self, store, tmp_path):
         mine = tmp_path / "out.export.json"

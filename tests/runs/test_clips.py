@@ -125,7 +125,7 @@ class TestFindClips:
             find_clips(tmp_path / "list.csv")
 
     @pytest.mark.skipif(os.name != "posix", reason="pipes")
-    @pytest.mark.parametrize("name", ["pipe", "pipe.csv", "pipe.ts", "pipe.mp4"])
+    @pytest.mark.parametrize("name", ["pipe", "pipe.ts", "pipe.mp4"])  # manifests: tests/test_files.py
     def test_a_pipe_is_not_waited_for(self, tmp_path, name):
         os.mkfifo(tmp_path / name)
         (item,) = find_clips(tmp_path / name)

@@ -395,8 +395,14 @@ class TestCaptionShard:
         for name in ("shard-00000-of-00003.jsonl", "captions.jsonl"):
             (tmp_path / name).unlink()
         assert f"no record of {items[0].video}" in str(merge(tmp_path))
-        with pytest.raises(ValueError, match="holds no shards"):
-            merge(tmp_path / "nowhere")
+        (tmp_path / "empty").mkdir()
+        for name, reason in (
+            ("nowhere", "no such folder"),
+            ("captions.jsonl", "is a file"),
+            ("empty", "holds no shards"),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: {reason}"):
+                merge(tmp_path / name)
 
     def test_a_file_name_that_is_not_utf_8_is_escaped_and_read_back(self, captioner, eight_clips, tmp_path, capfd):
         """In stores, pages, tables, subtitles and on the terminal."""
@@ -437,7 +443,7 @@ class TestCaptionShard:
     def test_a_shard_started_twice_is_refused_and_a_dead_ones_lock_is_not(self, captioner, eight_clips, tmp_path):
         items = find_clips(f"{eight_clips}/good 0.mp4")
         code = "import filelock, sys; x = filelock.FileLock(sys.argv[1]); x.acquire(); print('held', flush=1); input()"
-        lock = tmp_path / "shard-00000-of-00001.lock"
+        lock = tmp_path / ".shard-00000-of-00001.jsonl.capkit-lock"
         holder = subprocess.Popen(
             [sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -563,7 +569,34 @@ class TestWhichRunCounts:
             pytest.warns(match="no longer in it, but in .*captions.jsonl.damaged"),
         ):
             merge(tmp_path)
-        assert path.read_bytes() == before and b"to be mended" in (tmp_path / "captions.jsonl.damaged").read_bytes()
+        path.write_bytes(before + b"another\n")
+        with pytest.warns(match="line 9 is skipped"), pytest.warns(match=r"but in .*captions\.jsonl\.damaged\.2"):
+            merge(tmp_path)
+        aside = [(tmp_path / name).read_text() for name in ("captions.jsonl.damaged", "captions.jsonl.damaged.2")]
+        assert path.read_bytes() == before
+        assert aside == ['{"request": "written by hand, to be mended\n', "another\n"]
+
+    def test_what_was_captioned_or_edited_since_a_merge_is_shown_with_it(self, start, tmp_path, monkeypatch, capsys):
+        def shown():
+            monkeypatch.setattr(sys, "argv", ["capkit", "show", str(tmp_path)])
+            with pytest.raises(SystemExit, match="0"):
+                capkit.__main__.main()
+            first, _, later = capsys.readouterr().out.partition("captions.jsonl lacks these; `python -m capkit merge")
+            return re.findall(r"(\d)\.mp4", first), re.findall(r"(\d)\.mp4\n  (.*)", later)
+
+        start(0, 2, "12:00:00", text="first")
+        start(1, 2, "12:00:00", statuses="error")
+        merged = merge(tmp_path).store
+        assert shown() == ([*"01234567"], [])
+        store = CaptionStore(tmp_path / f"{Shard(1, 2).name}.jsonl")
+        retried = [record["request"] for record in store.current()][1]
+        store.append(make_record(0, tmp_path / "3.mp4", request=retried, text="second"))
+        store.append(make_record(999, tmp_path / "9.mp4", text="new"))
+        first = CaptionStore(tmp_path / f"{Shard(0, 2).name}.jsonl")
+        first.edit(first.current()[0]["request"], "by hand")
+        merged.edit(first.current()[1]["request"], "edited after the merge: nothing that it lacks")
+        assert shown()[1] == [("0", "by hand"), ("3", "second"), ("9", "new")]
+        assert merge(tmp_path).num_ok == 5 and shown()[1] == [("9", "new")]  # which no plan asks for
 
 
 class TestReading:

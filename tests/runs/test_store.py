@@ -473,7 +473,7 @@ class TestTwoRunsOnOneStore:
         assert run("caption_clips", store) and run("run_sweep", store)
         made = [line["request"] for line in store.lines() if "edits" not in line]
         assert len(made) == len(set(made)) and [r["edited_text"] for r in store.current()][:2] == ["by hand"] * 2
-        assert not list(store.path.parent.glob("*.lock"))
+        assert not list(store.path.parent.glob(".*.capkit-lock"))
 
     def test_a_run_that_fails_frees_the_store(self, captioner, store):
         with pytest.raises(ValueError, match="batch_size"):
@@ -497,7 +497,7 @@ class TestTwoRunsOnOneStore:
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
         with CaptionStore(store.path.with_name("other.jsonl")).hold():
             assert caption_clips(captioner, self.ITEMS, store, decoding=self.FEW) == made
-        assert not store.path.with_suffix(".lock").exists()
+        assert not list(store.path.parent.glob(".*.capkit-lock"))
 
     def test_of_two_processes_at_once_one_is_refused_or_finds_all_done(self, store):
         code = (
