@@ -65,7 +65,8 @@ def run_command(
     except ValueError as error:
         print(error if isinstance(error, TableError) else plain_text(error), file=sys.stderr)
         return 2
-    states = Counter(run.read_status()["status"] for run in table.runs if run not in runs)
+    to_do = {run.name for run in runs}
+    states = Counter(run.read_status()["status"] for run in table.runs if run.name not in to_do)
     before = "".join(f", {number} {state} before" for state, number in states.items())
     print(f"{plural(len(table.runs), 'run')}, {len(runs)} to do{before}", flush=True)
     if dry_run:

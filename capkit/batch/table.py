@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import reprlib
@@ -27,6 +28,7 @@ from capkit.text import plain_text, unknown_name
 
 LONGEST_NAME = 60  # characters; each value in it VALUE_LENGTH at most
 VALUE_LENGTH = 20
+MOST_RUNS = 10_000  # of a table; a grid multiplies quickly
 NAME = re.compile(r"\w[\w .,=+-]*")
 RUN_KEYS = ("name", "notebook", "parameters", "grid")
 TABLE_KEYS = ("output_dir", "workers", "time_limit_minutes", "notebook", "parameters", "grid", "runs")
@@ -222,6 +224,7 @@ class _Reader:
         self.working_dir, self.batch_dir = path.parent, batch_dir
         self.notebook, self.parameters, self.grid = map(content.get, ("notebook", "parameters", "grid"))
         self.load_notebook = functools.cache(_load_notebook)
+        self.num_runs = 0
         self.problems: list[str] = []
 
     def read_entry(self, entry: dict[str, Any], where: str) -> list[Run]:
@@ -252,6 +255,13 @@ class _Reader:
                 except ValueError as error:
                     problems.append(str(error))
         if problems:
+            return []
+        self.num_runs += (number := math.prod(map(len, choices.values())))
+        if self.num_runs > MOST_RUNS:  # before they are made
+            sizes = " x ".join(str(len(values)) for values in choices.values() if len(values) > 1) or "1"
+            table = "" if self.num_runs == number else f", of {self.num_runs:,} in the table"
+            many = f"its grid is {sizes} = {number:,} runs{table}; a table may have {MOST_RUNS:,}"
+            problems.append(f"{many}: give fewer values, or use several tables")
             return []
         runs = []
         varied = tuple(dict.fromkeys([*axes, *own]))

@@ -14,6 +14,7 @@ from capkit.video import finite_float
 
 # Defaults for sampling in transformers 4.4x, on which the original runs.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50}
+MOST_BEAMS = 1000  # each takes memory like a clip of its own
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "seed")
 # Arguments of generate() that do not affect which tokens are chosen here: the captioner sets them itself.
 _IGNORED = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "num_return_sequences"}
@@ -55,8 +56,9 @@ class Decoding:
     dropped: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1), ("no_repeat_ngram_size", 0)):
+        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram_size", 0)):
             self._set_integer(name, low)
+        self._set_integer("num_beams", 1, MOST_BEAMS)
         if self.seed is not None:
             self._set_integer("seed", 0, 2**63 - 1)
         for name, allowed, is_allowed in (

@@ -99,7 +99,7 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> Chose
     choices = check_choices(choose)
     sources = []
     for source in [stores] if isinstance(stores, (str, os.PathLike, CaptionStore)) else stores:
-        store = source if isinstance(source, CaptionStore) else CaptionStore(source)
+        store = CaptionStore.of(source)
         if not store.path.exists():
             raise ValueError(f"stores: {store.path}: no such file")
         sources.append((store.path, store.current()))

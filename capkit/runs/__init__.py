@@ -16,6 +16,7 @@ from capkit.runs.shards import Shard, ShardBusy, caption_shard, shard_stores
 from capkit.runs.store import (
     RECORD_FIELDS,
     CaptionStore,
+    CaptionStoreLike,
     StoreBusy,
     digest_once,
     new_record,
@@ -48,6 +49,7 @@ __all__ = [
     "shard_stores",
     "RECORD_FIELDS",
     "CaptionStore",
+    "CaptionStoreLike",
     "StoreBusy",
     "Records",
     "is_stopped",

@@ -11,10 +11,17 @@ from typing import Any
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
 from capkit.runs.index import is_complete, is_row_error
-from capkit.runs.manifests import Item
+from capkit.runs.manifests import Item, check_items
 from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress
-from capkit.runs.store import CaptionStore, ModelIdentity, digest_once, new_record, request_settings
+from capkit.runs.store import (
+    CaptionStore,
+    CaptionStoreLike,
+    ModelIdentity,
+    digest_once,
+    new_record,
+    request_settings,
+)
 from capkit.video import Clip, FrameSampling, FrameSamplingLike, at_least_one, memory_budget, positive
 
 BATCHES_TO_CHOOSE_FROM = 4  # batches of clips held, to find those of similar length
@@ -23,7 +30,7 @@ BATCHES_TO_CHOOSE_FROM = 4  # batches of clips held, to find those of similar le
 def caption_clips(
     captioner: Captioner,
     items: Iterable[Item],
-    store: CaptionStore,
+    store: CaptionStoreLike,
     prompt: PromptLike = DEFAULT_PROMPT,
     decoding: DecodingLike = GREEDY,
     frame_sampling: FrameSamplingLike = "chat",
@@ -39,7 +46,7 @@ def caption_clips(
     Args:
         captioner: from `load_captioner`.
         items: from `find_clips`; an item's own prompt replaces the text of `prompt`.
-        store: where records and picture strips are written.
+        store: where records and picture strips are written; a `CaptionStore` or its path.
         prompt: a text or a `Prompt`.
         decoding: a `Decoding` or a dictionary of its fields.
         frame_sampling: as in `load_clip`.
@@ -53,8 +60,10 @@ def caption_clips(
     Raises:
         StoreBusy: another run is captioning into this store.
         ValueError: settings that are invalid for every clip.
+        TypeError: `items` holds something else than items, such as a file name.
         OSError: the store cannot be written, for example on a full disk; earlier records are kept.
     """
+    store = CaptionStore.of(store)
     planned = plan_clips(captioner, items, prompt, decoding, frame_sampling)
     with store.hold():
         caption_planned(captioner, planned, store, batch_size, retry_errors, timeout_seconds)
@@ -68,10 +77,15 @@ def plan_clips(
     decoding: DecodingLike = GREEDY,
     frame_sampling: FrameSamplingLike = "chat",
 ) -> list[dict[str, Any]]:
-    """The `request_settings` of each item. Raises ValueError for settings that are invalid for every clip."""
+    """The `request_settings` of each item.
+
+    Raises:
+        ValueError: settings that are invalid for every clip.
+        TypeError: something else than an item.
+    """
     prompt, decoding, frame_sampling = Prompt.of(prompt), Decoding.of(decoding), FrameSampling.of(frame_sampling)
     planned = []
-    for item in items:
+    for item in check_items(items):
         shared = (prompt, decoding, frame_sampling, item.start, item.end)
         planned.append(request_settings(captioner, item.video, *shared, own_text=item.prompt, error=item.error))
         if item.reference is not None:
@@ -228,6 +242,10 @@ def _caption_batch(captioner: Captioner, pairs: Sequence[tuple[dict[str, Any], C
         if not isinstance(error, (ValueError, TypeError)) and not is_out_of_memory(error):
             raise
         reason = f"{pairs[0][0]['video']}: {error}"
+        if is_out_of_memory(error):
+            num_beams = pairs[0][0]["decoding"].get("num_beams", 1)
+            advice = f"lower num_beams={num_beams}" if num_beams > 1 else "sample fewer frames"
+            reason = f"{pairs[0][0]['video']}: does not fit into memory; {advice}: {error!r}"
     else:
         yield from captions
         return

@@ -59,7 +59,8 @@ def find_clips(
             its subfolders; a video; a manifest (.csv, .tsv, .jsonl, .json with a list of objects, or .parquet) or a
             pandas DataFrame with a column `video` (or `file_name`, `filename`, `path`) and optionally `prompt`,
             `reference` (or `caption`, `text`), `start`, `end`, a manifest's paths relative to itself; a dictionary with
-            those keys; or a list of these. Empty cells and NaN are as if they were not there.
+            those keys; or a list of these. Cells that are empty, null, NaN or only spaces are as if they were not
+            there: a row whose prompt is "" gets the shared one.
         limit: only the first so many.
 
     Returns:
@@ -130,7 +131,7 @@ def _items(entry: Any, number: int, left_out: LeftOut, notes: list[str]) -> list
     if isinstance(entry, str) and "://" in entry:
         raise ValueError(f"videos: {entry!r} is an address; download it first")
     if not os.path.exists(path):
-        raise ValueError(f"videos: {str(entry)!r}: there is no such file or folder{_where(path)}")
+        raise ValueError(f"videos: {str(entry)!r:.1000}: there is no such file or folder{_where(path)}")
     return _file(path, notes)
 
 

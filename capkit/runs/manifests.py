@@ -9,7 +9,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -59,7 +59,7 @@ class Item:
     def __post_init__(self) -> None:
         problems = []
         for name, check, otherwise in (
-            ("video", _check_video, reprlib.repr(self.video)),
+            ("video", _check_video, self.video if _is_address(self.video) else reprlib.repr(self.video)),
             ("prompt", lambda text: text if text is None else Prompt(_check_encoding(text)).text, None),
             ("reference", lambda text: text if text is None else _check_text(text), None),
             ("start", lambda start: _check_window(start, None)[0], 0.0),
@@ -75,6 +75,20 @@ class Item:
             object.__setattr__(self, "error", "; ".join(problems))
 
 
+def check_items(items: Iterable[Item]) -> list[Item]:
+    """The items as a list; TypeError for anything else, such as a file name."""
+    checked: list[Any] = [items] if isinstance(items, (str, os.PathLike)) else list(items)
+    for item in checked:
+        if not isinstance(item, Item):
+            made = "find_clips makes items of files, folders, patterns and manifests"
+            raise TypeError(f"items: {reprlib.repr(item)} is not an Item; {made}")
+    return checked
+
+
+def _is_address(name: Any) -> bool:
+    return isinstance(name, str) and "://" in name and len(name) < MAX_PATH_CHARACTERS // 2
+
+
 def _check_video(name: Any) -> str:
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"must be a file name, not {reprlib.repr(name)}")
@@ -87,7 +101,7 @@ def _check_video(name: Any) -> str:
     if not is_file_name:
         raise ValueError(f"{reprlib.repr(name)} cannot be the name of a file")
     if "://" in name:
-        raise ValueError(f"{name!r} is an address; download it first")
+        raise ValueError(f"{name!r:.300} is an address; download it first, because only local files can be read")
     return name
 
 
@@ -163,13 +177,18 @@ def read_rows(path: Path, kind: str) -> list[Row]:
         kind: what an error calls it, such as "a manifest".
 
     Raises:
-        ValueError: with path and line, for a file that cannot be read so.
+        ValueError: with path and line, for a file that cannot be read so, or has no rows.
     """
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".json": _read_json, ".parquet": _read_parquet}
     try:
-        return list(readers.get(path.suffix.lower(), _read_json_lines)(path))
+        rows = list(readers.get(path.suffix.lower(), _read_json_lines)(path))
     except (ValueError, csv.Error, OSError, RecursionError, ImportError) as error:
         raise ValueError(f"{path}: cannot be read as {kind}: {error}") from error
+    if not rows:
+        is_csv = path.suffix.lower() in (".csv", ".tsv")
+        names = " below its first line, which must name the columns, such as video, prompt" if is_csv else ""
+        raise ValueError(f"{path}: has no rows{names}")
+    return rows
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -234,11 +253,12 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
     for line, text in enumerate(_read_lines(path), 1):
         if text.strip():
             number += 1
+            place = f"{path}, row {number} (line {line})"
             try:
-                content = json.loads(text)
+                yield _row(place, json.loads(text))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {line}: {getattr(error, 'msg', error)}") from error
-            yield _row(f"{path}, row {number} (line {line})", content)
+                reason = getattr(error, "msg", error)
+                yield Row(place, {}, f'not valid JSON: {reason}; a row is one line, such as {{"video": "a.mp4"}}')
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -346,6 +366,6 @@ def _item(row: Row, folder: Path) -> Item:
 
 def _number(cell: Any) -> Any:
     try:
-        return float(cell) if isinstance(cell, str) else cell
+        return float(cell) if isinstance(cell, str) and "_" not in cell else cell  # 1_0 is 10 for Python only
     except ValueError:
         return cell  # which Item refuses

@@ -60,12 +60,19 @@ class CaptionStore:
 
     def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
         self.path = Path(path).expanduser()
-        if (self.path / "captions.jsonl").is_file():
+        if os.fspath(path) and (self.path / "captions.jsonl").is_file():
             self.path /= "captions.jsonl"
+        if not self.path.name:
+            raise ValueError(f"store={os.fspath(path)!r}: names no file; give one, such as runs/captions.jsonl")
         name = "captions" if OF_A_SHARD.fullmatch(self.path.stem) else self.path.stem
         self.strips = self.path.with_name(f"{name}_strips") if strips is None else Path(strips).expanduser()
         self._index = StoreIndex(self.path)
         self._num_bytes = 0  # of the file after the last `append`
+
+    @classmethod
+    def of(cls, store: CaptionStoreLike) -> CaptionStore:
+        """A `CaptionStore` from a `CaptionStore` or its path."""
+        return store if isinstance(store, cls) else cls(store)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"CaptionStore({str(self.path)!r})"
@@ -187,6 +194,10 @@ class CaptionStore:
         return atomic_write(path, strip or draw_strip(pixels_to_frames(preprocess_frames(clip.frames, image_size))))
 
 
+CaptionStoreLike = CaptionStore | str | os.PathLike[str]
+"""What `CaptionStore.of` takes."""
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """What a request needs to know of a model that is not loaded in this process; attributes as of `Captioner`."""
@@ -221,8 +232,9 @@ def request_settings(
         error: why the clip is not to be read; its record will have this error.
     """
     path = Path(os.path.expanduser(video)).absolute()
+    is_address = error is not None and "://" in str(video)
     frames = {
-        "video": str(path),
+        "video": str(video if is_address else path),
         "frame_sampling": FrameSampling.of(frame_sampling).to_dict(),
         "start_seconds": float(start_seconds),
         "end_seconds": None if end_seconds is None else float(end_seconds),

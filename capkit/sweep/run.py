@@ -239,7 +239,7 @@ def run_sweep(
     for cell in plan.cells:  # refuse prompts that this tokenizer cannot take
         captioner.processor.text_ids(cell.prompt)
     check_numbers(timeout_seconds=timeout_seconds)
-    store = store if isinstance(store, CaptionStore) or store is None else CaptionStore(store)
+    store = None if store is None else CaptionStore.of(store)
     with nullcontext() if store is None else store.hold():
         return _run_plan(captioner, plan, store, retry_errors, timeout_seconds)
 

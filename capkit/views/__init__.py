@@ -2,7 +2,7 @@
 
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
-from capkit.views.frames import numbers_warning, show_clip
+from capkit.views.frames import load_first_clip, numbers_warning, show_clip
 from capkit.views.gallery import write_gallery
 from capkit.views.html import (
     CARD,
@@ -30,6 +30,7 @@ __all__ = [
     "scatter",
     "split_bars",
     "token_histogram",
+    "load_first_clip",
     "numbers_warning",
     "show_clip",
     "write_gallery",

@@ -5,18 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.text import escape
-from capkit.video import Clip, resized_and_cut
+from capkit.text import escape, warn
+from capkit.video import Clip, VideoError, load_clip, resized_and_cut
 from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, note, picture, to_webp
 
 FRAME_PIXELS = 240  # longer side of a frame's picture
 NEAR_SECONDS = 0.5  # a moment this near to a sampled frame counts as sampled: at one frame a second, all do
 LISTED_GAPS = 4
+
+
+def load_first_clip(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Clip | None]:
+    """Read the frames of the first caption record whose video can be read; a warning says which cannot.
+
+    Returns:
+        The record and its clip; the first record and None if no video can be read, as for a store from elsewhere.
+    """
+    first_error = ""
+    for record in records:
+        window = record.get("start_seconds", 0.0), record.get("end_seconds")  # a record of others may lack fields
+        try:
+            clip = load_clip(record["video"], record.get("frame_sampling", "chat"), *window)
+        except (VideoError, ValueError, ImportError) as error:
+            first_error = first_error or str(error)
+            continue
+        if first_error:
+            shown = f"shown instead is {record['video']}, the first that can be read"
+            warn(f"{first_error}; {shown}", stacklevel=2)
+        return record, clip
+    warn(f"{first_error}; nor can any other video of these captions be read", stacklevel=2)
+    return records[0], None
 
 
 def show_clip(clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, image_size: int = 224) -> HTML:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from capkit.runs import CaptionStore, window_name
+from capkit.runs import CaptionStore, CaptionStoreLike, window_name
 from capkit.text import escape, without_controls
 
 if TYPE_CHECKING:
@@ -42,14 +42,15 @@ class HTML:
         return self.html
 
 
-def show_captions(store: CaptionStore, records: Sequence[dict[str, Any]], limit: int = 20) -> HTML:
+def show_captions(store: CaptionStoreLike, records: Sequence[dict[str, Any]], limit: int = 20) -> HTML:
     """Show each caption below the frames that the model saw, and each error with its reason.
 
     Args:
-        store: where the picture strips are.
+        store: a `CaptionStore` or its path; its picture strips are shown.
         records: as `store.current()` returns them.
         limit: show only the first so many, and say how many are left.
     """
+    store = CaptionStore.of(store)
     cards = [card(record, frames_strip(store, record)) for record in records[:limit]]
     if len(records) > limit:
         cards.append(f"<p>{len(records) - limit} more in <code>{escape(str(store.path))}</code></p>")

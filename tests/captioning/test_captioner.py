@@ -12,7 +12,7 @@ from transformers.generation import TopPLogitsWarper
 
 import capkit
 from capkit import Decoding, Prompt
-from capkit.captioning import Chooser, draw_key
+from capkit.captioning import Chooser, draw_key, ground
 from capkit.captioning.choosing import _hash, _hash_on_cpu
 from capkit.runs import DEMO_CLIPS
 
@@ -243,7 +243,7 @@ class TestScore:
             assert logprob == pytest.approx(float(logits.log_softmax(-1)[token].detach()), abs=1e-4)
             ids = [*ids, token]
 
-    @pytest.mark.parametrize("text", ["", "  \n"])
+    @pytest.mark.parametrize("text", ["", "  \n", None, 5])
     def test_of_nothing(self, captioner, random_clip, text):
         with pytest.raises(ValueError, match="no text to score"):
             captioner.score(random_clip(), text)
@@ -362,6 +362,28 @@ def test_bad_arguments(captioner, random_clip):
             call()
         assert message in str(error.value)
     assert captioner.caption_batch([]) == []
+
+
+def test_what_is_no_clip_is_refused_with_how_to_make_one(captioner, random_clip):
+    for wrong in ("clip.mp4", None, random_clip().frames):
+        for call in (captioner.caption, captioner.stream, captioner.tokens_that_fit, lambda x: captioner.score(x, "a")):
+            with pytest.raises(TypeError, match=r"clip: must be a Clip, not .*load_clip\(path\)"):
+                call(wrong)
+        with pytest.raises(TypeError, match=r"clip: must be a Clip, not .*load_clip\(path\)"):
+            captioner.caption_batch([random_clip(), wrong])
+    for wrong in ("clip.mp4", random_clip()):
+        with pytest.raises(TypeError, match="clips: must be a list of clips"):
+            captioner.caption_batch(wrong)
+
+
+def test_half_a_character_is_named_wherever_a_text_is_read(captioner, random_clip):
+    for call in (
+        lambda: captioner.score(random_clip(), "A st\ud83d"),
+        lambda: ground(captioner, random_clip(), "A st\ud83d"),
+        lambda: captioner.caption(random_clip(), Prompt("Why?", history=[("A\ud83d", "b")])),
+    ):
+        with pytest.raises(ValueError, match="text=.*: is not UTF-8, or was cut within a character"):
+            call()
 
 
 def test_an_own_generation_config_beside_the_weights_changes_nothing(golden_copy, golden_cases):

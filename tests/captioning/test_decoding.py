@@ -72,6 +72,7 @@ def test_combinations_without_effect():
         {"temperature": 1.0, "seed": -1},
         {"temperature": 1.0, "seed": 2**63},
         {"num_beams": 0},
+        {"num_beams": 100_000},
         {"repetition_penalty": 0},
         {"repetition_penalty": 1e-300},
         {"no_repeat_ngram_size": -2},

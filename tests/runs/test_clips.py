@@ -104,9 +104,10 @@ class TestFindClips:
             for videos in (name, [name], ["a.mp4", name], [{"video": "a.mp4"}, Path(name)]):
                 with pytest.raises(ValueError, match=rf"{name.strip('/')}.*: there is no such file or folder"):
                     find_clips(videos)
-        for name in ("*.mkv", "[1].mp4", "empty", "none.csv"):
+        found_none = {name: f"no videos found in '{re.escape(name)}'" for name in ("*.mkv", "[1].mp4", "empty")}
+        for name, message in (found_none | {"none.csv": "none.csv: has no rows"}).items():
             for videos in (name, ["a.mp4", name]):
-                with pytest.raises(ValueError, match=rf"no videos found in '{re.escape(name)}'"):
+                with pytest.raises(ValueError, match=message):
                     find_clips(videos)
         gone = Item("gone.mp4")
         assert find_clips("list.csv") == [gone] and find_clips(["a.mp4", "list.csv"]) == [Item("a.mp4"), gone]
@@ -165,20 +166,20 @@ class TestFindClips:
             ("a.csv", "file,prompt\nx.mp4,\n", "has no column 'video'"),
             ("a.csv", "video,prompt,video\nx.mp4,,\n", "column 'video' is there twice"),
             ("a.csv", 'video,"prompt\nx.mp4,\n', "cannot be read as a manifest"),
-            ("a.tsv", "", "no videos found"),
+            ("a.tsv", "", "has no rows below its first line, which must name the columns"),
             ("a.json", '{"video": "x.mp4"}', "must be a list"),
-            ("a.json", "[]", "no videos found"),
-            ("a.jsonl", "\n\n", "no videos found"),
-            ("a.jsonl", '{"video": "a.mp4"}\n{"video": "b\n', "line 2"),
-            ("a.jsonl", "[" * 100_000, "line 1"),
+            ("a.json", "[]", "has no rows"),
+            ("a.jsonl", "\n\n", "has no rows"),
+            ("a.jsonl", "[" * 100_000, "row 1 (line 1), not valid JSON"),
             ("a.parquet", "PAR1", "cannot be read as a manifest"),
             ("a.txt", "video\nx.mp4\n", "is a text, not a video; a manifest is named .csv"),
-            ("a.csv", "", "no videos found"),
+            ("a.csv", "", "has no rows below its first line"),
+            ("a.csv", "clips/a.mp4\n", "has no rows below its first line, which must name the columns, such as video"),
             ("a.csv", "video\n\x00\xff", "row 1 (line 2), "),
             ("a.jsonl", "[1]\n", "row 1 (line 1), must be an object"),
-            ("a.jsonl", "{broken", "cannot be read as a manifest"),
+            ("a.jsonl", "{broken\n{", "none of 2 clips can be captioned"),
             ("a.csv", "video,start\nx.mp4,soon\n", "row 1 (line 2), column start: start_seconds must be"),
-            ("a.csv", "video\n", "no videos found"),
+            ("a.csv", "video\n", "has no rows below its first line"),
         ],
     )
     def test_bad_manifests(self, tmp_path, name, content, message):

@@ -11,7 +11,7 @@ from video_factory import encode_clip
 
 import capkit
 from capkit import CaptionStore
-from capkit.runs import Item, caption_clips, find_clips
+from capkit.runs import Item, caption_clips, cut_into, find_clips
 
 FEW = capkit.Decoding(max_new_tokens=2)
 HALF = "\ud83d"  # the first half of an emoji
@@ -160,6 +160,7 @@ BAD_ROWS = [
     ({"video": {"path": "b.mp4"}}, "column video: must be a file name, not {"),
     ({"video": "b\0.mp4"}, "b\\x00.mp4' cannot be the name of a file"),
     ({"video": f"b{HALF}.mp4"}, "column video: "),
+    ({"video": "https://" + "x" * 20_000_000}, "cannot be the name of a file"),
     ({"video": "https://example.org/b.mp4"}, "column video: 'https://example.org/b.mp4' is an address; download it"),
     (B | {"prompt": 5}, "column prompt: prompt=5: must be a text"),
     (B | {"prompt": 0.5}, "column prompt: prompt=0.5: must be a text"),
@@ -172,6 +173,7 @@ BAD_ROWS = [
     (B | {"reference": ["A star."]}, "column reference: must be a text, not ['A star.']"),
     (B | {"reference": f"A star {HALF}"}, "column reference: 'A star \\ud83d' is not UTF-8, or was cut"),
     (B | {"start": "soon"}, "column start: start_seconds must be a number, such as 2.5; got 'soon'"),
+    (B | {"start": "1_0"}, "column start: start_seconds must be a number, such as 2.5; got '1_0'"),
     (B | {"start": "00:01"}, "column start: start_seconds must be"),
     (B | {"start": -1}, "column start: start_seconds must be"),
     (B | {"start": "-0.5"}, "column start: start_seconds must be"),
@@ -248,6 +250,28 @@ class TestBadRows:
         assert [records[0]["video"], records[2]["video"]] == [str(folder / "a.mp4"), str(folder / "c.mp4")]
         assert records[2]["prompt"] == "Why?"
 
+    @pytest.mark.parametrize("line", ['{"video": "b.mp4"', "[" * 100_000, '{"start": ' + "1" * 5000 + "}", "b.mp4"])
+    def test_a_line_that_is_not_json(self, captioner, folder, tmp_path, line):
+        manifest = folder / "list.jsonl"
+        manifest.write_text('{"video": "a.mp4"}\n\n' + line + '\n{"video": "c.mp4"}\n')
+        place = f"{manifest}, row 2 (line 3)"
+        caption_one_bad_row(captioner, manifest, tmp_path / "c.jsonl", "not valid JSON: ", place)
+
+    def test_an_address_is_recorded_as_it_is_in_the_row(self, captioner, folder, tmp_path):
+        address = "http://127.0.0.1:9/x.mp4?a=~b//c"
+        (folder / "list.jsonl").write_text(json.dumps({"video": address}) + '\n{"video": "a.mp4"}\n')
+        items, _ = read(folder / "list.jsonl")
+        caption_clips(captioner, items, tmp_path / "c.jsonl", decoding=FEW)
+        bad, good = sorted(CaptionStore(tmp_path / "c.jsonl").current(), key=lambda record: record["status"])
+        assert bad["video"] == address and "only local files can be read" in bad["error"]
+        assert good["video"] == str(folder / "a.mp4")
+
+    def test_a_prompt_of_nothing_is_an_empty_cell(self, captioner, folder, tmp_path):
+        (folder / "list.jsonl").write_text('{"video": "a.mp4", "prompt": ""}\n{"video": "c.mp4", "prompt": "  "}\n')
+        items, said = read(folder / "list.jsonl")
+        records = caption_clips(captioner, items, tmp_path / "c.jsonl", "The shared one?", FEW)
+        assert [record["prompt"] for record in records] == ["The shared one?"] * 2 and said == []
+
     @pytest.mark.parametrize("line, words", BAD_LINES, ids=lambda value: repr(value)[:60])
     def test_one_among_good_lines(self, captioner, folder, tmp_path, line, words):
         manifest = folder / "list.csv"
@@ -299,6 +323,13 @@ class TestBadRows:
             find_clips([good | {"start": -1}, good | {"start": -2}])
         items, _ = read([good | {"start": np.float32(0.5), "end": np.int64(2)}])
         assert (items[0].start, items[0].end) == (0.5, 2.0) and type(items[0].end) is float
+
+    def test_names_in_place_of_items_are_refused(self, captioner, tmp_path):
+        for items in ("clip.mp4", tmp_path / "clip.mp4", ["clip.mp4"], [None]):
+            with pytest.raises(TypeError, match="is not an Item; find_clips makes items of files"):
+                caption_clips(captioner, items, tmp_path / "c.jsonl")
+            with pytest.raises(TypeError, match="is not an Item; find_clips makes items of files"):
+                cut_into(items, 10)
 
     def test_items_made_by_hand(self, captioner, folder, tmp_path):
         good = Item(str(folder / "a.mp4"))

@@ -226,6 +226,10 @@ def test_a_clip_that_does_not_fit_into_memory_is_recorded(new_captioner, eight_c
     failed = [r for r in records if r["status"] == "error"]
     assert [len(r["frame_indices"]) for r in failed] == [5]
     assert "out of memory" in failed[0]["error"] and failed[0]["video"] in failed[0]["error"]
+    assert "does not fit into memory; sample fewer frames" in failed[0]["error"]
+    beams = Decoding(max_new_tokens=6, num_beams=2)
+    (record,) = caption_clips(new_captioner, find_clips(failed[0]["video"]), store, decoding=beams)
+    assert "does not fit into memory; lower num_beams=2" in record["error"]
 
 
 @pytest.mark.parametrize("more", [{}, {"temperature": 0.8, "seed": 1}, {"num_beams": 2}])

@@ -328,6 +328,21 @@ class TestNotebook:
         assert "edited by hand" in shown and "Written by &lt;hand&gt;." in shown
         assert len(store.lines()) == 2 and not (tmp_path / "out" / "captions.jsonl").exists()
 
+    @pytest.mark.parametrize("num_left", [1, 0])
+    def test_a_store_whose_clips_are_gone(self, tmp_path, captioner, num_left):
+        clips = [encode_clip(tmp_path / f"{name}.mp4", range(30), fps=10) for name in "abc"]
+        few = {"max_new_tokens": 4}
+        store = capkit.CaptionStore(tmp_path / "mine.jsonl")
+        for record in capkit.caption_clips(captioner, capkit.find_clips(clips), store, decoding=few):
+            store.edit(record["request"], "A star.")
+        for clip in clips[: 3 - num_left]:
+            clip.unlink()
+        _, shown = run("02", tmp_path, store="mine.jsonl", output_dir="out", order_by="", look_at=1)
+        assert "b.mp4: no such file" in shown
+        rest = "shown instead is {clips[2]}, the first that can be read" if num_left else "nor can any other video"
+        assert rest.format(clips=clips) in shown and ("Each word with the video" in shown) == bool(num_left)
+        assert (tmp_path / "out" / "gallery.html").read_text().count("data:image/webp;base64,") == 3
+
     @pytest.mark.parametrize(
         "parameters, message",
         [
