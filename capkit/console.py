@@ -14,11 +14,16 @@ LINE_SECONDS = 10.0  # least time between lines
 
 def is_interactive() -> bool:
     """True in a live notebook or a terminal, False under papermill or in a log file."""
-    shell = sys.modules["IPython"].get_ipython() if sys.modules.get("IPython") else None
-    kernel = getattr(shell, "kernel", None)
+    kernel = _kernel()
     if kernel is None:
         return sys.stderr.isatty()
     return bool(kernel.get_parent().get("content", {}).get("allow_stdin"))  # papermill sets it to False
+
+
+def _kernel() -> Any:
+    """The notebook's kernel, or None outside of notebooks."""
+    shell = sys.modules["IPython"].get_ipython() if sys.modules.get("IPython") else None
+    return getattr(shell, "kernel", None)
 
 
 class ProgressLines(tqdm):
@@ -44,4 +49,4 @@ class ProgressLines(tqdm):
     def _print(self) -> None:
         self._last_line = time.monotonic()
         text = str(self).replace(": : ", ": ")  # tqdm adds a colon to some descriptions
-        print(text, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)
+        print(text, file=sys.stderr if _kernel() is None else sys.stdout, flush=True)

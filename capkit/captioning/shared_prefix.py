@@ -255,7 +255,8 @@ def _decode_branches(
     row: SharedRow, hidden: torch.Tensor, prompt_of_branch: list[int], choosers: RowChoosers
 ) -> Generated:
     """Decode branches together; those that have ended are left out."""
-    own = _OwnRows(row, prompt_of_branch) if row.model.config._attn_implementation == GROUPED_SDPA else None
+    takes_prefix = row.device.type == "cpu" and row.model.config._attn_implementation == GROUPED_SDPA
+    own = _OwnRows(row, prompt_of_branch) if takes_prefix else None
     new_ids: list[list[int]] = [[] for _ in prompt_of_branch]
     logprobs: list[list[float]] = [[] for _ in prompt_of_branch]
     live, step, config = list(range(len(prompt_of_branch))), 0, row.model.config

@@ -33,7 +33,7 @@ def grouped_sdpa(
     if prefix is not None:
         output = _attend_after_prefix(query, key, value, attention_mask, scaling, *prefix[module.layer_idx])
         return output.reshape(len(query), 1, query.shape[1], -1), None
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or query.device.type != "cpu":  # also of a model that was moved since
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     shape, length = query.shape, query.shape[2]
     if length == 1:  # all query heads that share keys and values are the rows of one product

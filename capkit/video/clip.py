@@ -267,7 +267,7 @@ def _check_file(path: str) -> None:
     if not os.access(path, os.R_OK):
         raise VideoError(path, "cannot be read: permission denied")
     if not os.path.getsize(path):
-        raise VideoError(path, "its size is 0 bytes")
+        raise VideoError(path, "is empty: its size is 0 bytes")
 
 
 def _to_array(frames: Any) -> NDArray[Any]:

@@ -417,7 +417,7 @@ class TestRun:
         runs = {"notebook": str(NOTEBOOKS / "01_caption_clips.ipynb"), "parameters": parameters}
         path = table(folder, yaml.safe_dump({"runs": [runs | {"name": "captions"}]}))
         assert run_command(path) == 0
-        message = "1 captions, 0 errors, 1 cut off by max_new_tokens, mean log-probability a token -"
+        message = "1 caption, 0 errors, 1 cut off by max_new_tokens, mean log-probability a token -"
         assert message in capsys.readouterr().out and message in (folder / "runs" / "index.html").read_text()
         (record,) = capkit.CaptionStore(folder / "runs" / "captions" / "results" / "captions.jsonl").current()
         assert record["status"] == "ok" and record["num_tokens"] == 4

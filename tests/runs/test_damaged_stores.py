@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import threading
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,11 +108,16 @@ STARTS = (
 CODE = [os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]  # imported when needed
 CODE += [os.path.realpath(Path(capkit.__file__).parent)]
 watched: list | None = None
+strangers: set[int] = set()  # threads that other tests left running
 
 
 def note(event, arguments):
     """Keep what is read or written, by the path behind all links, and what is started."""
-    if watched is None or event not in ("open", "os.listdir", "os.scandir", *WRITES, *STARTS):
+    if (
+        watched is None
+        or threading.get_ident() in strangers
+        or event not in ("open", "os.listdir", "os.scandir", *WRITES, *STARTS)
+    ):
         return
     names = [os.fsdecode(name) for name in arguments[:2] if isinstance(name, (str, bytes, os.PathLike))]
     is_write = event in WRITES
@@ -134,7 +140,8 @@ def only_inside(folder, readable=()):
     def stop(*_):
         pytest.fail(f"{folder}: more than {LONGEST_SECONDS} s")
 
-    global watched
+    global watched, strangers
+    strangers = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     watched, before = [], signal.signal(signal.SIGALRM, stop)
     signal.alarm(LONGEST_SECONDS)
     try:

@@ -236,7 +236,7 @@ def test_windows_of_a_video_are_clips_of_their_own(demo, tmp_path):
     table_file.write_text(f"video,text,start,end\n{CLIPS[0]},All of it.,,\n")
     assert result.with_captions("elsewhere", table_file).to_frame()["clip"].iloc[-1] == CLIPS[0]
     table_file.write_text(f"video,text,start\n{CLIPS[0]},All of it.,soon\n")
-    with pytest.raises(ValueError, match="row 1 .*start_seconds must be a finite number"):
+    with pytest.raises(ValueError, match="row 1 .*start_seconds must be a number, such as 2.5; got 'soon'"):
         result.with_captions("elsewhere", table_file)
 
 
