@@ -133,8 +133,8 @@ def _ground_all(
 ) -> list[Grounding]:
     processor = captioner.processor
     scored = [_prompt_and_tokens(captioner, clip, caption, default) for caption in captions]
-    seen = encode_frames(captioner, clip.frames)
-    grey = encode_frames(captioner, np.full_like(clip.frames[:1], GREY))
+    seen = encode_frames(captioner, clip)
+    grey = encode_frames(captioner, Clip.from_frames(np.full_like(clip.frames[:1], GREY)))
     groups: dict[tuple[int, ...], list[int]] = {}  # captions with the same frame numbers, by the video's ids
     for place, (own_prompt, _) in enumerate(scored):
         groups.setdefault(tuple(processor.video_ids(clip, own_prompt)), []).append(place)

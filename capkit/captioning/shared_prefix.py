@@ -13,7 +13,6 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
-import numpy as np
 import torch
 
 from capkit.captioning.caches import PreallocatedCache, crop, layer_tensors, prefill
@@ -26,7 +25,6 @@ from capkit.cogvlm2 import (
     CogVLM2VideoForConditionalGeneration,
     Prompt,
     PromptLike,
-    preprocess_frames,
     rotary_position_ids,
 )
 from capkit.video import Clip
@@ -119,7 +117,7 @@ class SharedVideo:
     def _video_cache(self, video_ids: list[int]) -> PreallocatedCache:
         """Cache of bos, frames and frame numbers; only the last one is kept."""
         if self._features is None:
-            self._features = encode_frames(self.captioner, self.clip.frames)
+            self._features = encode_frames(self.captioner, self.clip)
         if self._cache is None or self._ids != video_ids:
             self._cache = None  # freed before the next one is allocated
             cache = PreallocatedCache(self.captioner.model.config)
@@ -129,9 +127,9 @@ class SharedVideo:
 
 
 @torch.inference_mode()
-def encode_frames(captioner: Captioner, frames: np.ndarray) -> torch.Tensor:
-    """Features (T, tokens_per_frame, hidden_size) of uint8 RGB frames (T, H, W, 3)."""
-    pixels = preprocess_frames(frames, captioner.processor.image_size)
+def encode_frames(captioner: Captioner, clip: Clip) -> torch.Tensor:
+    """Features (T, tokens_per_frame, hidden_size) of a clip's frames."""
+    pixels = torch.from_numpy(clip.pixels(captioner.processor.image_size))
     return captioner.model.model.get_video_features(pixels.to(captioner.model.device))
 
 

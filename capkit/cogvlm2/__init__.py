@@ -16,7 +16,6 @@ from capkit.cogvlm2.processing import (
     one_prompt_each,
     pixels_to_frames,
     preprocess_frames,
-    resized_and_cut,
 )
 from capkit.cogvlm2.prompt import DEFAULT_PROMPT, FRAME_NUMBERS, TEMPLATES, Prompt, PromptLike
 
@@ -40,7 +39,6 @@ __all__ = [
     "pixels_to_frames",
     "place_features",
     "preprocess_frames",
-    "resized_and_cut",
     "rotary_position_ids",
     "use_onednn",
 ]

@@ -2,65 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from capkit.cogvlm2 import loading
 from capkit.cogvlm2.checkpoint import read_config
 from capkit.cogvlm2.prompt import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.cogvlm2.tokenizer import read_tokenizer
-from capkit.video import Clip
-
-# CLIP's mean and standard deviation, as in the original's preprocessing.
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+from capkit.video import MEAN, STD, Clip, model_pixels
 
 
 def preprocess_frames(frames: np.ndarray | torch.Tensor, image_size: int) -> torch.Tensor:
-    """Resize the short side of each frame to `image_size`, crop the centre square, normalise.
-
-    As in the original: bilinear without antialiasing, the long side rounded down. Frame by frame, so that only one
-    full-size frame is held as floats at a time.
-
-    Args:
-        frames: uint8 RGB (T, H, W, 3).
-        image_size: side of the square, in pixels.
-
-    Returns:
-        float32 (T, 3, image_size, image_size).
-    """
-    height, width = frames.shape[1:3]
-    resized, (top, left) = resized_and_cut(height, width, image_size)
-    pixels = torch.empty(len(frames), 3, image_size, image_size)
-    for frame, out in zip(frames, pixels, strict=True):
-        full = torch.as_tensor(frame).permute(2, 0, 1)[None].float()
-        if resized != (height, width):
-            full = F.interpolate(full, size=resized, mode="bilinear", align_corners=False)
-        out.copy_(full[0, :, top : top + image_size, left : left + image_size])
-    return pixels.div_(255).sub_(_MEAN).div_(_STD)
-
-
-def resized_and_cut(height: int, width: int, image_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width that a frame is resized to, and the top and left edge of the square crop in it."""
-    if height < width:
-        resized = (image_size, math.floor(width / height * image_size))
-    else:
-        resized = (math.floor(height / width * image_size), image_size)
-    top, left = (round((side - image_size) / 2) for side in resized)
-    return resized, (top, left)
+    """`capkit.video.model_pixels` of uint8 RGB frames (T, H, W, 3): float32 (T, 3, image_size, image_size)."""
+    array = frames.numpy(force=True) if isinstance(frames, torch.Tensor) else frames
+    return torch.from_numpy(model_pixels(array, image_size))
 
 
 def pixels_to_frames(pixel_values: torch.Tensor) -> np.ndarray:
     """Undo the normalisation: uint8 RGB (T, S, S, 3) from float (T, 3, S, S)."""
-    pixels = (pixel_values.cpu().float() * _STD + _MEAN) * 255
-    return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = (pixel_values.float().numpy(force=True) * STD + MEAN) * 255
+    return pixels.round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 class CogVLM2VideoProcessor(ProcessorMixin):
@@ -134,7 +100,7 @@ class CogVLM2VideoProcessor(ProcessorMixin):
             for prompt in one_prompt_each(text, len(clips))
         ]
         rows = [self.prompt_ids(clip, prompt) for clip, prompt in zip(clips, prompts, strict=True)]
-        pixels = torch.cat([preprocess_frames(clip.frames, self.image_size) for clip in clips])
+        pixels = torch.cat([torch.from_numpy(clip.pixels(self.image_size)) for clip in clips])
         inputs = BatchFeature(self.pad(rows) | {"pixel_values_videos": pixels})
         if return_mm_token_type_ids:
             image = inputs["input_ids"] == self.tokenizer.pad_token_id

@@ -15,12 +15,11 @@ from capkit.runs.ray_engine import caption_on_ray
 from capkit.runs.shards import Shard, ShardBusy, caption_shard, shard_stores
 from capkit.runs.store import (
     RECORD_FIELDS,
-    STRIP_FRAME_PIXELS,
     CaptionStore,
     StoreBusy,
+    digest_once,
     new_record,
     request_settings,
-    sha256_if_there,
     to_frame,
 )
 from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
@@ -47,14 +46,13 @@ __all__ = [
     "merge",
     "shard_stores",
     "RECORD_FIELDS",
-    "STRIP_FRAME_PIXELS",
     "CaptionStore",
     "StoreBusy",
     "Records",
     "is_stopped",
     "new_record",
     "request_settings",
-    "sha256_if_there",
+    "digest_once",
     "to_frame",
     "cut_into",
     "unseen_by_trainer",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from capkit.runs.index import is_complete
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress
-from capkit.runs.store import CaptionStore, ModelIdentity, new_record, request_settings, sha256_if_there
+from capkit.runs.store import CaptionStore, ModelIdentity, digest_once, new_record, request_settings
 from capkit.video import Clip, FrameSampling, FrameSamplingLike, at_least_one, memory_budget, positive
 
 BATCHES_TO_CHOOSE_FROM = 4  # batches of clips held, to find those of similar length
@@ -107,8 +107,9 @@ def caption_planned(
     check_numbers(batch_size, timeout_seconds, num_readers)
     todo = missing(planned, [store, *other_stores], retry_errors)
     half_memory = (memory_bytes or memory_budget()) // 2  # for reading ahead, and for choosing batches
-    prepare = partial(prepare_clip, store=store, image_size=captioner.processor.image_size)
-    ahead = (2 * batch_size, num_readers, half_memory, quarantine, prepare)
+    image_size = captioner.processor.image_size
+    prepare = partial(prepare_clip, store=store, image_size=image_size, digest=digest_once())
+    ahead = (2 * batch_size, num_readers, half_memory, quarantine, image_size, store, prepare)
     with (
         Progress("clips", len(todo), len(planned) - len(todo), heartbeat, label) as progress,
         closing(read_ahead(todo, timeout_seconds, *ahead)) as pairs,
@@ -153,10 +154,12 @@ def current_records(planned: Sequence[dict[str, Any]], stores: Iterable[CaptionS
     return [current[settings["request"]] for settings in planned]
 
 
-def prepare_clip(settings: dict[str, Any], clip: Clip, store: CaptionStore, image_size: int) -> None:
+def prepare_clip(
+    settings: dict[str, Any], clip: Clip, store: CaptionStore, image_size: int, digest: Callable[[str], str | None]
+) -> None:
     """Write a clip's picture strip and hash its file: slow work that can run while the model is busy."""
     store.save_strip(settings, clip, image_size)
-    settings["video_sha256"] = sha256_if_there(settings["video"])
+    settings["video_sha256"] = digest(settings["video"])
 
 
 Pair = tuple[dict[str, Any], Clip | Exception]  # a request's settings, with its clip or the error in reading it
@@ -183,7 +186,7 @@ def _batches(pairs: Iterable[Pair], batch_size: int, memory_bytes: int) -> Itera
             continue
         held.append((settings, clip))
         del clip  # else this frame would hold it while the model runs
-        if len(held) >= num_held or sum(clip.frames.nbytes for _, clip in held) >= memory_bytes:
+        if len(held) >= num_held or sum(clip.nbytes for _, clip in held) >= memory_bytes:
             yield _take_batch(held, batch_size)
     while held:
         yield _take_batch(held, batch_size)

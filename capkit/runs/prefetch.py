@@ -14,6 +14,7 @@ from typing import Any
 
 from capkit.cogvlm2 import Prompt
 from capkit.files import append_line, now, read_lines
+from capkit.runs.store import CaptionStore
 from capkit.video import Clip, ClipReader, ReaderHung, ReaderLost, VideoError, load_clip, memory_budget
 
 
@@ -24,6 +25,8 @@ def read_ahead(
     num_readers: int = 2,
     memory_bytes: int | None = None,
     quarantine: Quarantine | None = None,
+    image_size: int | None = None,
+    store: CaptionStore | None = None,
     prepare: Callable[[dict[str, Any], Clip], None] | None = None,
 ) -> Generator[tuple[dict[str, Any], Clip | Exception]]:
     """Yield each request with its clip, or with the error in reading it; the next ones are read meanwhile.
@@ -36,6 +39,8 @@ def read_ahead(
         memory_bytes: no new clip is begun while those that wait take this much; a clip, or the process that reads it
             (POSIX), may not take more either. None: `memory_budget()`.
         quarantine: clips not to read; those that crash or hang their reader are added.
+        image_size: as in `load_clip`.
+        store: with `image_size`, the clips come with the picture strips that this store has not.
         prepare: called in a thread with each request and its clip, once read.
     """
     memory_bytes = memory_bytes or memory_budget()
@@ -46,7 +51,7 @@ def read_ahead(
         budget.wait(number)
         reader = idle.popleft()
         try:
-            clip = read_clip(settings, timeout_seconds, reader, quarantine)
+            clip = read_clip(settings, timeout_seconds, reader, quarantine, image_size, store)
         finally:
             idle.append(reader)
         if prepare is not None and isinstance(clip, Clip):
@@ -96,7 +101,7 @@ class _MemoryBudget:
 
 
 def _num_bytes(clip: Clip | Exception) -> int:
-    return clip.frames.nbytes if isinstance(clip, Clip) else 0
+    return clip.nbytes if isinstance(clip, Clip) else 0
 
 
 def read_clip(
@@ -104,6 +109,8 @@ def read_clip(
     timeout_seconds: float | None,
     reader: ClipReader,
     quarantine: Quarantine | None,
+    image_size: int | None = None,
+    store: CaptionStore | None = None,
     retry: bool = True,
 ) -> Clip | Exception:
     """Read the clip of a request with `reader`; returns the clip, or the error. Other arguments as in `read_ahead`."""
@@ -114,10 +121,12 @@ def read_clip(
         Prompt.from_record(settings)  # a clip may have an invalid prompt of its own
         if quarantine is not None:
             quarantine.check(video)
-        return load_clip(video, settings["frame_sampling"], *window, timeout_seconds, reader)
+        with_strip = store is not None and not store.strip_path(settings).exists()
+        sampling = settings["frame_sampling"]
+        return load_clip(video, sampling, *window, timeout_seconds, reader, None, image_size, with_strip)
     except ReaderLost as error:
         if retry and not isinstance(error, ReaderHung):  # the crash may be external, such as the OOM killer's
-            return read_clip(settings, timeout_seconds, reader, quarantine, retry=False)
+            return read_clip(settings, timeout_seconds, reader, quarantine, image_size, store, retry=False)
         if quarantine is not None:
             quarantine.add(video, error.reason)
         return error

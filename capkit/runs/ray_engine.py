@@ -12,24 +12,25 @@ import os
 import pickle
 import socket
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
-from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, fingerprint, loading
+from capkit.cogvlm2 import DEFAULT_PROMPT, CogVLM2VideoProcessor, Prompt, PromptLike, fingerprint, loading
 from capkit.files import output_folder
 from capkit.runs.caption import caption_batch_into, check_numbers, current_records, missing, plan_clips, prepare_clip
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
 from capkit.runs.shards import Shard, ShardBusy, heartbeat_path, shard_store, shard_stores, write_plan
-from capkit.runs.store import CaptionStore, ModelIdentity
+from capkit.runs.store import CaptionStore, ModelIdentity, digest_once
 from capkit.text import encodable
 from capkit.video import Clip, ClipReader, FrameSamplingLike
 
+Batch = dict[str, np.ndarray]  # Ray's
 SHARD = Shard()  # on Ray a folder is one shard, in several stores
 
 
@@ -98,7 +99,7 @@ def caption_on_ray(
     resources = {"num_cpus": cpus_per_captioner, "num_gpus": gpus_per_captioner}
     model_arguments = (model, device, dtype, quantization, revision)
     with shard_store(folder, SHARD).hold(ShardBusy):
-        identity = ray.get(ray.remote(_identify).options(**resources).remote(*model_arguments))
+        identity, image_size = ray.get(ray.remote(_identify).options(**resources).remote(*model_arguments))
         planned = plan_clips(identity, items, prompt, decoding, frame_sampling)
         write_plan(folder, SHARD, items, planned, Prompt.of(prompt))
         stores = map(CaptionStore, shard_stores(folder))
@@ -106,26 +107,30 @@ def caption_on_ray(
         with Progress("clips", len(todo), len(planned) - len(todo), heartbeat_path(folder, SHARD)) as progress:
             pool = ray.data.ActorPoolStrategy(size=num_captioners)
             captioning = {"batch_size": batch_size, "compute": pool, **resources}
-            for record in _stream(todo, folder, model_arguments, timeout_seconds, cpus_per_reader, captioning):
+            read = functools.partial(_read, folder=folder, timeout_seconds=timeout_seconds, image_size=image_size)
+            for record in _stream(todo, folder, model_arguments, read, cpus_per_reader, captioning):
                 progress.update(record)
     return current_records(planned, map(CaptionStore, shard_stores(folder)))
 
 
-def _identify(model: str, device: str, dtype: str, quantization: str | None, revision: str | None) -> ModelIdentity:
-    """The identity of a model, without loading it. To be run where the model will, because the dtype depends on it."""
+def _identify(
+    model: str, device: str, dtype: str, quantization: str | None, revision: str | None
+) -> tuple[ModelIdentity, int]:
+    """A model's identity and image size, without loading it. Run it where the model will: the dtype depends on it."""
     place = loading.choose_device(device)
     chosen = loading.choose_dtype(dtype, place)
     if quantization is not None:
         loading.quantization_config(quantization, chosen, place)  # raises before anything is downloaded
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)
-    return ModelIdentity(model, fingerprint(folder), str(chosen).removeprefix("torch."), quantization)
+    image_size = CogVLM2VideoProcessor.from_pretrained(folder).image_size
+    return ModelIdentity(model, fingerprint(folder), str(chosen).removeprefix("torch."), quantization), image_size
 
 
 def _stream(
     todo: Sequence[dict[str, Any]],
     folder: Path,
     model_arguments: tuple[Any, ...],
-    timeout_seconds: float,
+    read: Callable[[Batch], Batch],
     cpus_per_reader: float,
     captioning: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
@@ -140,7 +145,6 @@ def _stream(
     context.target_max_block_size, context.enable_progress_bars = 200, False
     try:
         rows = [{"settings": pickle.dumps(settings)} for settings in todo]
-        read = functools.partial(_read, folder=folder, timeout_seconds=timeout_seconds)
         data: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(todo))
         data = data.map_batches(read, batch_size=1, num_cpus=cpus_per_reader)
         data = data.map_batches(_CaptionerActor, fn_constructor_args=(folder, model_arguments), **captioning)
@@ -150,17 +154,22 @@ def _stream(
 
 
 @functools.cache
-def _reader() -> ClipReader:
-    """The clip reader of this worker process, which Ray reuses."""
-    return ClipReader()
+def _reader() -> tuple[ClipReader, Callable[[str], str | None]]:
+    """The clip reader of this worker process, which Ray reuses, and the digests of the files that it read."""
+    return ClipReader(), digest_once()
 
 
-def _read(batch: dict[str, np.ndarray], folder: Path, timeout_seconds: float) -> dict[str, np.ndarray]:
+def _read(batch: Batch, folder: Path, timeout_seconds: float, image_size: int) -> Batch:
     """On a CPU: read clips, or get the errors, which Ray would drop the block for; pickled with their settings."""
+    (reader, digest), store = _reader(), shard_store(folder, SHARD)  # whose strips all share
     own = folder / f"ray-{socket.gethostname()}.quarantine.jsonl"
     quarantine = Quarantine(own, folder.glob("*.quarantine.jsonl"))
-    requests = map(pickle.loads, batch["settings"])
-    pairs = [(settings, read_clip(settings, timeout_seconds, _reader(), quarantine)) for settings in requests]
+    pairs = []
+    for settings in map(pickle.loads, batch["settings"]):
+        clip = read_clip(settings, timeout_seconds, reader, quarantine, image_size, store)
+        if isinstance(clip, Clip):
+            prepare_clip(settings, clip, store, image_size, digest)
+        pairs.append((settings, clip))
     return {"pair": np.array([pickle.dumps(pair, protocol=5) for pair in pairs], dtype=object)}
 
 
@@ -171,11 +180,8 @@ class _CaptionerActor:
         self.captioner = load_captioner(*model_arguments)
         self.store = CaptionStore(folder / f"ray-{uuid.uuid4().hex}.jsonl", folder / "captions_strips")
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    def __call__(self, batch: Batch) -> dict[str, list[str]]:
         pairs = [pickle.loads(pair) for pair in batch["pair"]]
-        for settings, clip in pairs:
-            if isinstance(clip, Clip):
-                prepare_clip(settings, clip, self.store, self.captioner.processor.image_size)
         records = caption_batch_into(self.captioner, pairs, self.store)
         names = ("status", "error", "video")
         return {name: [encodable(record[name] or "") for record in records] for name in names}

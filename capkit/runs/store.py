@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
@@ -25,15 +24,12 @@ from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock
 from capkit.runs.index import Records, StoreIndex
 from capkit.runs.lines import MAX_LINE_BYTES, MAX_TEXT_CHARACTERS, check_line, read_store
 from capkit.text import encodable
-from capkit.video import Clip, FrameSampling, FrameSamplingLike
+from capkit.video import Clip, FrameSampling, FrameSamplingLike, draw_strip
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STRIP_FRAME_PIXELS = 112  # half of what the published model sees: a strip of 24 frames is about 25 KB
-STRIP_COLUMNS = 12
-STRIP_MAX_ROWS = 140  # WebP takes 16383 pixels; more frames go into more columns
-STRIP_GAP_PIXELS = 2
+DIGESTS_KEPT = 1000  # a video's windows follow one another
 MOST_STRIP_BYTES, MOST_STRIP_PIXELS = 2**24, 2**26  # that are shown: of some 5,000 frames
 
 
@@ -179,16 +175,8 @@ class CaptionStore:
         path = self.strip_path(record)
         if path.exists():
             return path
-        seen = pixels_to_frames(preprocess_frames(clip.frames, image_size))
-        side, columns = STRIP_FRAME_PIXELS, min(len(seen), max(STRIP_COLUMNS, -(-len(seen) // STRIP_MAX_ROWS)))
-        pitch, rows = side + STRIP_GAP_PIXELS, -(-len(seen) // columns)
-        strip = Image.new("RGB", (columns * pitch - STRIP_GAP_PIXELS, rows * pitch - STRIP_GAP_PIXELS), "white")
-        for index, frame in enumerate(seen):
-            small = Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS)
-            strip.paste(small, (index % columns * pitch, index // columns * pitch))
-        picture = io.BytesIO()
-        strip.save(picture, "webp", quality=60)
-        return atomic_write(path, picture.getvalue())
+        strip = clip.seen.strip if clip.seen else None
+        return atomic_write(path, strip or draw_strip(pixels_to_frames(preprocess_frames(clip.frames, image_size))))
 
 
 @dataclass(frozen=True)
@@ -308,6 +296,27 @@ def sha256_if_there(path: str) -> str | None:
         return file_sha256(path)
     except OSError:
         return None
+
+
+def digest_once() -> Callable[[str], str | None]:
+    """`sha256_if_there` for several threads: once for each file, though many windows of it are captioned."""
+    lock, latest = threading.Lock(), dict[tuple[str, int, int], tuple[threading.Lock, list[str | None]]]()
+
+    def digest(path: str) -> str | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        with lock:
+            own_lock, known = latest.setdefault((path, status.st_size, status.st_mtime_ns), (threading.Lock(), []))
+            if len(latest) > DIGESTS_KEPT:
+                del latest[next(iter(latest))]
+        with own_lock:
+            if not known:
+                known.append(sha256_if_there(path))
+            return known[0]
+
+    return digest
 
 
 RECORD_FIELDS = tuple(new_record(request_settings(ModelIdentity("", "", "", None), os.sep, Prompt()), ValueError()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from collections import defaultdict
@@ -20,11 +19,11 @@ from capkit.runs import (
     check_numbers,
     choose_columns,
     clip_id,
+    digest_once,
     new_record,
     read_ahead,
     read_rows,
     request_settings,
-    sha256_if_there,
     to_frame,
 )
 from capkit.sweep.plan import Source, SweepPlan, plan_sweep
@@ -250,7 +249,7 @@ def _run_plan(
     timeout_seconds: float | None,
 ) -> SweepResult:
     done = store.done(retry_errors) if store else set()
-    hash_once = functools.cache(sha256_if_there)  # a clip is read once for each frame sampling
+    digest, image_size = digest_once(), captioner.processor.image_size
     order: list[str] = []
     todo: dict[tuple[Source, FrameSampling], list[Request]] = {}
     for source, cell, sample in plan.requests():
@@ -265,20 +264,20 @@ def _run_plan(
     num_todo = sum(len(group) for group in todo.values())
 
     def prepare(settings: dict[str, Any], _: Clip) -> None:
-        hash_once(settings["video"])  # while the model is busy
+        digest(settings["video"])  # while the model is busy
 
     with (
         Progress("captions", num_todo, len(order) - num_todo) as progress,
-        closing(_read_clips(todo, timeout_seconds, prepare)) as clips_read,
+        closing(_read_clips(todo, timeout_seconds, image_size, store, prepare)) as clips_read,
     ):
         for group, clip in clips_read:
             seen = clip if isinstance(clip, Clip) else None
             for settings, outcome in _caption_group(captioner, clip, group):
                 if seen:
-                    settings["video_sha256"] = hash_once(settings["video"])
+                    settings["video_sha256"] = digest(settings["video"])
                 records[settings["request"]] = record = new_record(settings, outcome, seen)
                 if store and seen:
-                    store.save_strip(settings, seen, captioner.processor.image_size)
+                    store.save_strip(settings, seen, image_size)
                 if store:
                     store.append(record)
                 progress.update(record)
@@ -288,6 +287,8 @@ def _run_plan(
 def _read_clips(
     todo: dict[tuple[Source, FrameSampling], list[Request]],
     timeout_seconds: float | None,
+    image_size: int,
+    store: CaptionStore | None,
     prepare: Callable[[dict[str, Any], Clip], None],
 ) -> Generator[tuple[list[Request], Clip | Exception]]:
     """The requests for each clip and frame sampling, with its frames, or the error in reading it; files read ahead."""
@@ -297,9 +298,9 @@ def _read_clips(
             yield group, source.clip
         else:
             from_files.append(group)
-    with closing(
-        read_ahead((group[0][0] for group in from_files), timeout_seconds, num_ahead=2, prepare=prepare)
-    ) as clips:
+    first = (group[0][0] for group in from_files)
+    ahead = read_ahead(first, timeout_seconds, num_ahead=2, image_size=image_size, store=store, prepare=prepare)
+    with closing(ahead) as clips:
         for group, (_, clip) in zip(from_files, clips, strict=True):
             yield group, clip
 

@@ -12,10 +12,14 @@ from capkit.video.sampling import (
     finite_float,
     positive,
 )
+from capkit.video.seen import MEAN, STD, STRIP_FRAME_PIXELS, draw_strip, model_pixels, resized_and_cut
 from capkit.video.worker import WorkerProcess
 
 __all__ = [
+    "MEAN",
+    "STD",
     "STRATEGIES",
+    "STRIP_FRAME_PIXELS",
     "Clip",
     "ClipReader",
     "FrameSampling",
@@ -27,8 +31,11 @@ __all__ = [
     "WorkerProcess",
     "at_least_one",
     "check_window",
+    "draw_strip",
     "finite_float",
     "load_clip",
     "memory_budget",
+    "model_pixels",
     "positive",
+    "resized_and_cut",
 ]

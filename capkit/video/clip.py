@@ -13,7 +13,8 @@ from capkit.video.container import VideoError
 from capkit.video.decord_frames import decode_with_decord
 from capkit.video.pictures import VideoInfo
 from capkit.video.reading import read_frames
-from capkit.video.sampling import FrameSampling, FrameSamplingLike, check_window, positive
+from capkit.video.sampling import FrameSampling, FrameSamplingLike, at_least_one, check_window, positive
+from capkit.video.seen import Pixels, Seen, SeenFrames, grid_checksum, model_pixels
 from capkit.video.worker import WorkerProcess
 
 
@@ -22,13 +23,14 @@ class Clip:
     """Frames of a video, with their times and where they come from.
 
     Attributes:
-        frames: uint8 RGB, shape (T, H, W, 3).
+        frames: uint8 RGB, shape (T, H, W, 3); with `seen`, only the squares that the model sees, (T, S, S, 3).
         frame_indices: T indices into the file's frames in the order of showing; the first frame is 0.
         timestamps_seconds: float64, shape (T,): start of each frame, counted from the file's first frame, also if only
             a window was read.
         info: facts about the file; `info.notes` is what may make frames look different from a player's.
         frame_sampling: None for frames in memory.
         start_seconds, end_seconds: the window that was sampled; end None for the end of the video.
+        seen: what a model sees, if `load_clip` was given its `image_size`.
     """
 
     frames: NDArray[np.uint8]
@@ -38,6 +40,7 @@ class Clip:
     frame_sampling: FrameSampling | None = None
     start_seconds: float = 0.0
     end_seconds: float | None = None
+    seen: Seen | None = None
 
     def __post_init__(self) -> None:
         _check_frames(self.frames)
@@ -85,6 +88,28 @@ class Clip:
         return f"Clip({', '.join(facts + self.info.notes)})"
 
     @property
+    def nbytes(self) -> int:
+        """Memory that the pixels take."""
+        return self.frames.nbytes + (self.seen.pixels.nbytes if self.seen else 0)
+
+    @property
+    def checksum(self) -> int:
+        """Checksum of a grid of the full frames' pixels."""
+        return self.seen.checksum if self.seen else grid_checksum(self.frames)
+
+    def pixels(self, image_size: int) -> Pixels:
+        """What a model sees of the frames, float32 (T, 3, image_size, image_size), see `capkit.video.model_pixels`.
+
+        Raises:
+            ValueError: the clip was read for a model of another image size.
+        """
+        if self.seen is None:
+            return model_pixels(self.frames, image_size)
+        if (size := self.seen.pixels.shape[-1]) != image_size:
+            raise ValueError(f"{self!r} was read with image_size={size}; read it again, with image_size={image_size}")
+        return self.seen.pixels
+
+    @property
     def one_frame_a_second(self) -> bool:
         """Whether frame i is nearest to second i of the window: then the frame numbers in the prompt are seconds."""
         return [round(time - self.start_seconds) for time in self.timestamps_seconds] == list(range(len(self)))
@@ -98,6 +123,8 @@ def load_clip(
     timeout_seconds: float | None = 60.0,
     reader: "ClipReader | None" = None,
     memory_bytes: int | None = None,
+    image_size: int | None = None,
+    with_strip: bool = False,
 ) -> Clip:
     """Read the sampled frames of a video, or of its window start_seconds <= time < end_seconds.
 
@@ -113,6 +140,9 @@ def load_clip(
         reader: a `capkit.video.ClipReader`, to read many clips in one worker process; None: start one for this clip.
         memory_bytes: limit for the clip's frames; on POSIX for all memory of the worker process, which itself needs 100
             MB. None: half of the free memory, at most 8 GiB; with `reader`, its limit.
+        image_size: keep only what a model sees that takes squares of this side (`captioner.processor.image_size`): the
+            captions are the same, and a clip of 24 frames takes 20 MB whatever its resolution. None: full frames.
+        with_strip: with `image_size`, also draw the small picture that goes beside a caption, `clip.seen.strip`.
 
     Raises:
         VideoError: the file cannot be read, not all sampled frames can be decoded, no frame is in the window, or the
@@ -129,13 +159,16 @@ def load_clip(
     start_seconds, end_seconds = float(start_seconds), None if end_seconds is None else float(end_seconds)
     if memory_bytes is not None:
         memory_bytes = int(positive("memory_bytes", memory_bytes))
+    if image_size is not None:
+        image_size = at_least_one("image_size", image_size)
+    arguments = (path, sampling, start_seconds, end_seconds, image_size, with_strip)
     try:
         if timeout_seconds is None:
             limit = memory_bytes or memory_budget()
-            return _read(path, sampling, start_seconds, end_seconds, limit)
+            return _read(limit, *arguments)
         with ClipReader(memory_bytes) if reader is None else nullcontext(reader) as reader:
             limit = reader.memory_bytes
-            return reader.read(path, sampling, start_seconds, end_seconds, timeout_seconds)
+            return reader.read(timeout_seconds, *arguments)
     except MemoryError:
         limits = f"{limit / 2**30:.1f} GiB (memory_bytes)"
         problem = f"reading it takes more memory than {limits}; sample fewer frames, or allow more"
@@ -170,23 +203,15 @@ class ClipReader(WorkerProcess):
         self.memory_bytes = memory_budget() if memory_bytes is None else memory_bytes
         super().__init__(__name__, "_read", self.memory_bytes)
 
-    def read(
-        self,
-        path: str,
-        sampling: FrameSampling,
-        start_seconds: float,
-        end_seconds: float | None,
-        timeout_seconds: float,
-    ) -> Clip:
-        """Read a clip in the worker process; `load_clip` checks the arguments.
+    def read(self, timeout_seconds: float, path: str, *arguments: Any) -> Clip:
+        """Read a clip in the worker process; `arguments` are those of `_read`, which `load_clip` checks.
 
         Raises:
             MemoryError: reading takes more than `memory_bytes`.
         """
         try:
             # The frames are in both processes for a moment.
-            limit = self.memory_bytes // 2
-            return self.call(path, sampling, start_seconds, end_seconds, limit, timeout_seconds=timeout_seconds)
+            return self.call(self.memory_bytes // 2, path, *arguments, timeout_seconds=timeout_seconds)
         except TimeoutError as error:
             raise ReaderHung(path, f"reading {error}; raise timeout_seconds if it is a long video") from None
         except ImportError as error:
@@ -200,7 +225,13 @@ class ClipReader(WorkerProcess):
 
 
 def _read(
-    path: str, sampling: FrameSampling, start_seconds: float, end_seconds: float | None, memory_bytes: int
+    memory_bytes: int,
+    path: str,
+    sampling: FrameSampling,
+    start_seconds: float,
+    end_seconds: float | None,
+    image_size: int | None,
+    with_strip: bool,
 ) -> Clip:
     def choose(times: NDArray[np.float64], info: VideoInfo) -> list[int]:
         indices = sampling.frame_indices(times, info.average_fps, start_seconds, end_seconds)
@@ -209,10 +240,17 @@ def _read(
             raise VideoError(path, f"no frame starts between {window}; the video lasts {info.duration_seconds:g} s")
         return indices
 
-    frames, indices, times, info = read_frames(path, choose, memory_bytes)
-    if sampling.decoder == "decord":
-        frames = decode_with_decord(path, indices, times, frames)
-    return Clip(frames, indices, times, info, sampling, start_seconds, end_seconds)
+    by_decord = sampling.decoder == "decord"  # which needs our full frames, to compare
+    frames, indices, times, info = read_frames(path, choose, memory_bytes, None if by_decord else image_size)
+    seen = None
+    if isinstance(frames, np.ndarray):
+        if by_decord:
+            frames = decode_with_decord(path, indices, times, frames)
+        if image_size is not None:
+            frames = SeenFrames.of(frames, image_size)
+    if isinstance(frames, SeenFrames):
+        frames, seen = frames.finish(with_strip)
+    return Clip(frames, indices, times, info, sampling, start_seconds, end_seconds, seen)
 
 
 def _check_file(path: str) -> None:

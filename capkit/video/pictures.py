@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capkit.video.container import VideoError, VideoFile
 from capkit.video.headers import Cropping
+from capkit.video.seen import SEEN_BYTES, Frames, SeenFrames
 
 if TYPE_CHECKING:
     from av import VideoFrame
-
-    from capkit.video.container import VideoFile
 
 Matrix = tuple[int, int, int, int]
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics in ITU-T H.273
@@ -42,7 +42,7 @@ class VideoInfo:
         num_frames: number of frames that a player shows.
         average_fps: frames per second, as the file says; uneven frame times may have another average.
         duration_seconds: from the first frame's start to the last frame's end.
-        height, width: of the frames in `Clip.frames`, in pixels.
+        height, width: of full frames as in `Clip.frames`, in pixels.
         codec: FFmpeg's name, such as "h264".
         orientation: how the stored frames were turned to be upright.
         sample_aspect_ratio: width of a stored pixel divided by its height; frames are scaled to square pixels.
@@ -172,6 +172,71 @@ class PictureFormat:
             pixels = pixels if a else pixels.transpose(1, 0, 2)
             pixels = pixels[:: b + d, :: a + c]
         return pixels
+
+
+class Pictures:
+    """The wanted frames, once all are there: `frames`, uint8 RGB (T, H, W, 3), or `SeenFrames` of `image_size`.
+
+    Raises:
+        VideoError: they take more than `memory_bytes`.
+    """
+
+    frames: Frames | SeenFrames
+
+    def __init__(self, info: VideoInfo, indices: list[int], memory_bytes: int | None, image_size: int | None) -> None:
+        self._info, self._memory_bytes, self._image_size = info, memory_bytes, image_size
+        self._positions: dict[int, list[int]] = {}
+        for position, index in enumerate(indices):
+            self._positions.setdefault(index, []).append(position)
+        self._num_frames = len(indices)
+        self._format: PictureFormat | None = None
+        self._is_interlaced = self._changes_shape = False
+
+    def wants(self, index: int) -> bool:
+        """Whether this frame is wanted and has not come yet."""
+        return index in self._positions
+
+    def set_format(self, frame: VideoFrame, video: VideoFile) -> None:
+        """Learn the format from the first frame that is decoded, a keyframe: not all others may tell it."""
+        if self._format is None:
+            self._format = PictureFormat.of(video, frame)
+            height, width, _ = shape = self._format.shape
+            if min(shape) < 1:
+                raise VideoError(video.path, f"its headers crop the whole picture away, by {video.cropping}")
+            frame_bytes = height * width * 3 if self._image_size is None else SEEN_BYTES * self._image_size**2
+            num_bytes = self._num_frames * frame_bytes
+            if self._memory_bytes is not None and num_bytes > self._memory_bytes:
+                sizes = (
+                    f"{num_bytes / 2**30:.1f} GiB, memory_bytes leaves {self._memory_bytes / 2**30:.1f} GiB for them"
+                )
+                problem = f"{self._num_frames} frames of {width} x {height} pixels take {sizes}; sample fewer frames"
+                raise VideoError(str(self._info.path), problem)
+            if self._image_size is None:
+                self.frames = np.empty((self._num_frames, *shape), np.uint8)
+            else:
+                self.frames = SeenFrames(self._num_frames, self._image_size)
+
+    def take(self, index: int, frame: VideoFrame, video: VideoFile) -> None:
+        """Keep a frame, if it is wanted."""
+        if self._format and (positions := self._positions.pop(index, [])):
+            self.frames[positions] = self._format.to_rgb(frame)
+            self._is_interlaced |= frame.interlaced_frame
+            self._changes_shape |= not self._format.is_of(video, frame)
+
+    def describe(self) -> VideoInfo:
+        """The video's facts, with what its frames told."""
+        assert self._format
+        height, width, _ = self._format.shape
+        return replace(
+            self._info,
+            height=height,
+            width=width,
+            orientation=self._format.orientation,
+            sample_aspect_ratio=float(self._format.sample_aspect_ratio),
+            hdr=self._format.hdr,
+            interlaced=self._is_interlaced,
+            changes_shape=self._changes_shape,
+        )
 
 
 def _as_progressive(frame: VideoFrame) -> VideoFrame:

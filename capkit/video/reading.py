@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from capkit.video.bitstream import has_display_orientation, is_picture, is_random_access_point, num_shown_frames
 from capkit.video.container import DECODERS, OUT_OF_MEMORY, VideoError, VideoFile
-from capkit.video.pictures import PictureFormat, VideoInfo
+from capkit.video.pictures import Pictures, VideoInfo
+from capkit.video.seen import Frames, SeenFrames
 
 if TYPE_CHECKING:
-    from av import Packet, VideoFrame, VideoStream
+    from av import Packet, VideoStream
 
-Frames = NDArray[np.uint8]
 Times = NDArray[np.float64]
 Choose = Callable[[Times, VideoInfo], list[int]]
 
@@ -74,8 +74,8 @@ class _NotAsListed(VideoError):
 
 
 def read_frames(
-    path: str, choose: Choose, memory_bytes: int | None = None
-) -> tuple[Frames, list[int], Times, VideoInfo]:
+    path: str, choose: Choose, memory_bytes: int | None = None, image_size: int | None = None
+) -> tuple[Frames | SeenFrames, list[int], Times, VideoInfo]:
     """Read the frames that `choose` picks.
 
     Args:
@@ -83,9 +83,11 @@ def read_frames(
         choose: from timestamps_seconds, float64 (n,), and a `VideoInfo` to the indices of the wanted frames. It is
             called again if the file's packets told of other frames.
         memory_bytes: the most that the frames may take; None: no limit.
+        image_size: keep only what a model that sees squares of this side sees; None: full frames.
 
     Returns:
-        frames, uint8 RGB (T, H, W, 3); their indices; their timestamps_seconds, float64 (T,); the file's `VideoInfo`.
+        frames, uint8 RGB (T, H, W, 3), or `SeenFrames`; their indices; their timestamps_seconds, float64 (T,); the
+        file's `VideoInfo`.
 
     Raises:
         VideoError: the file cannot be read, or not all wanted frames can be decoded.
@@ -96,8 +98,8 @@ def read_frames(
             may_seek = listing.is_even or listing.info.num_frames > MAX_CHECKED
             for by_seeking in (True, False) if may_seek else (False,):
                 with suppress(_NotAsListed):
-                    return _read(listing, choose, memory_bytes, by_seeking)
-        return _read(_list_by_decoding(path), choose, memory_bytes, by_seeking=False)
+                    return _read(listing, choose, memory_bytes, image_size, by_seeking)
+        return _read(_list_by_decoding(path), choose, memory_bytes, image_size, by_seeking=False)
 
 
 def read_timestamps(path: str) -> tuple[Times, VideoInfo]:
@@ -256,71 +258,12 @@ def _listing(
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-class _Pictures:
-    """The wanted frames: uint8 RGB, (T, H, W, 3), once all are there.
-
-    Raises:
-        VideoError: they take more than `memory_bytes`.
-    """
-
-    def __init__(self, info: VideoInfo, indices: list[int], memory_bytes: int | None) -> None:
-        self._info, self._memory_bytes = info, memory_bytes
-        self._positions: dict[int, list[int]] = {}
-        for position, index in enumerate(indices):
-            self._positions.setdefault(index, []).append(position)
-        self._num_frames = len(indices)
-        self._format: PictureFormat | None = None
-        self._is_interlaced = self._changes_shape = False
-
-    def wants(self, index: int) -> bool:
-        """Whether this frame is wanted and has not come yet."""
-        return index in self._positions
-
-    def set_format(self, frame: VideoFrame, video: VideoFile) -> None:
-        """Learn the format from the first frame that is decoded, a keyframe: not all others may tell it."""
-        if self._format is None:
-            self._format = PictureFormat.of(video, frame)
-            height, width, _ = shape = self._format.shape
-            if min(shape) < 1:
-                raise VideoError(video.path, f"its headers crop the whole picture away, by {video.cropping}")
-            num_bytes = self._num_frames * height * width * 3
-            if self._memory_bytes is not None and num_bytes > self._memory_bytes:
-                sizes = (
-                    f"{num_bytes / 2**30:.1f} GiB, memory_bytes leaves {self._memory_bytes / 2**30:.1f} GiB for them"
-                )
-                problem = f"{self._num_frames} frames of {width} x {height} pixels take {sizes}; sample fewer frames"
-                raise VideoError(str(self._info.path), problem)
-            self.frames = np.empty((self._num_frames, *shape), np.uint8)
-
-    def take(self, index: int, frame: VideoFrame, video: VideoFile) -> None:
-        """Keep a frame, if it is wanted."""
-        if self._format and (positions := self._positions.pop(index, [])):
-            self.frames[positions] = self._format.to_rgb(frame)
-            self._is_interlaced |= frame.interlaced_frame
-            self._changes_shape |= not self._format.is_of(video, frame)
-
-    def describe(self) -> VideoInfo:
-        """The video's facts, with what its frames told."""
-        assert self._format
-        height, width, _ = self._format.shape
-        return replace(
-            self._info,
-            height=height,
-            width=width,
-            orientation=self._format.orientation,
-            sample_aspect_ratio=float(self._format.sample_aspect_ratio),
-            hdr=self._format.hdr,
-            interlaced=self._is_interlaced,
-            changes_shape=self._changes_shape,
-        )
-
-
 def _read(
-    listing: _Listing, choose: Choose, memory_bytes: int | None, by_seeking: bool
-) -> tuple[Frames, list[int], Times, VideoInfo]:
+    listing: _Listing, choose: Choose, memory_bytes: int | None, image_size: int | None, by_seeking: bool
+) -> tuple[Frames | SeenFrames, list[int], Times, VideoInfo]:
     """As `read_frames`, from keyframes before the wanted frames, or in order from the file's start."""
     indices = choose(listing.timestamps_seconds, listing.info)
-    pictures = _Pictures(listing.info, indices, memory_bytes)
+    pictures = Pictures(listing.info, indices, memory_bytes, image_size)
     with VideoFile(listing.path) as video:
         all_in_order = [(None, listing.info.num_frames - 1)]
         for key, last in _groups(listing, sorted(set(indices))) if by_seeking else all_in_order:
@@ -344,7 +287,7 @@ def _groups(listing: _Listing, wanted: list[int]) -> list[tuple[_Key, int]]:
     return groups
 
 
-def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pictures: _Pictures) -> None:
+def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pictures: Pictures) -> None:
     """Decode from a keyframe, or from the start, to the frame with the index `last`, taking the wanted frames.
 
     Raises:

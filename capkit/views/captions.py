@@ -12,10 +12,9 @@ from PIL import Image
 
 from capkit.captioning import Caption, Grounding, token_texts
 from capkit.cogvlm2 import CogVLM2VideoProcessor, Prompt, pixels_to_frames, preprocess_frames
-from capkit.runs import STRIP_FRAME_PIXELS
 from capkit.sweep import COGVIDEOX_T5_LIMIT, t5_counter
 from capkit.text import escape
-from capkit.video import Clip
+from capkit.video import STRIP_FRAME_PIXELS, Clip
 from capkit.views.frames import frame_label, numbers_warning
 from capkit.views.html import (
     BLUE,

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, resized_and_cut
+from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.text import escape
-from capkit.video import Clip
+from capkit.video import Clip, resized_and_cut
 from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, note, picture, to_webp
 
 FRAME_PIXELS = 240  # longer side of a frame's picture

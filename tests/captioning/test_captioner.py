@@ -12,8 +12,10 @@ from paths import GOLDEN
 import capkit
 from capkit import Decoding, Prompt
 from capkit.captioning import Chooser, draw_key
+from capkit.runs import DEMO_CLIPS
 
 FEW = Decoding(max_new_tokens=16)
+DEMO_CLIP = sorted(DEMO_CLIPS.glob("*.mp4"))[0]
 
 
 @pytest.mark.golden
@@ -32,6 +34,17 @@ def test_golden_captions(captioner, golden_cases, index):
     # The log probability of the first token, from the original's own logits.
     logits = torch.tensor(case.logits).reshape(-1, case.logits.shape[-1])[-1].double()
     assert caption.logprobs[0] == pytest.approx(float(logits.log_softmax(-1)[caption.token_ids[0]]), abs=1e-3)
+
+
+@pytest.mark.parametrize("decoding", [FEW, Decoding(max_new_tokens=16, temperature=1.0, seed=5)])
+def test_a_clip_read_for_the_model_has_the_full_ones_captions(captioner, decoding):
+    full, seen = (capkit.load_clip(DEMO_CLIP, image_size=size) for size in (None, captioner.processor.image_size))
+    caption = captioner.caption(seen, decoding=decoding)
+    assert caption.token_ids == captioner.caption(full, decoding=decoding).token_ids
+    assert captioner.score(seen, caption) == captioner.score(full, caption)
+    other = capkit.load_clip(DEMO_CLIP, image_size=28)
+    with pytest.raises(ValueError, match="was read with image_size=28; read it again, with image_size=56"):
+        captioner.caption(other)
 
 
 @pytest.mark.golden

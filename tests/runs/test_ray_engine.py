@@ -9,6 +9,7 @@ from paths import GOLDEN
 from video_factory import cut, encode_clip
 
 from capkit import CaptionStore, Decoding
+from capkit.files import file_sha256
 from capkit.runs import caption_on_ray, find_clips, merge
 from capkit.runs.shards import shard_stores
 
@@ -62,6 +63,9 @@ def test_clips_are_captioned_and_bad_ones_recorded_while_a_node_is_killed(cluste
     assert killed and len(records) == 62
     merged = merge(output)
     assert (merged.num_ok, merged.num_errors, merged.problems) == (60, 2, [])
+    good = [record for record in records if record["status"] == "ok"]
+    assert all(record["video_sha256"] == file_sha256(record["video"]) for record in good)
+    assert all(merged.store.strip_path(record).exists() for record in good)
     lines = [line for path in shard_stores(output) for line in CaptionStore(path).lines()]
     num_twice = len(lines) - len(merged.store.lines()) - 62
     with capsys.disabled():

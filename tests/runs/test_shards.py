@@ -12,10 +12,12 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from chance import seeded_random
 from paths import GOLDEN
+from PIL import Image
 from store_records import an_error, make_record
 from video_factory import cut, encode_clip
 
@@ -25,6 +27,7 @@ import capkit.runs.prefetch
 import capkit.runs.shards
 from capkit import CaptionStore, Decoding, Prompt, VideoError
 from capkit.export import export_dataset
+from capkit.files import file_sha256
 from capkit.runs import (
     Shard,
     ShardBusy,
@@ -171,6 +174,30 @@ def test_items_of_their_own_prompt_and_window(captioner, eight_clips, tmp_path):
     for record, word in zip(records[2:6], ("not empty", "marks", "between 9 s", "end_seconds"), strict=True):
         assert word in record["error"]
     assert records[6] == records[1] and len(store.lines()) == 6
+
+
+@pytest.mark.parametrize("decoding", [FEW, Decoding(max_new_tokens=6, temperature=1.0, seed=3)])
+def test_clips_come_prepared_from_the_processes_that_read_them(captioner, eight_clips, tmp_path, monkeypatch, decoding):
+    """Here nothing is preprocessed or drawn, and no file hashed twice; the records are those of full clips."""
+    video = str(eight_clips / "good 3.mp4")
+    items = [*find_clips(f"{eight_clips}/good*"), *(Item(video, start=i, end=i + 1) for i in range(1, 4))]
+    full = [capkit.load_clip(item.video, "chat", item.start, item.end) for item in items]
+    texts = [captioner.caption(clip, decoding=decoding).text for clip in full]
+    hashed = []
+    with monkeypatch.context() as patched:
+        for name in ("video.clip.model_pixels", "runs.store.preprocess_frames", "runs.store.draw_strip"):
+            patched.setattr(f"capkit.{name}", lambda *_, name=name: pytest.fail(f"{name} in this process"))
+        patched.setattr("capkit.runs.store.file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+        store = CaptionStore(tmp_path / "captions.jsonl")
+        records = caption_clips(captioner, items, store, decoding=decoding, batch_size=2)
+    assert [record["text"] for record in records] == texts and len(set(texts)) > 1
+    assert sorted(hashed) == sorted({item.video for item in items})
+    assert all(record["video_sha256"] == file_sha256(record["video"]) for record in records)
+    other = CaptionStore(tmp_path / "other.jsonl")
+    for record, clip in zip(records, full, strict=True):
+        paths = store.strip_path(record), other.save_strip(record, clip, captioner.processor.image_size)
+        strip, wanted = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in paths)
+        assert strip.shape == wanted.shape and np.abs(strip - wanted).mean() < 0.5
 
 
 def test_settings_that_fit_no_clip_stop_before_anything_starts(captioner, eight_clips, tmp_path):

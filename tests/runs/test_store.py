@@ -28,7 +28,7 @@ from capkit import CaptionStore, Decoding, Prompt, plan_sweep, run_sweep
 from capkit.export import export_dataset
 from capkit.runs import Item, StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
 from capkit.runs.caption import plan_clips
-from capkit.runs.store import ModelIdentity
+from capkit.runs.store import ModelIdentity, digest_once
 from capkit.views import show_caption
 
 
@@ -327,6 +327,28 @@ def test_strip_shows_the_frames_that_the_model_saw(store):
         top, left = index // 12 * 114 + 8, index % 12 * 114 + 8
         assert (abs(strip[top : top + 96, left : left + 96] - (255, 0, 0)) < 40).all()
     assert (strip[114 + 8 :, 2 * 114 + 8 :] > 235).all()  # 14 frames: two in the second row, the rest is empty
+
+
+def test_a_file_is_hashed_once_for_all_threads_and_again_once_it_changes(tmp_path, monkeypatch):
+    path, hashed, fails = tmp_path / "clip.mp4", [], [MemoryError()]
+    path.write_bytes(b"old")
+
+    def slow(name):
+        hashed.append(name)
+        time.sleep(0.2)
+        if fails:
+            raise fails.pop()
+        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+
+    monkeypatch.setattr("capkit.runs.store.file_sha256", slow)
+    digest = digest_once()
+    with pytest.raises(MemoryError):
+        digest(str(path))
+    with ThreadPoolExecutor(4) as pool:
+        assert {*pool.map(digest, [str(path)] * 8)} == {hashlib.sha256(b"old").hexdigest()} and len(hashed) == 2
+        path.write_bytes(b"newer")
+        assert {*pool.map(digest, [str(path)] * 8)} == {hashlib.sha256(b"newer").hexdigest()} and len(hashed) == 3
+    assert digest(str(tmp_path / "gone.mp4")) is None
 
 
 def test_clips_of_the_same_frames_may_save_their_strip_at_the_same_time(store):

@@ -240,10 +240,10 @@ def test_windows_of_a_video_are_clips_of_their_own(demo, tmp_path):
         result.with_captions("elsewhere", table_file)
 
 
-def test_a_video_is_hashed_once_however_many_captions_it_has(demo, tmp_path, monkeypatch):
+def test_a_video_is_prepared_where_it_is_read_and_hashed_once_however_many_captions_it_has(demo, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr("capkit.sweep.run.sha256_if_there", lambda path: hashed.append(path) or file_sha256(path))
-    monkeypatch.setattr("capkit.runs.store.sha256_if_there", lambda path: pytest.fail("hashed for a single caption"))
+    monkeypatch.setattr("capkit.runs.store.file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    monkeypatch.setattr("capkit.video.clip.model_pixels", lambda *_: pytest.fail("preprocessed in this process"))
     decodings = [{"max_new_tokens": 2}, WARM]
     result = run_sweep(demo, CLIPS[:2], tmp_path / "s.jsonl", prompts=["default", "Why?"], decodings=decodings)
     assert sorted(hashed) == CLIPS[:2] and len(result.records) == 8

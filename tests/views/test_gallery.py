@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import capkit
-from capkit.runs import STRIP_FRAME_PIXELS
+from capkit.video import STRIP_FRAME_PIXELS
 from capkit.views import show_captions, write_gallery
 from capkit.views.gallery import STRIP_BYTES
 
