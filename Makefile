@@ -36,7 +36,7 @@ test-oldest: .venv-oldest/dev
 	.venv-oldest/bin/python -m pytest -m golden tests/video tests/cogvlm2 tests/captioning
 
 GPU_SIZE := full
-GPU_PARTS := stages captions batches sweeps compiled loading profiling
+GPU_PARTS := stages captions batches sweeps second_day grounding compiled loading profiling
 GPU_RESULTS := notebooks/results
 
 gpu:

@@ -20,6 +20,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from capkit.text import show_warnings_plainly
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the two lists
@@ -70,11 +72,15 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _register_formatters() -> None:
-    """Have IPython show clips, captions and sweeps as `capkit.views` draws them; that is imported with the first."""
+def _prepare_notebook() -> None:
+    """Have IPython show capkit's warnings in a plain line, and clips, captions and sweeps as `capkit.views` draws them.
+
+    The views are imported with the first of these.
+    """
     shell = sys.modules["IPython"].get_ipython()
     if shell is None:
         return
+    show_warnings_plainly()
 
     def draw_with(function: str) -> Callable[[Any], str]:
         return lambda value: getattr(importlib.import_module("capkit.views"), function)(value).html
@@ -86,4 +92,4 @@ def _register_formatters() -> None:
 
 
 if sys.modules.get("IPython"):
-    _register_formatters()
+    _prepare_notebook()

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import glob
 import json
 import mmap
 import os
+import reprlib
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capkit.doctor import run_command as run_doctor
-from capkit.text import plain_text
+from capkit.text import plain_text, plural, show_warnings_plainly
 
 if TYPE_CHECKING:
     from capkit.captioning import Captioner
@@ -39,6 +42,8 @@ exit codes, of all commands:
   130  stopped by Ctrl-C or SIGTERM"""
 STOPPED = "capkit: stopped; all that is written is kept, and the same command continues"
 ONE_OF_SEVERAL = "CAPKIT_ONE_OF_SEVERAL"  # set for the processes of `--devices`: the one that started them speaks
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+SEARCHED_LEVELS = 3  # below a folder without captions, for the stores to name
 GRACE_SECONDS = 1.5  # from Ctrl-C to the end of the process, even if a library does not return
 
 
@@ -77,17 +82,28 @@ def _with_exit_codes(make: Callable[..., argparse.ArgumentParser], about: str, *
     return make(description=about, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter, **names)
 
 
-def _path(text: str) -> Path:
-    if not text:
+def _text(text: str) -> str:
+    if not text.strip():  # as of a variable that a script has not set
         raise argparse.ArgumentTypeError("is empty")
-    return Path(text).expanduser()
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text)).expanduser()
+
+
+def _names(text: str) -> list[str]:
+    if names := [name.strip() for name in text.split(",") if name.strip()]:
+        return names
+    raise argparse.ArgumentTypeError(f"{text!r} names none")
 
 
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON, such as '{{\"max_new_tokens\": 300}}'") from None
+    except (ValueError, RecursionError):
+        example = '{"max_new_tokens": 300}'
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not JSON, such as {example!r}") from None
 
 
 def _add_caption_shard(commands: Subparsers) -> None:
@@ -97,19 +113,20 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add = parser.add_argument
     add("videos", nargs="+", help="manifest (.csv, .tsv, .jsonl, .json, .parquet), folder, glob or video")
     add("--output", required=True, type=_path, metavar="DIR", help="folder that all shards share")
-    add("--shard", help="such as 2/8, the first is 0/8; default: from the environment of Slurm or torchrun, else 0/1")
-    add("--model", default="demo", help='"demo", a folder, or a name on the Hugging Face hub')
-    add("--revision", help="branch, tag or commit on the hub")
+    environment = "from the environment of Slurm or torchrun, else 0/1"
+    add("--shard", type=_text, help=f"such as 2/8, the first is 0/8; default: {environment}")
+    add("--model", type=_text, default="demo", help='"demo", a folder, or a name on the Hugging Face hub')
+    add("--revision", type=_text, help="branch, tag or commit on the hub")
     add("--quantization", choices=["4bit", "8bit"])
-    add("--dtype", default="auto")
+    add("--dtype", type=_text, default="auto")
     add(
         "--features-dir",
         type=_path,
         metavar="DIR",
         help="keep what the vision tower made of each frame, for later runs",
     )
-    add("--device", default="auto", help="such as cuda:1; default: the GPU of this local rank, or the CPU")
-    add("--devices", default="", help="such as cuda:0,cuda:1: split the shard over one process for each device")
+    add("--device", type=_text, default="auto", help="such as cuda:1; default: the GPU of this local rank, or the CPU")
+    add("--devices", type=_names, help="such as cuda:0,cuda:1: split the shard over one process for each device")
     add("--prompt", help="for clips without a prompt in the manifest")
     add("--template", default="chat", choices=["chat", "vqa", "base"])
     add("--frame-numbers", default="index", choices=["index", "seconds"])
@@ -117,7 +134,8 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--num-frames", type=int, default=24, help="maximum number of sampled frames")
     add("--frames-per-second", type=float, help="for --frame-sampling fps")
     add("--window-seconds", type=float, help="caption long videos in windows of this length")
-    add("--trainer", help="caption only the part of each video that cogvideo, cogkit, diffusers or sat trains on")
+    trainers = "cogvideo, cogkit, diffusers or sat"
+    add("--trainer", type=_text, help=f"caption only the part of each video that {trainers} trains on")
     add("--trainer-num-frames", type=int, help="number of frames that the trainer is set to; default: 49")
     add("--decoding", type=_json, default={}, help="JSON, such as '{\"max_new_tokens\": 300}'")
     add("--batch-size", type=int, default=8, help="clips in a batch of the model")
@@ -134,7 +152,7 @@ def _add_batch(commands: Subparsers) -> None:
     batch.add_argument("table", type=_path, help="runs.yaml or runs.csv; its relative paths start at its folder")
     batch.add_argument("--output-dir", type=_path, help="folder of all runs, in place of the table's output_dir")
     batch.add_argument("--workers", type=int, metavar="N", help="number of notebooks that run in parallel")
-    batch.add_argument("--gpus", default="", metavar="0,1", help="a GPU for each worker")
+    batch.add_argument("--gpus", type=_names, default=[], metavar="0,1", help="a GPU for each worker")
     batch.add_argument("--retry", nargs="*", metavar="NAME", help="rerun the failed runs, or only these of them")
     batch.add_argument("--dry-run", action="store_true", help="check the table and list what would run")
     batch.set_defaults(run=_batch)
@@ -143,16 +161,24 @@ def _add_batch(commands: Subparsers) -> None:
 def _batch(arguments: argparse.Namespace) -> int:
     from capkit.batch import run_command
 
-    gpus = [name for name in arguments.gpus.split(",") if name]
     a = arguments
-    return run_command(a.table, a.output_dir, a.workers, a.retry, gpus, a.dry_run)
+    return run_command(a.table, a.output_dir, a.workers, a.retry, a.gpus, a.dry_run)
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from capkit.runs import CaptionStore
+    from capkit.runs import CaptionStore, unmerged
 
-    for store in map(CaptionStore, _stores(arguments.store)):
-        _print_captions(store)
+    path = arguments.store
+    found = [(store, store.current()) for store in map(CaptionStore, _stores(path))]
+    new = unmerged(path) if found[0][0].path == path / "captions.jsonl" else []
+    if not any(records for _, records in [*found, *new]):
+        raise ValueError(f"{path}: there are no captions in it")
+    for store, records in found:
+        _print_captions(store, records)
+    for store, records in new:
+        command = f"python -m capkit merge {shlex.quote(str(path))}"
+        print("\n" + plain_text(f"captions.jsonl lacks these; `{command}` takes over those of the run started last:"))
+        _print_captions(store, records)
     return 0
 
 
@@ -160,14 +186,16 @@ def _stores(path: Path) -> list[Path]:
     """The caption stores that a path stands for; ValueError if it is or holds none."""
     from capkit.runs import shard_stores
 
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir():
         stores = shard_stores(path)
         if (merged := path / "captions.jsonl") in stores:
             return [merged]
         if not stores:
-            below = [str(store) for store in islice(path.glob("**/captions.jsonl"), 5)]
+            patterns = ("*/" * level + "captions.jsonl" for level in range(1, SEARCHED_LEVELS + 1))
+            found = chain.from_iterable(glob.iglob(pattern, root_dir=path) for pattern in patterns)
+            below = [str(path / store) for store in islice(found, 5)]
             hint = f"; give one of {', '.join(below)}" if below else "; notebook 01 and caption-shard write some"
             raise ValueError(f"{path}: there are no captions in this folder{hint}")
         return stores
@@ -178,10 +206,7 @@ def _stores(path: Path) -> list[Path]:
     raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
 
 
-def _print_captions(store: CaptionStore) -> None:
-    records = store.current()
-    if not records:
-        raise ValueError(f"{store.path}: there are no captions in this file")
+def _print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> None:
     for record in records:
         start, end = record.get("start_seconds"), record.get("end_seconds")
         is_window = bool(start) or end is not None
@@ -205,8 +230,8 @@ def _caption_shard(arguments: argparse.Namespace) -> int:
     check_numbers(*(settings[name] for name in ("batch_size", "timeout_seconds", "num_readers")))
     cut = _cut(arguments)
     items = find_clips(arguments.videos[0] if len(arguments.videos) == 1 else arguments.videos)
-    if arguments.devices:
-        return _one_process_each(shard, [device for device in arguments.devices.split(",") if device])
+    if arguments.devices and ONE_OF_SEVERAL not in os.environ:
+        return _one_process_each(shard, arguments.devices)
 
     def load() -> Captioner:
         device = _local_device() if arguments.device == "auto" else arguments.device
@@ -220,9 +245,11 @@ def _caption_shard(arguments: argparse.Namespace) -> int:
     except ShardBusy as error:
         return _fail(3, error)
     except OSError as error:
-        return _fail(1, f"{error}; captions written so far are kept, and the same command continues")
+        advice = "; captions written so far are kept: make room, and the same command continues"
+        return _fail(1, f"{error}{advice if error.errno in NO_SPACE else ''}")
     num_errors = sum(record["status"] == "error" for record in records)
-    print(f"shard {shard}: {len(records)} clips, {num_errors} with an error, in {arguments.output.absolute()}")
+    counts = f"{plural(len(records), 'clip')}, {num_errors} with an error"
+    print(f"shard {shard}: {counts}, in {arguments.output.absolute()}")
     return 1 if records and num_errors == len(records) else 0
 
 
@@ -263,7 +290,7 @@ def _one_process_each(shard: Shard, devices: list[str]) -> int:
 
     for device in devices:
         loading.choose_device(device)  # raises for one that is not there
-    command, processes = [sys.executable, "-m", "capkit", *sys.argv[1:], "--devices", ""], []
+    command, processes = [sys.executable, "-m", "capkit", *sys.argv[1:]], []
     try:
         for index, device in enumerate(devices):
             part = shard.split(Shard(index, len(devices)))
@@ -302,15 +329,6 @@ def _fail(code: int, error: Exception | str) -> int:
     return code
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning of capkit's as a plain line, others as Python prints them."""
-    if Path(__file__).parent in Path(filename).parents:
-        return plain_text(f"capkit: {message}") + "\n"
-    return _format_python_warning(message, category, filename, lineno, line)
-
-
 def _end_soon_after_ctrl_c() -> None:
     """Have Ctrl-C and SIGTERM end this process and its children after GRACE_SECONDS, whatever the main thread does.
 
@@ -347,5 +365,5 @@ def _end_soon_after_ctrl_c() -> None:
 if __name__ == "__main__":
     _end_soon_after_ctrl_c()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names that are not UTF-8
-    _format_python_warning, warnings.formatwarning = warnings.formatwarning, _format_warning
+    show_warnings_plainly()
     main()

@@ -10,18 +10,18 @@ import secrets
 import socket
 import stat
 import tempfile
-import warnings
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
-from capkit.text import encodable, escape, plain_text
+from capkit.text import encodable, escape, warn
 
 # What flock answers on file systems without it, such as some of Lustre and NFS.
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
@@ -63,6 +63,8 @@ def atomic_writer(path: str | os.PathLike[str], durable: bool = True) -> Iterato
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(part, path)
+    except FileExistsError as error:  # in place of the folder
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
@@ -94,20 +96,37 @@ def output_folder(path: str | os.PathLike[str], name: str = "output_dir") -> Pat
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        reason = "it is a file" if folder.is_file() else error.strerror
+        reason = "it is a file" if os.path.isfile(folder) else error.strerror  # Path.is_file() refuses long names
         raise ValueError(f"{name}={str(path)!r}: no folder to write into: {reason}") from error
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError, with the path, unless it is a regular file: a folder cannot be read, and a pipe may never end."""
+def unused_name(path: Path) -> Path:
+    """The path, or if something is there, the first of `<path>.2`, `<path>.3` and so on where nothing is."""
+    paths = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(2)))
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading bytes. A folder cannot be read, and a pipe or a device may never end.
+
+    Raises:
+        OSError: with the path.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{path}: is not a regular file")
+    return open(path, "rb")
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """The content of a regular file. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -149,8 +168,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in a file of JSON lines; none if it does not exist. Other lines are skipped with a warning."""
     if not path.exists():
         return
-    check_regular(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, 1):
             fault = "not a JSON object"
             try:
@@ -160,7 +178,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if isinstance(content, dict):
                 yield content
             else:
-                warnings.warn(plain_text(f"{path}, line {number} is {fault}; skipped"), stacklevel=4)
+                warn(f"{path}, line {number} is {fault}; skipped", stacklevel=4)
 
 
 class DiskList(Sequence[Any]):
@@ -205,36 +223,49 @@ class Busy(Exception):
 
 @contextmanager
 def hold_lock(path: Path, error: type[Busy] = Busy) -> Iterator[None]:
-    """Hold a lock file until the block or the process ends, even by a crash. It names its process, host and start.
+    """Lock a file or a folder until the block or the process ends, even by a crash.
 
-    Where the file system has no flock, a file `<name>.lease` beside it is the lock, and its time is renewed every few
-    seconds. Others take it over when its process is gone, or, on another host, when it was not renewed for two minutes.
+    A file `.<name>.capkit-lock` beside it is locked; it names process, host and start. Where the file system has no
+    flock, a file `.<name>.capkit-lease` is the lock, and its time is renewed every few seconds. Others take it over
+    when its process is gone, or, on another host, when it was not renewed for two minutes.
 
     Args:
-        path: the lock file; its folder is made if missing.
+        path: what to lock, there or not; its folder is made if missing.
         error: what to raise if the lock is held.
 
     Raises:
         Busy: the lock is held; the message names the holder and says what to do.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or a file that is not capkit's has the lock's name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.capkit-lock")
+    _check_own(file)
     try:
-        lock = _acquire(path)
+        lock = _acquire(file)
     except Timeout:
-        raise error(f"{path}: {_holder(path)} {error.advice}") from None
+        raise error(f"{path}: {_holder(file)} {error.advice}") from None
     try:
         with suppress(OSError):  # a full disk, or Windows, where nobody can read a locked file
-            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}))
+            file.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}))
         yield
     finally:
         with suppress(OSError):
-            path.unlink()
+            _check_own(file)  # or another took its place
+            file.unlink()
         lock.release()
 
 
+def _check_own(file: Path) -> None:
+    """Raise OSError if a file that `hold_lock` did not write has the name of a lock: it would be lost."""
+    with suppress(FileNotFoundError, PermissionError):  # Windows: nobody can read a locked file
+        status = os.lstat(file)
+        is_plain = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        if not is_plain or status.st_size and not file.read_bytes().startswith(b'{"pid": '):
+            raise OSError(f"{file}: is in the way of a lock, and not capkit's; move it away")
+
+
 def _acquire(path: Path) -> BaseFileLock:
-    """A lock that is held. Raises filelock's Timeout if another holds it."""
+    """Acquire a lock file. Raises filelock's Timeout if another holds it."""
     lock = FileLock(path, timeout=0, fallback_to_soft=False)  # filelock's own fallback knows no lost hosts
     try:
         lock.acquire()
@@ -245,7 +276,7 @@ def _acquire(path: Path) -> BaseFileLock:
 
     def lost(_: object) -> None:
         message = f"{path}: another process has taken over this lock, because it was not renewed"
-        warnings.warn(plain_text(message), stacklevel=2)
+        warn(message, stacklevel=2)
 
     def renewed() -> int | None:
         try:
@@ -253,7 +284,7 @@ def _acquire(path: Path) -> BaseFileLock:
         except OSError:
             return None
 
-    marker = path.with_suffix(".lease")
+    marker = path.with_suffix(".capkit-lease")
     lease = SoftFileLease(
         marker, lease_duration=LEASE_SECONDS, heartbeat_interval=RENEWAL_SECONDS, on_compromise=lost, thread_local=False
     )
@@ -262,7 +293,7 @@ def _acquire(path: Path) -> BaseFileLock:
         lease.acquire(timeout=0)
     except Timeout:
         message = f"{path}: waiting up to {LEASE_SECONDS:g} s to see whether {_holder(path)} lives"
-        warnings.warn(plain_text(message), stacklevel=4)
+        warn(message, stacklevel=4)
         lease.acquire(LEASE_SECONDS + RENEWAL_SECONDS, cancel_check=lambda: renewed() not in (before, None))
     return lease
 

@@ -1,9 +1,12 @@
-"""Text of others, such as captions and file names, made safe to show: in a terminal, in HTML, in UTF-8."""
+"""Messages, and text of others made safe to show in them: in a terminal, in HTML, in UTF-8."""
 
 from __future__ import annotations
 
+import difflib
 import html
 import re
+import warnings
+from collections.abc import Iterable
 
 # Control characters can forge lines and drive a terminal (escape sequences); bidirectional embeddings, overrides and
 # isolates reorder what follows them; lone surrogates cannot be printed. Joiners and marks of scripts stay as they are.
@@ -33,3 +36,42 @@ def encodable(text: str) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 clip" and "2,000 clips"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def unknown_name(kind: str, name: str, names: Iterable[str], introduction: str) -> str:
+    """Error message for an unknown name: the nearest match, if any, and all names after an introduction."""
+    names = list(names)
+    nearest = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"unknown {kind} {name!r}; {hint}{introduction}: {', '.join(names)}"
+
+
+class CapkitWarning(UserWarning):
+    """What capkit warns of."""
+
+
+def warn(message: str, stacklevel: int = 1) -> None:
+    """Warn in a line of plain text; `stacklevel` counts from the caller, as in `warnings.warn`."""
+    warnings.warn(plain_text(message), CapkitWarning, stacklevel + 1)
+
+
+def show_warnings_plainly() -> None:
+    """Show what capkit warns of in one line, without the place in the code; other warnings stay as Python shows them.
+
+    For notebooks and commands, where the place is a line of a temporary file, or of capkit itself.
+    """
+    python_format = warnings.formatwarning
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, CapkitWarning):
+            return f"capkit: {message}\n"
+        return python_format(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_warning

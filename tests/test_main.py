@@ -1,5 +1,6 @@
 """The command line: one table of exit codes, errors in one line, and Ctrl-C whatever the command is doing."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -54,8 +55,29 @@ class TestShow:
         for path in (store.path, store.path.parent):
             code, printed = main("show", path)
             assert code == 0 and "a.mp4\n  error: as was to be shown" in printed
-        store.path.rename(store.path.with_name("shard-00000-of-00001.jsonl"))
-        assert main("show", store.path.parent)[0] == 0
+        shard = store.path.rename(store.path.with_name("shard-00000-of-00001.jsonl"))
+        for path in (shard, shard.parent):
+            code, printed = main("show", path)
+            assert code == 0 and f"{store.path.parent / 'captions_strips'}/\n" in printed
+
+    @pytest.mark.skipif(os.name != "posix", reason="pipes")
+    def test_pipes_devices_and_the_root_are_not_waited_for(self, main, tmp_path):
+        os.mkfifo(tmp_path / "captions.jsonl")
+        (tmp_path / "zero").mkdir()
+        (tmp_path / "zero" / "captions.jsonl").symlink_to("/dev/zero")
+        for path in (
+            tmp_path,
+            tmp_path / "captions.jsonl",
+            tmp_path / "zero",
+            tmp_path / ("a" * 300),
+            "/proc/self/mem",
+        ):
+            code, printed = main("show", path)
+            assert code in (1, 2) and str(path) in printed and printed.count("\n") == 1
+        started = time.monotonic()
+        code, printed = main("show", "/")
+        assert code == 2 and printed.startswith("capkit: /: there are no captions in this folder")
+        assert time.monotonic() - started < 60
 
     def test_anything_else_is_an_error_of_one_line(self, main, store, tmp_path):
         (tmp_path / "empty").mkdir()
@@ -88,6 +110,14 @@ class TestCaptionShard:
             ((CLIPS[0], "--output", ""), "argument --output: is empty"),
             ((CLIPS[0], "--decoding", "{max_new_tokens: 3}"), "is not JSON, such as"),
             ((CLIPS[0], "--decoding", "[1]"), "decoding=[1]: must be"),
+            ((CLIPS[0], "--decoding", "[" * 50_000), "is not JSON, such as"),
+            ((CLIPS[0], "--shard", ""), "argument --shard: is empty"),
+            ((CLIPS[0], "--model", " "), "argument --model: is empty"),
+            ((CLIPS[0], "--devices", ""), "argument --devices: '' names none"),
+            ((CLIPS[0], "--devices", ","), "argument --devices: ',' names none"),
+            ((CLIPS[0], "--revision", "v9"), "revision='v9': has no effect on a folder"),
+            ((CLIPS[0], "--model", ROOT / "tests" / "data", "--revision", "v9"), "revision='v9': has no effect"),
+            ((CLIPS[0], "--output", "a" * 300), "File name too long"),
             ((CLIPS[0], "--batch-size", "0"), "batch_size must be a whole number, at least 1; got 0"),
             ((CLIPS[0], "--timeout-seconds", "nan"), "timeout_seconds must be a positive number"),
             ((CLIPS[0], "--trainer-num-frames", "9"), "num_frames=9: no effect without a trainer"),
@@ -107,11 +137,33 @@ class TestCaptionShard:
         settings = ("--output", tmp_path / "out", "--model", GOLDEN, "--device", "cpu")
         settings += ("--decoding", '{"max_new_tokens": 2}')
         code, printed = main("caption-shard", tmp_path / "bad.mp4", *settings)
-        assert code == 1 and "1 clips, 1 with an error" in printed
+        assert code == 1 and "1 clip, 1 with an error" in printed
         assert main("merge", tmp_path / "out")[0] == 1
         code, printed = main("caption-shard", tmp_path / "bad.mp4", CLIPS[0], *settings)
         assert code == 0 and "2 clips, 1 with an error" in printed
         assert main("merge", tmp_path / "out")[0] == 0
+
+    @pytest.mark.parametrize(
+        "error, advises",
+        [
+            (OSError(errno.ENOSPC, "No space left on device", "out/a.jsonl"), True),
+            (OSError(errno.ELOOP, "Too many levels of symbolic links", "out/a.jsonl"), False),
+            (OSError("out/a.jsonl: was deleted or moved while it was in use"), False),
+        ],
+    )
+    def test_what_is_advised_after_an_error_is_true(self, main, tmp_path, monkeypatch, error, advises):
+        def fail(*arguments, **settings):
+            raise error
+
+        monkeypatch.setattr(capkit.runs, "caption_shard", fail)
+        code, printed = main("caption-shard", CLIPS[0], "--output", tmp_path)
+        assert code == 1 and str(error) in printed and ("the same command continues" in printed) == advises
+
+    def test_a_file_where_the_strips_go_is_named(self, main, tmp_path):
+        (tmp_path / "captions_strips").touch()
+        code, printed = main("caption-shard", CLIPS[0], "--output", tmp_path, "--model", GOLDEN, "--device", "cpu")
+        assert code == 1 and f"Not a directory: '{tmp_path / 'captions_strips'}'" in printed
+        assert "continues" not in printed
 
 
 def hanging_package(folder, name, how):

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import unicodedata
+import warnings
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from capkit import CaptionStore, plan_sweep
 from capkit.batch import run_command
 from capkit.playground import browse
 from capkit.runs import DEMO_CLIPS, Progress, find_clips, merge, new_record
-from capkit.text import escape, plain_text, without_controls
+from capkit.text import CapkitWarning, escape, plain_text, show_warnings_plainly, warn, without_controls
 from capkit.views import compare_captions, show_captions, write_gallery
 
 # Sets the title, writes the clipboard, hides a link, rings, goes back in the line, reorders, forges a line.
@@ -78,10 +79,11 @@ class TestTerminal:
         assert not any(line.startswith("capkit: all is well") for line in printed.splitlines())
 
     def test_progress(self, evil_store, capsys):
-        with Progress("clips", 1, 0) as progress:
+        with Progress(("clip", "caption"), 1, 0) as progress:
             progress.update(evil_store.lines()[1])
         printed = "".join(capsys.readouterr())
         assert r"error: \x1b]0;title" in printed and not FORBIDDEN.search(printed)
+        assert "1 clip to caption" in printed and "1/1 clip, 1 error, 0.0 captioned a minute" in printed
         assert not any(line.startswith("capkit: all is well") for line in printed.splitlines())
 
     def test_problems_of_merge(self, tmp_path, monkeypatch, capsys):
@@ -97,7 +99,13 @@ class TestTerminal:
         code, printed = run(monkeypatch, capsys, "caption-shard", tmp_path / name, "--output", tmp_path / "out")
         assert code == 2 and "has no column 'video'" in printed and not FORBIDDEN.search(printed)
         assert len(printed.splitlines()) == 1
-        message = capkit.__main__._format_warning(EVIL, UserWarning, capkit.__main__.__file__, 1)
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        show_warnings_plainly()
+        with pytest.warns(CapkitWarning) as warned:
+            warn(EVIL)
+        message = warnings.formatwarning(warned[0].message, warned[0].category, "/tmp/ipykernel_1/2.py", 7)
+        assert message.startswith("capkit: ") and "ipykernel" not in message
+        assert "other.py:7: UserWarning" in warnings.formatwarning("A library's", UserWarning, "other.py", 7)
         assert message.endswith("\n") and not FORBIDDEN.search(message) and message.count("\n") == 1
         row = {"video": str(DEMO_CLIPS / "camera_pans_right.mp4"), "\x1b[31m": 1, "\u202e": 2}
         (tmp_path / "columns.jsonl").write_text(json.dumps(row))

@@ -8,11 +8,10 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from capkit.batch.parameters import unknown_name
 from capkit.batch.pool import Pool
 from capkit.batch.table import Run, Table, TableError, read_table
 from capkit.files import output_folder
-from capkit.text import plain_text
+from capkit.text import plain_text, plural, unknown_name
 
 
 def runs_to_do(table: Table, retry: Sequence[str] | None = None) -> list[Run]:
@@ -66,9 +65,10 @@ def run_command(
     except ValueError as error:
         print(error if isinstance(error, TableError) else plain_text(error), file=sys.stderr)
         return 2
-    states = Counter(run.read_status()["status"] for run in table.runs if run not in runs)
+    to_do = {run.name for run in runs}
+    states = Counter(run.read_status()["status"] for run in table.runs if run.name not in to_do)
     before = "".join(f", {number} {state} before" for state, number in states.items())
-    print(f"{len(table.runs)} runs, {len(runs)} to do{before}", flush=True)
+    print(f"{plural(len(table.runs), 'run')}, {len(runs)} to do{before}", flush=True)
     if dry_run:
         for run in runs:
             print(plain_text(f"  {run.name}: {json.dumps(run.parameters, ensure_ascii=False)}"))

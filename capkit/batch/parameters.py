@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from capkit.files import read_regular
+from capkit.text import unknown_name
 
 INJECTED = "# Parameters"  # first line of the cell that papermill injects
 ALSO_LISTS = ("videos",)  # annotated as `str`, because papermill does not understand unions; a list is accepted too
@@ -82,14 +85,6 @@ def _literals(source: str) -> dict[str, Any]:
     return values
 
 
-def unknown_name(kind: str, name: str, names: Iterable[str], introduction: str) -> str:
-    """Error message for an unknown name: the nearest match, if any, and all names after an introduction."""
-    names = list(names)
-    nearest = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown {kind} {name!r}; {hint}{introduction}: {', '.join(names)}"
-
-
 def code_cells(path: Path) -> list[dict[str, Any]]:
     """Read the code cells of a notebook file: the sources as text, the tags in `tags`.
 
@@ -99,7 +94,7 @@ def code_cells(path: Path) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
         ValueError: it is not a notebook of format 4.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(read_regular(path))
     if not isinstance(content, dict) or content.get("nbformat") != 4:
         raise ValueError("not a notebook of format 4")
     cells = [cell for cell in content.get("cells", []) if cell["cell_type"] == "code"]
@@ -131,8 +126,11 @@ def convert_value(name: str, value: Any, annotation: ast.expr | None) -> Any:
     1000.0, as papermill passes `-p steps 1e3`, is an int too.
 
     Raises:
-        ValueError: names the parameter, the value and what is wanted, with an example.
+        ValueError: names the parameter, the value and what is wanted, with an example; also for a text that can neither
+            be written nor be the name of a file.
     """
+    if _is_unusable(value):
+        raise ValueError(f"{name}: {value!r} has a NUL or half a character in it, which no file and no name can hold")
     types = _annotated_types(annotation)
     if not types:
         return value
@@ -146,10 +144,31 @@ def convert_value(name: str, value: Any, annotation: ast.expr | None) -> Any:
     # A bool is an int for Python, but not for a parameter.
     kinds = [kind for kind in types if kind == "bool" or type(converted) is not bool]
     if any(isinstance(converted, TYPES[kind]) for kind in kinds):
+        if isinstance(converted, list) and (of := _annotated_members(annotation)):
+            return [convert_value(f"{name}[{number}]", member, of) for number, member in enumerate(converted)]
         return converted
     actual = DESCRIPTIONS.get(type(value), f"a {type(value).__name__}")
     wanted = f"{' or '.join(types)}, such as {EXAMPLES[types[0]]}"
     raise ValueError(f"{name}: {value!r} is {actual}, not {wanted}{_type_hint(value, types)}")
+
+
+def _is_unusable(value: Any) -> bool:
+    """Whether a text, or one in a list or a dictionary, holds a NUL or half a surrogate pair."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_unusable, value))
+    try:
+        return isinstance(value, str) and b"\0" in os.fsencode(value)  # other lone surrogates are bytes of file names
+    except UnicodeEncodeError:
+        return True
+
+
+def _annotated_members(annotation: ast.expr | None) -> ast.expr | None:
+    """The annotation `str` of `list[str]`; None for others."""
+    if not isinstance(annotation, ast.Subscript) or ast.unparse(annotation.value) not in ("list", "List"):
+        return None
+    return annotation.slice
 
 
 def _read_text(text: str, types: Sequence[str]) -> Any:
@@ -157,6 +176,8 @@ def _read_text(text: str, types: Sequence[str]) -> Any:
     if "None" in types and text.strip().lower() in ("none", "null", "~", ""):
         return None
     if "int" in types or "float" in types:
+        if "_" in text:  # 1_0, which is 10 for Python and YAML only
+            return text
         for number in (int, float):
             with suppress(ValueError):
                 return number(text)
@@ -164,7 +185,7 @@ def _read_text(text: str, types: Sequence[str]) -> Any:
         return [text]
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
     return [value] if "list" in types and isinstance(value, dict) and "dict" not in types else value
 

@@ -38,7 +38,7 @@ def main() -> None:
     stop = _Stop(run)
     threading.Thread(target=stop.at_end_of_input, daemon=True).start()
     try:
-        with hold_lock(run.folder / ".lock"):
+        with hold_lock(run.folder):
             before = run.read_status()
             failed_elsewhere = before["status"] == "failed" and before.get("ended") != last_ended
             if before["status"] != "done" and not failed_elsewhere:

@@ -7,8 +7,10 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import re
 import reprlib
@@ -20,12 +22,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from capkit.batch.parameters import code_cells, convert_value, parameter_annotations, unknown_name
-from capkit.files import atomic_write
-from capkit.text import plain_text
+from capkit.batch.parameters import code_cells, convert_value, parameter_annotations
+from capkit.files import atomic_write, read_regular
+from capkit.text import plain_text, unknown_name
 
 LONGEST_NAME = 60  # characters; each value in it VALUE_LENGTH at most
 VALUE_LENGTH = 20
+MOST_RUNS = 10_000  # of a table; a grid multiplies quickly
 NAME = re.compile(r"\w[\w .,=+-]*")
 RUN_KEYS = ("name", "notebook", "parameters", "grid")
 TABLE_KEYS = ("output_dir", "workers", "time_limit_minutes", "notebook", "parameters", "grid", "runs")
@@ -111,8 +114,8 @@ class Run:
         Without a file it is "not run"; it is "changed" if the notebook's code or the parameters have changed since.
         """
         try:
-            status = json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            status = json.loads(read_regular(self.folder / "status.json"))
+        except (OSError, ValueError, RecursionError):
             status = None
         if not isinstance(status, dict):
             return {"name": self.name, "status": "not run"}
@@ -164,7 +167,7 @@ def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] 
     is_csv = path.suffix.lower() == ".csv"
     try:
         content = _read(path, is_csv)
-    except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
         raise TableError(path, [f"cannot be read as a table of runs: {' '.join(str(error).split())}"]) from error
     if not isinstance(content, dict):
         raise TableError(path, [f"must be a list of runs, or a mapping with some of: {', '.join(TABLE_KEYS)}"])
@@ -187,11 +190,11 @@ def read_table(path: str | os.PathLike[str], output_dir: str | os.PathLike[str] 
 
 
 def _read(path: Path, is_csv: bool) -> Any:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if not is_csv:
-            content = yaml.safe_load(file)
-            return {"runs": content} if isinstance(content, list) else content
-        rows = list(csv.DictReader(file, strict=True))
+    text = read_regular(path).decode("utf-8-sig")
+    if not is_csv:
+        content = yaml.safe_load(text)
+        return {"runs": content} if isinstance(content, list) else content
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     if any(None in row for row in rows):
         raise ValueError("a row has more fields than there are columns")
     runs = []
@@ -221,6 +224,7 @@ class _Reader:
         self.working_dir, self.batch_dir = path.parent, batch_dir
         self.notebook, self.parameters, self.grid = map(content.get, ("notebook", "parameters", "grid"))
         self.load_notebook = functools.cache(_load_notebook)
+        self.num_runs = 0
         self.problems: list[str] = []
 
     def read_entry(self, entry: dict[str, Any], where: str) -> list[Run]:
@@ -251,6 +255,13 @@ class _Reader:
                 except ValueError as error:
                     problems.append(str(error))
         if problems:
+            return []
+        self.num_runs += (number := math.prod(map(len, choices.values())))
+        if self.num_runs > MOST_RUNS:  # before they are made
+            sizes = " x ".join(str(len(values)) for values in choices.values() if len(values) > 1) or "1"
+            table = "" if self.num_runs == number else f", of {self.num_runs:,} in the table"
+            many = f"its grid is {sizes} = {number:,} runs{table}; a table may have {MOST_RUNS:,}"
+            problems.append(f"{many}: give fewer values, or use several tables")
             return []
         runs = []
         varied = tuple(dict.fromkeys([*axes, *own]))
@@ -291,7 +302,7 @@ def _load_notebook(path: str) -> _Notebook:
         raise ValueError(f"notebook {path}: no such file") from None
     except SyntaxError as error:
         raise ValueError(f"notebook {path}: its parameters cell is not plain Python: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"notebook {path}: cannot be read as a notebook: {error!r}") from error
     return _Notebook(Path(path), _digest([cell["source"] for cell in cells]), annotations)
 
@@ -306,8 +317,8 @@ def _convert(notebook: _Notebook, name: str, value: Any, from_csv: bool) -> Any:
         if from_csv and annotation is None:
             value = yaml.safe_load(value)
         json.dumps(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: {value!r} cannot be read as YAML") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{name}: {reprlib.repr(value)} cannot be read as YAML") from error
     except TypeError as error:
         message = f"{name}: {value!r} cannot be passed to a notebook ({error}); quote it to pass text"
         raise ValueError(message) from error

@@ -11,42 +11,57 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import subprocess
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
-from capkit.benchmark import models
-from capkit.benchmark.measuring import (
-    PeakMemory,
-    StepTimes,
-    count_flops,
-    describe_machine,
-    measure_limits,
-    num_equal,
-    profile_of,
-    seconds_of,
-    take_turns,
+from capkit.benchmark.base import PLAIN, Measurements
+from capkit.benchmark.grounding import measure_left_out, measure_together, random_captions
+from capkit.benchmark.measuring import PeakMemory, StepTimes, profile_of, seconds_of, take_turns
+from capkit.benchmark.models import (
+    DECODINGS,
+    PROMPTS,
+    decode,
+    make_clip,
+    plain_caption,
+    plain_pixels,
+    plain_prefilled_values,
+    prefilled_values,
 )
-from capkit.benchmark.models import DECODINGS, PROMPTS, decode, make_clip, plain_caption, plain_pixels, prefilled_values
-from capkit.benchmark.results import describe
+from capkit.benchmark.results import describe, warning_if_busy
+from capkit.benchmark.second_day import Reused, measure_in_another_process, measure_reuse, store_features
 from capkit.benchmark.video import measure_reading
-from capkit.captioning import Caption, Decoding, PreallocatedCache, SharedVideo, load_captioner, prefill
+from capkit.captioning import MAX_BRANCHES, Caption, Decoding, PreallocatedCache, SharedVideo, load_captioner, prefill
 from capkit.cogvlm2 import Prompt, preprocess_frames
 from capkit.video import Clip
 
-PARTS = ("reading", "preprocessing", "stages", "captions", "batches", "sweeps", "compiled", "loading", "profiling")
+PARTS = (
+    "reading",
+    "preprocessing",
+    "stages",
+    "captions",
+    "batches",
+    "sweeps",
+    "second_day",
+    "grounding",
+    "compiled",
+    "loading",
+    "profiling",
+)
 SWEEPS = (4, 8)  # numbers of prompts, and of decodings for each
 PROFILED_ROWS = 8  # of the decoding step that is profiled
+NUM_GROUNDED_ALONE = 4  # captions that are grounded one by one; the others are assumed to take as long
 
 
-class Benchmark:
+class Benchmark(Measurements):
     """One run, with a row for each figure.
 
     Args:
@@ -65,22 +80,6 @@ class Benchmark:
         CheckpointError: the model does not fit into memory.
     """
 
-    def __init__(self, size: str, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"):
-        if size not in models.SIZES:
-            raise ValueError(f"size={size!r}: must be one of {', '.join(map(repr, models.SIZES))}")
-        self.name, self.size = size, models.SIZES[size]
-        self.plain, self.captioner = models.make_captioner(self.size, device, dtype)
-        self.device, self.processor = self.plain.device, self.captioner.processor
-        self.clips = [make_clip(self.size, seed) for seed in range(self.size.num_clips)]
-        self.machine = describe_machine(self.device)
-        self.limits = measure_limits(self.device, self.plain.dtype)
-        self.rows: list[dict[str, Any]] = []
-        self.skipped: list[dict[str, str]] = []
-        self.profile: list[dict[str, Any]] = []
-        self.decoding = Decoding(max_new_tokens=self.size.num_tokens)
-        self._captioned: tuple[_Captioned, _Captioned] | None = None  # from _both
-        self._flops: float | None = None
-
     def run(self, parts: Sequence[str] = (), out: str | Path | None = None) -> dict[str, Any]:
         """Measure, and write the results after each part.
 
@@ -97,6 +96,8 @@ class Benchmark:
         if unknown := [part for part in parts if part not in PARTS]:
             raise ValueError(f"parts={unknown!r}: must be among {', '.join(PARTS)}")
         failed = None
+        if warning := warning_if_busy(self.machine):
+            print(warning, flush=True)
         for part in parts or PARTS:
             count = len(self.rows)
             try:
@@ -106,6 +107,7 @@ class Benchmark:
                 traceback.print_exc()
                 self.skipped.append({"part": part, "why": repr(error)})
                 failed = failed or error
+            self.machine["other_cores"] = max(self.machine["other_cores"], round(self.other_load(), 2))
             for row in self.rows[count:]:
                 row["part"] = part
                 print(describe(row), flush=True)
@@ -115,33 +117,6 @@ class Benchmark:
         if failed:
             raise failed
         return self.results()
-
-    def results(self) -> dict[str, Any]:
-        """All results so far: `size`, `command`, `machine`, `model`, `limits`, `rows`, `skipped`, `profile`."""
-        parameters = sum(weight.numel() for weight in self.plain.parameters())
-        return {
-            "size": self.name,
-            "command": f"python -m capkit.benchmark --size {self.name}",
-            "machine": self.machine,
-            "model": {
-                "parameters": parameters,
-                "dtype": self.captioner.dtype,
-                "num_tokens": self.size.num_tokens,
-                "prompt_positions": len(self._ids()),
-                "bytes_read_per_token": self._bytes_per_step(0),
-            },
-            "limits": self.limits,
-            "rows": self.rows,
-            "skipped": self.skipped,
-            "profile": self.profile,
-        }
-
-    def _add(
-        self, name: str, baseline: str, unit: str, values: Sequence[float], equal: str = "", **more: float
-    ) -> None:
-        """Add a row; values: the baseline's and capkit's."""
-        row = {"part": "", "name": name, "baseline": baseline, "unit": unit, "baseline_value": values[0]}
-        self.rows.append({**row, "value": values[1], "ratio": values[0] / values[1], "equal": equal, **more})
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
@@ -168,74 +143,140 @@ class Benchmark:
         pixels, features, ids = self._inputs()
         plain, quick = self.plain, self.captioner.model
         towers = [partial(model.model.get_video_features, pixels) for model in (plain, quick)]
-        prefills = [partial(prefilled_values, plain, DynamicCache, ids, features)]
-        prefills += [partial(prefilled_values, quick, PreallocatedCache, ids, features)]
-        stages = {f"vision tower, {len(pixels)} frames": towers, f"prefill, {len(ids)} positions": prefills}
-        for name, pair in stages.items():
+        prefills = [partial(plain_prefilled_values, plain, ids, features)]
+        prefills += [partial(prefilled_values, quick, ids, features)]
+        for name, pair, work in (
+            (f"vision tower, {len(pixels)} frames", towers, {"num_encoded": 1}),
+            (f"prefill, {len(ids)} positions", prefills, {"num_prefilled": 1}),
+        ):
             seconds = take_turns(pair, self.size.repeats, self.device)
             expected = pair[0]()
-            difference = (expected - pair[1]()).abs().max() / expected.std()
-            gflops = count_flops(plain, pair[0]) / seconds[1] / 1e9
-            share, equal = gflops / self.limits["matmul_gflops"], f"to {difference:.0e} of the spread"
-            self._add(name, "as transformers runs it", "s", seconds, equal, gflops=gflops, share_of_matmul=share)
+            equal = f"to {(expected - pair[1]()).abs().max() / expected.std():.0e} of the spread"
+            self._add(name, "as transformers runs it", "s", seconds, equal, **self._shares(seconds[1], **work))
 
     def _captions(self) -> None:
-        plain, quick = self._both()
-        name = f"one caption of {self.size.num_tokens} tokens"
-        equal = self._add_captions(name, PLAIN, plain.seconds, quick.seconds, quick.ids, plain.ids, 1)
-        first = statistics.median(seconds_of(self._first_words, self.device)[0] for _ in range(self.size.repeats))
-        against = "the whole caption: nothing shows before"
-        self._add("its first words, as a stream", against, "s", (plain.seconds, first))
-        self._add_decoding(1, quick.step_seconds, equal)
-        pair = partial(self._plain_caption, self.clips[0]), partial(self._caption, self.clips[0])
-        self._add_memory("extra memory for one caption", PLAIN, pair, self.device, equal)
+        for length in self._lengths:
+            plain, quick = self._both(length)
+            shares = self._shares(quick.seconds, 1, 1, length, length, 1)
+            name, seconds = f"one caption of {length} tokens", (plain.seconds, quick.seconds)
+            equal = self._add_captions(name, PLAIN, seconds, quick.ids, plain.ids, 1, **shares)
+            if self._is_long(length):
+                continue
+            first = statistics.median(seconds_of(self._first_words, self.device)[0] for _ in range(self.size.repeats))
+            against = "the whole caption: nothing shows before"
+            shares = self._shares(first, 1, 1)
+            self._add("its first words, as a stream", against, "s", (plain.seconds, first), "", **shares)
+            self._add_decoding(1, plain, quick.step_seconds, equal)
+            pair = [partial(run, self.clips[0], Decoding(length)) for run in (self._plain_caption, self._caption)]
+            self._add_memory("extra memory for one caption", PLAIN, pair, self.device, equal)
 
     def _batches(self) -> None:
-        plain, _ = self._both()
-        for count in self.size.batches:
-            clips = [self.clips[number % len(self.clips)] for number in range(count)]
-            self._warm_up(clips)
-            batch = partial(self.captioner.caption_batch, clips, decoding=self.decoding)
-            with StepTimes(self.captioner.model) as steps, PeakMemory(self.device) as memory:
-                runs = [seconds_of(batch, self.device) for _ in range(self.size.repeats if count <= 8 else 1)]
-            seconds = statistics.median(seconds for seconds, _ in runs)
-            equal = self._add_captions(
-                f"{count} clips in a batch, {self.size.num_tokens} tokens each",
-                f"{count} x {PLAIN}",
-                count * plain.seconds,
-                seconds,
-                [caption.token_ids for caption in runs[0][1]],
-                [plain.ids[number % len(plain.ids)] for number in range(count)],
-                count,
-                peak_mb=memory.num_bytes / 1e6,
-                share_of_matmul=count * self._flops_per_caption() / seconds / 1e9 / self.limits["matmul_gflops"],
-            )
-            self._add_decoding(count, steps.seconds, equal)
+        for length in self._lengths:
+            plain, _ = self._both(length)
+            for count in self.size.batches[-1:] if self._is_long(length) else self.size.batches:
+                clips = [self.clips[number % len(plain.ids)] for number in range(count)]
+                self._warm_up(clips)
+                batch = partial(self.captioner.caption_batch, clips, decoding=Decoding(length))
+                with StepTimes(self.captioner.model) as steps, PeakMemory(self.device) as memory:
+                    runs = [seconds_of(batch, self.device) for _ in range(self.size.repeats if count <= 8 else 1)]
+                seconds = statistics.median(seconds for seconds, _ in runs)
+                equal = self._add_captions(
+                    f"{count} clips in a batch, {length} tokens each",
+                    f"{count} x {PLAIN}",
+                    (count * plain.seconds, seconds),
+                    [caption.token_ids for caption in runs[0][1]],
+                    [plain.ids[number % len(plain.ids)] for number in range(count)],
+                    count,
+                    peak_mb=memory.num_bytes / 1e6,
+                    **self._shares(seconds, count, count, count * length, length, count),
+                )
+                if not self._is_long(length):
+                    self._add_decoding(count, plain, steps.seconds, equal)
 
     def _sweeps(self) -> None:
-        decodings = [Decoding(max_new_tokens=self.size.num_sweep_tokens, **settings) for settings in DECODINGS]
-        clip = self.clips[0]
-        plain: dict[tuple[str, Decoding], tuple[float, list[int]]] = {}
+        clip, plain = self.clips[0], {}
         plain_caption(self.plain, self.processor, clip, PROMPTS[0], Decoding(max_new_tokens=2))
-        for side in SWEEPS:
-            cells = [(prompt, decoding) for prompt in PROMPTS[:side] for decoding in decodings[:side]]
-            measured = cells[: self.size.num_plain_cells]
-            for cell in measured:
-                if cell not in plain:
-                    function = partial(plain_caption, self.plain, self.processor, clip, *cell)
-                    plain[cell] = seconds_of(function, self.device)
-            sweep = partial(self._sweep, clip, [(Prompt(text), decoding) for text, decoding in cells])
-            runs = [seconds_of(sweep, self.device) for _ in range(self.size.num_sweeps)]
-            against = f"{len(cells)} captions, nothing shared"
-            self._add_captions(
-                f"sweep of {len(cells)} cells, {self.size.num_sweep_tokens} tokens each",
-                against + (f" ({len(measured)} measured)" if len(measured) < len(cells) else ""),
-                len(cells) * statistics.mean(plain[cell][0] for cell in measured),
-                statistics.median(seconds for seconds, _ in runs),
-                [caption.token_ids for caption in runs[0][1]],
-                [plain[cell][1] for cell in measured],
-                len(cells),
-            )
+        for length in [length for length in (self.size.num_sweep_tokens, self.size.num_long_tokens) if length]:
+            decodings = [Decoding(max_new_tokens=length, **settings) for settings in DECODINGS]
+            for side in SWEEPS:
+                cells = [(prompt, decoding) for prompt in PROMPTS[:side] for decoding in decodings[:side]]
+                measured = cells[: 4 if self._is_long(length) else self.size.num_plain_cells]
+                sweep = partial(self._sweep, clip, [(Prompt(text), decoding) for text, decoding in cells])
+                runs = [seconds_of(sweep, self.device)]  # the others come after the baseline: load may change
+                for cell in measured:
+                    if cell not in plain:
+                        function = partial(plain_caption, self.plain, self.processor, clip, *cell)
+                        plain[cell] = seconds_of(function, self.device)
+                num_more = 0 if self._is_long(length) else self.size.num_sweeps - 1
+                runs += [seconds_of(sweep, self.device) for _ in range(num_more)]
+                seconds = statistics.median(seconds for seconds, _ in runs)
+                num_steps = length * -(-len(cells) // MAX_BRANCHES)
+                against = f"{len(cells)} captions, nothing shared"
+                self._add_captions(
+                    f"sweep of {len(cells)} cells, {length} tokens each",
+                    against + (f" ({len(measured)} measured)" if len(measured) < len(cells) else ""),
+                    (len(cells) * statistics.mean(plain[cell][0] for cell in measured), seconds),
+                    [caption.token_ids for caption in runs[0][1]],
+                    [plain[cell][1] for cell in measured],
+                    len(cells),
+                    **self._shares(seconds, 1, 1, length * len(cells), num_steps, 1),
+                )
+
+    def _second_day(self) -> None:
+        """Each row's baseline is capkit without stored features, for the same clips and prompt."""
+        size, model = self.size, self.plain
+        with tempfile.TemporaryDirectory() as folder:
+            clips = self.clips[:8]
+            in_memory = store_features(self.captioner, clips, folder)
+            for length in self._lengths:
+                for count in (1, len(clips)):
+                    repeats = size.repeats if count == 1 and not self._is_long(length) else 1
+                    for where, stored in (("in memory", in_memory), ("on disk", Path(folder))):
+                        reused = measure_reuse(self.captioner, clips[:count], length, stored, repeats)
+                        self._add_reused(where, count, length, reused)
+            length = size.num_tokens
+            try:
+                elsewhere = measure_in_another_process(size, self.device, model.dtype, length, folder, size.repeats)
+                self._add_reused("on disk by another process", 1, length, elsewhere)
+            except subprocess.CalledProcessError as error:  # its own message is above; a second model may not fit
+                self.skipped.append({"part": "second_day in another process", "why": str(error)[-200:]})
+
+    def _add_reused(self, where: str, count: int, length: int, reused: Reused) -> None:
+        self._add_captions(
+            f"a new prompt for {'a clip' if count == 1 else f'{count} clips in a batch'}, features stored {where}, "
+            f"{length} tokens",
+            "frames encoded anew",
+            reused.seconds,
+            reused.ids,
+            reused.expected_ids,
+            count,
+            num_encoded=reused.num_encoded,
+            **self._shares(reused.seconds[1], 0, count, count * length, length, count),
+        )
+
+    def _grounding(self) -> None:
+        size, frames = self.size, self.size.num_frames
+        captions = random_captions(self.captioner, size.num_grounded, size.num_grounded_tokens)
+        together = measure_together(self.captioner, self.clips[0], captions, NUM_GROUNDED_ALONE)
+        self._add(
+            f"ground {len(captions)} captions of {size.num_grounded_tokens} tokens in one call",
+            f"one call for each ({NUM_GROUNDED_ALONE} measured)",
+            "s",
+            together.seconds,
+            f"to {together.difference:.0e} nats",
+            **self._shares(together.seconds[1], 1, 2, 2 * size.num_grounded * size.num_grounded_tokens),
+        )
+        left_out = measure_left_out(self.captioner, self.clips[0], captions[0], size.num_loads)
+        score, seconds = left_out.seconds
+        self._add(
+            f"ground a caption with each of {frames} frames left out",
+            f"{frames + 2} x scoring it",
+            "s",
+            ((frames + 2) * score, seconds),
+            f"to {left_out.difference:.0e} nats",
+            scorings=seconds / score,
+            **self._shares(seconds, 1, 2 + (frames + 1) / 2, (frames + 2) * size.num_grounded_tokens),
+        )
 
     def _compiled(self) -> None:
         """Decoding as it is once a size has gone on so long that its step is compiled."""
@@ -245,12 +286,13 @@ class Benchmark:
             return
         compile_after, graphs.compile_after = graphs.compile_after, 1
         graphs.forget()
+        plain, _ = self._both(self.size.num_tokens)
         for count in (1, max(self.size.batches)):
             clips = [self.clips[number % len(self.clips)] for number in range(count)]
             self._warm_up(clips)
             with StepTimes(self.captioner.model) as steps:
-                self.captioner.caption_batch(clips, decoding=self.decoding)
-            self._add_decoding(count, steps.seconds, "", ", compiled")
+                self.captioner.caption_batch(clips, decoding=Decoding(self.size.num_tokens))
+            self._add_decoding(count, plain, steps.seconds, "", ", compiled")
         graphs.compile_after = compile_after
         graphs.forget()
 
@@ -270,130 +312,30 @@ class Benchmark:
             )
             seconds = take_turns(pair, self.size.num_loads, self.device, warm_up=False)
         name = f"load {num_bytes / 1e9:.2f} GB, checked, from a warm disk"
-        self._add(name, "safetensors' load_file alone", "s", seconds)
+        share = num_bytes / seconds[1] / 1e9 / self.limits["copied_gb_per_second"]
+        self._add(name, "safetensors' load_file alone", "s", seconds, share_of_bandwidth=share)
 
     def _profiling(self) -> None:
         pixels, features, ids = self._inputs()
-        sides = ("plain", self.plain, DynamicCache), ("capkit", self.captioner.model, PreallocatedCache)
-        for name, model, cache_class in sides:
+        for name, model, cache_class, read in (
+            ("plain", self.plain, DynamicCache, plain_prefilled_values),
+            ("capkit", self.captioner.model, PreallocatedCache, prefilled_values),
+        ):
             cache = cache_class(config=model.config)
             prefill(model, cache, ids, features)
             cache.batch_repeat_interleave(PROFILED_ROWS)
             stages: dict[str, Callable[[], Any]] = {
                 "vision tower": partial(model.model.get_video_features, pixels),
-                "prefill": partial(prefilled_values, model, cache_class, ids, features),
+                "prefill": partial(read, model, ids, features),
                 f"decoding {PROFILED_ROWS} together": partial(decode, model, cache, PROFILED_ROWS),
             }
             for stage, function in stages.items():
                 self.profile += [{"stage": stage, "way": name, **row} for row in profile_of(function, self.device)]
 
-    # ---- shared by the parts -----------------------------------------------------------------------------------------
-
-    def _both(self) -> tuple[_Captioned, _Captioned]:
-        """Each clip captioned by the baseline and by capkit, in turns; measured once."""
-        if self._captioned is None:
-            functions = self._plain_caption, self._caption
-            steps = StepTimes(self.plain), StepTimes(self.captioner.model)
-            runs: tuple[list[tuple[float, list[int]]], ...] = [], []
-            self._warm_up(self.clips[:1])
-            for clip in [self.clips[0], *self.clips]:
-                for function, times, results in zip(functions, steps, runs, strict=True):
-                    with times:
-                        results.append(seconds_of(partial(function, clip), self.device))
-            plain, quick = (
-                _Captioned([ids for _, ids in results[1:]], statistics.median(s for s, _ in results[1:]), times.seconds)
-                for results, times in zip(runs, steps, strict=True)
-            )
-            self._captioned = plain, quick
-        return self._captioned
-
-    def _warm_up(self, clips: list[Clip]) -> None:
-        """What comes with the first batch of a size only, such as recording its decoding, is not measured."""
-        self.captioner.caption_batch(clips, decoding=Decoding(max_new_tokens=min(self.size.num_tokens, 4)))
-
-    def _plain_caption(self, clip: Clip) -> list[int]:
-        return plain_caption(self.plain, self.processor, clip, PROMPTS[0], self.decoding)
-
-    def _caption(self, clip: Clip) -> list[int]:
-        return self.captioner.caption(clip, decoding=self.decoding).token_ids
-
     def _sweep(self, clip: Clip, cells: list[tuple[Prompt, Decoding]]) -> list[Caption]:
         return list(SharedVideo(self.captioner, clip).caption(cells))
 
     def _first_words(self) -> None:
-        stream = self.captioner.stream(self.clips[0], decoding=self.decoding)
+        stream = self.captioner.stream(self.clips[0], decoding=Decoding(self.size.num_tokens))
         next(stream)
         stream.stop()
-
-    def _add_captions(
-        self,
-        name: str,
-        baseline: str,
-        baseline_seconds: float,
-        seconds: float,
-        ids: list[list[int]],
-        expected_ids: list[list[int]],
-        num_per_run: int,
-        **more: float,
-    ) -> str:
-        """Add a row for captions that take `seconds` together; returns how many have the baseline's tokens."""
-        equal = num_equal(ids, expected_ids)
-        rate = {"captions_an_hour": 3600 * num_per_run / seconds}
-        more = {"num_tokens": sum(map(len, ids)), "num_captions": len(ids), **rate, **more}
-        self._add(name, baseline, "s", (baseline_seconds, seconds), equal, **more)
-        return equal
-
-    def _add_decoding(self, count: int, step_seconds: float, equal: str, how: str = "") -> None:
-        rate = count / step_seconds
-        limit = count * self.limits["copied_gb_per_second"] * 1e9 / self._bytes_per_step(count)
-        more = {"tokens_per_second": rate, "limit_tokens_per_second": limit, "share_of_bandwidth": rate / limit}
-        name, plain = f"a token while decoding, {count} together{how}", self._both()[0]
-        self._add(name, "plain, one clip", "s", (plain.step_seconds, step_seconds / count), equal, **more)
-
-    def _add_memory(
-        self, name: str, baseline: str, pair: Sequence[Callable[[], Any]], device: torch.device, equal: str
-    ) -> None:
-        mb = []
-        for function in pair:
-            with PeakMemory(device) as memory:
-                function()
-            mb.append(memory.num_bytes / 1e6)
-        if min(mb) > 1:
-            self._add(name, baseline, "MB", mb, equal)
-        else:  # it fits into memory that the process holds already
-            self.skipped.append({"part": name, "why": f"too little to measure ({mb[0]:.1f} and {mb[1]:.1f} MB)"})
-
-    def _flops_per_caption(self) -> float:
-        if self._flops is None:
-            pixels, _, ids = self._inputs()
-            features = self.plain.model.get_video_features
-            flops = count_flops(self.plain, lambda: prefilled_values(self.plain, DynamicCache, ids, features(pixels)))
-            per_token = 2 * sum(weight.numel() for weight in models.decoder_weights(self.plain))
-            self._flops = flops + per_token * self.size.num_tokens
-        return self._flops
-
-    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Pixels, features and prompt ids of the first clip."""
-        pixels = preprocess_frames(self.clips[0].frames, self.processor.image_size).to(self.device)
-        return pixels, self.plain.model.get_video_features(pixels), self._ids()
-
-    def _ids(self) -> list[int]:
-        return self.processor.prompt_ids(self.clips[0], Prompt(PROMPTS[0]))
-
-    def _bytes_per_step(self, num_rows: int) -> int:
-        """What one decoding step must read: the decoder, the head, and each row's keys and values."""
-        config: Any = self.plain.config
-        values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * len(self._ids())
-        weights = sum(weight.nbytes for weight in models.decoder_weights(self.plain))
-        return weights + num_rows * values * self.plain.dtype.itemsize
-
-
-PLAIN = "one clip, one plain generate()"
-
-
-class _Captioned(NamedTuple):
-    """Tokens of each clip, median seconds of a caption, and of a decoding step."""
-
-    ids: list[list[int]]
-    seconds: float
-    step_seconds: float

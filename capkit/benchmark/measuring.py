@@ -157,8 +157,33 @@ class StepTimes:
         return statistics.median(later - sooner for sooner, later in zip(self.starts, self.starts[1:], strict=False))
 
 
+class OtherLoad:
+    """Cores that were busy with other programs since the last call, or since this object was made."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._last = self._read()
+
+    def __call__(self) -> float:
+        """Their mean number; 0 where less than half a second has passed, which is too short to tell."""
+        now = self._read()
+        seconds, busy, own = (after - before for after, before in zip(now, self._last, strict=True))
+        if seconds < 0.5:
+            return 0.0
+        self._last = now
+        return max(busy - own, 0.0) / seconds
+
+    def _read(self) -> tuple[float, float, float]:
+        """The time, and seconds that all cores were busy, with anything and with this process and its children."""
+        idle = ("idle", "iowait", "guest", "guest_nice")  # guests' time is also in the user's
+        busy = sum(spent for name, spent in psutil.cpu_times()._asdict().items() if name not in idle)
+        return time.perf_counter(), busy, sum(self._process.cpu_times()[:4])
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, memory, GPU, versions of packages, and the load before measuring."""
+    """Processor, cores, memory, GPU, versions of packages, the load and what other programs use before measuring."""
+    others = OtherLoad()
+    time.sleep(1)
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -175,6 +200,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "load_before": round(psutil.getloadavg()[0], 2),
+        "other_cores": round(others(), 2),
         "measured_on": time.strftime("%Y-%m-%d"),
     }
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 
-from capkit.captioning import Captioner, Chooser, Decoding, draw_key, prefill, until_end
+from capkit.captioning import Captioner, Chooser, Decoding, PreallocatedCache, draw_key, prefill, until_end
 from capkit.cogvlm2 import (
     DEFAULT_PROMPT,
     CogVLM2VideoConfig,
@@ -22,6 +22,8 @@ from capkit.cogvlm2 import (
     CogVLM2VideoProcessor,
     Prompt,
     loading,
+    rotary_position_ids,
+    use_grouped_sdpa,
     use_onednn,
 )
 from capkit.video import Clip
@@ -58,12 +60,14 @@ class Size:
         num_frames, height, width: of a clip.
         num_tokens: of a caption.
         num_sweep_tokens: of a caption in a sweep.
+        num_long_tokens: of a long caption, alone, in the largest batch and in sweeps; 0: `num_tokens` are long already.
         batches: numbers of clips in a batch.
         large_frame: height and width of the frames that preprocessing is measured with.
         num_minutes: of the video that reading is measured with.
         repeats: of short measurements, whose median counts.
         num_clips: different clips; larger batches repeat them.
         num_plain_cells: cells of a sweep that the baseline captions; the others are assumed to take as long.
+        num_grounded: captions to be grounded together, of `num_grounded_tokens`.
         num_sweeps, num_loads: repeats of these.
     """
 
@@ -73,12 +77,15 @@ class Size:
     width: int = 854
     num_tokens: int = 64
     num_sweep_tokens: int = 32
+    num_long_tokens: int = 200
     batches: tuple[int, ...] = (8, 16, 32)
     large_frame: tuple[int, int] = (1080, 1920)
     num_minutes: int = 60
     repeats: int = 3
     num_clips: int = 8
     num_plain_cells: int = 64
+    num_grounded: int = 64
+    num_grounded_tokens: int = 192
     num_sweeps: int = 3
     num_loads: int = 3
 
@@ -107,13 +114,17 @@ SIZES = {
         width=128,
         num_tokens=8,
         num_sweep_tokens=8,
+        num_long_tokens=16,
         batches=(8,),
+        num_grounded=8,
+        num_grounded_tokens=24,
         num_minutes=1,
     ),
     "small": Size(_config(32000, 512, 1536, 8, (8, 2), 256, 6, 4, 1024, 224, 257)),
     "full": Size(  # takes some minutes on a GPU
         num_tokens=200,
         num_sweep_tokens=200,
+        num_long_tokens=0,
         batches=(8, 32),
         num_clips=2,
         num_plain_cells=2,
@@ -176,6 +187,7 @@ def make_captioner(
     processor = CogVLM2VideoProcessor(tokenizer, vision.image_size, config.tokens_per_frame)
     quick = copy.deepcopy(model, shared)
     use_onednn(quick)  # in place
+    use_grouped_sdpa(quick)
     return model, Captioner(quick, processor, "random weights")
 
 
@@ -194,13 +206,12 @@ def make_clip(size: Size, seed: int, frame: tuple[int, int] | None = None) -> Cl
 
 
 def prefilled_values(
-    model: CogVLM2VideoForConditionalGeneration, cache_class: type[DynamicCache], ids: list[int], features: torch.Tensor
+    model: CogVLM2VideoForConditionalGeneration, ids: list[int], features: torch.Tensor
 ) -> torch.Tensor:
-    """Read a prompt into a new cache; returns values of its last layer."""
-    cache = cache_class(config=model.config)
+    """Read a prompt into a new cache as capkit does; returns values of its last layer."""
+    cache = PreallocatedCache(model.config)
     prefill(model, cache, ids, features)
-    layer: Any = cache.layers[-1]
-    return layer.values
+    return cache.layers[-1].values
 
 
 def decode(model: CogVLM2VideoForConditionalGeneration, cache: DynamicCache, num_rows: int) -> None:
@@ -225,6 +236,23 @@ def plain_pixels(frames: np.ndarray, image_size: int) -> torch.Tensor:
     video = F.interpolate(video, size=resized, mode="bilinear", align_corners=False)
     top, left = (round((side - image_size) / 2) for side in resized)
     return video[:, :, top : top + image_size, left : left + image_size].contiguous()
+
+
+def plain_prefilled_values(
+    model: CogVLM2VideoForConditionalGeneration, ids: list[int], features: torch.Tensor
+) -> torch.Tensor:
+    """Read a prompt into a new cache as transformers does; returns values of its last layer."""
+    all_ids = torch.tensor([ids], device=model.device)
+    cache = DynamicCache(config=model.config)
+    model.model(
+        inputs_embeds=model.model.embed(all_ids, video_features=features),
+        attention_mask=torch.ones_like(all_ids),
+        position_ids=rotary_position_ids(all_ids, model.config.video_token_id),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    layer: Any = cache.layers[-1]
+    return layer.values
 
 
 @torch.inference_mode()

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capkit.files import read_regular
+
 if TYPE_CHECKING:
     import pandas as pd
 
 _MORE = {
     "captions_an_hour": "{:.0f} captions an hour",
     "tokens_per_second": "{:.0f} tokens a second",
+    "scorings": "as long as {:.1f} scorings",
     "share_of_bandwidth": "{:.0%} of the memory's rate",
     "share_of_matmul": "{:.0%} of the matrix units' rate",
 }
@@ -24,9 +27,9 @@ def read_results(path: str | Path) -> dict[str, Any]:
         ValueError: no such file, or another kind of file.
     """
     try:
-        results = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        results = json.loads(read_regular(Path(path).expanduser()))
         missing = {"size", "machine", "limits", "rows", "profile", "command"} - set(results)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not results of python -m capkit.benchmark: {error}") from error
     if missing:
         raise ValueError(f"{path}: not results of python -m capkit.benchmark: has no {', '.join(sorted(missing))}")
@@ -39,6 +42,18 @@ def describe(row: dict[str, Any]) -> str:
     more += [f"equal: {row['equal']}"] if row["equal"] else []
     baseline, value = (f"{row[name]:.3g} {row['unit']}" for name in ("baseline_value", "value"))
     return f"{row['name']}: {value} against {baseline}, x {row['ratio']:.2f}" + (f"; {', '.join(more)}" if more else "")
+
+
+def warning_if_busy(machine: dict[str, Any]) -> str:
+    """That other programs took cores that the benchmark needs, or nothing; `machine` as in the results."""
+    cores, others = machine["cores"], machine.get("other_cores", 0.0)
+    needed = 1 if machine["gpu"] else machine["torch_threads"]
+    if others + needed <= cores + 0.2:
+        return ""
+    return (
+        f"The machine was busy: other programs used up to {others:.1f} of {cores} cores, and this benchmark needs "
+        f"{needed}. Do not quote these seconds, and take the ratios as rough."
+    )
 
 
 def to_frame(results: dict[str, Any]) -> pd.DataFrame:
@@ -89,8 +104,10 @@ def as_markdown(results: dict[str, Any]) -> str:
     on = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} threads"
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
     lines = [f"`{results['command']}`: {on}, {results['model']['dtype']}, {versions}", ""]
-    lines += ["| | plain | capkit | ratio | equal |", "|---|---|---|---|---|"]
+    lines += [warning, ""] if (warning := warning_if_busy(machine)) else []
+    lines += ["| | plain | capkit | ratio | memory rate | matrix rate | equal |", "|---|---|---|---|---|---|---|"]
     for row in results["rows"]:
         values = [f"{row[name]:.3g} {row['unit']}" for name in ("baseline_value", "value")]
-        lines.append(f"| {row['name']} | {' | '.join(values)} | {row['ratio']:.2f} | {row['equal']} |")
+        shares = [f"{row[name]:.0%}" if name in row else "" for name in ("share_of_bandwidth", "share_of_matmul")]
+        lines.append(" | ".join([f"| {row['name']}", *values, f"{row['ratio']:.2f}", *shares, f"{row['equal']} |"]))
     return "\n".join(lines)

@@ -8,9 +8,10 @@ from capkit.captioning.decoding import Decoding, DecodingLike
 from capkit.captioning.features import FrameFeatures
 from capkit.captioning.generate import Caption, CaptionStream, until_end
 from capkit.captioning.graphs import DecodingStep
-from capkit.captioning.shared_prefix import SharedVideo
+from capkit.captioning.shared_prefix import MAX_BRANCHES, SharedVideo
 
 __all__ = [
+    "MAX_BRANCHES",
     "GREY",
     "Grounding",
     "ground",

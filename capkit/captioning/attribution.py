@@ -31,7 +31,7 @@ from capkit.cogvlm2 import (
 )
 from capkit.video import Clip, VideoError, load_clip
 
-MAX_TOGETHER = 8  # texts in a row: attention also computes each one's masked positions, those of all the others
+ROW_POSITIONS = 512  # of texts in a row: attention also computes each one's masked positions, those of all the others
 GREY = 128
 """Red, green and blue, of 255, of a frame without content."""
 
@@ -210,7 +210,8 @@ def _score_passes(
     leave_one_out: bool,
 ) -> list[list[list[float]]]:
     """Log probabilities of (prompt, new tokens) pairs: with the video, a grey one, and with frame 0, 1, ... grey."""
-    model, size = captioner.model, MAX_TOGETHER
+    model = captioner.model
+    size = max(ROW_POSITIONS // max(len(prompt) + len(new_ids) for prompt, new_ids in texts), 1)
 
     def remember(num_texts: int) -> None:
         nonlocal size

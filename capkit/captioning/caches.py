@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from capkit.cogvlm2 import (
     CogVLM2VideoConfig,
@@ -82,6 +85,39 @@ def crop(cache: DynamicCache, length: int) -> None:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
+class _KeysAndValues(nn.Module):
+    """The last decoder layer while a cache is filled: nothing reads what it passes on."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.norm, self.attention = layer.input_layernorm, layer.self_attn
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        attention, normal = self.attention, self.norm(hidden)
+        keys, values = (
+            project(normal).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for project in (attention.k_proj, attention.v_proj)
+        )
+        keys, _ = apply_rotary_pos_emb(keys, keys, *position_embeddings)
+        past_key_values.update(keys, values, attention.layer_idx)
+        return hidden
+
+
+def _filling_only(decoder: Any) -> Any:
+    """A decoder that shares all weights and leaves out what does not go into a cache."""
+    filling = copy.copy(decoder)
+    *layers, last = decoder.layers
+    filling._modules = decoder._modules | {"layers": nn.ModuleList([*layers, _KeysAndValues(last)])}
+    filling._modules["norm"] = nn.Identity()
+    return filling
+
+
 def prefill(
     model: CogVLM2VideoForConditionalGeneration, cache: DynamicCache, ids: list[int], features: torch.Tensor
 ) -> None:
@@ -97,11 +133,12 @@ def prefill(
     start, image = cache.get_seq_length(), image_mask(all_ids, model.config.video_token_id)
     embeds = place_features(model.model.embed_tokens(all_ids[:, start:]), image[:, start:], features)
     positions = rotary_position_ids(all_ids, model.config.video_token_id)
+    decoder = _filling_only(model.model)
     # With a filled cache, attention computes masked positions too; chunks keep their number small.
     chunk = PREFILL_CHUNK if start else len(ids)
     for first in range(start, len(ids), chunk):
         end = min(first + chunk, len(ids))
-        model.model(
+        decoder(
             inputs_embeds=embeds[:, first - start : end - start],
             attention_mask=torch.ones_like(all_ids[:, :end]),
             position_ids=positions[:, first:end],

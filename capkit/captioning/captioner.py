@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +84,8 @@ def load_captioner(
 
     Raises:
         CheckpointError: the checkpoint cannot be found, is damaged or of another kind, or does not fit into memory.
-        ValueError: unknown device, dtype or quantization, or quantization without a CUDA GPU.
+        ValueError: unknown device, dtype or quantization, quantization without a CUDA GPU, or a revision of "demo" or
+            of a folder.
         ImportError: quantization is given, but bitsandbytes is not installed.
     """
     device = loading.choose_device(device)
@@ -170,6 +173,8 @@ class Captioner:
             torch.OutOfMemoryError: one clip alone does not fit.
         """
         decoding = Decoding.of(decoding)
+        if isinstance(clips, (Clip, str, os.PathLike)):
+            raise TypeError(f"clips: must be a list of clips, not {reprlib.repr(clips)}; caption() takes one clip")
         pairs = zip(clips, map(Prompt.of, one_prompt_each(prompts, len(clips))), strict=True)
         rows = [(clip, prompt, self._limit(clip, prompt, decoding)) for clip, prompt in pairs]
         if batch_size is not None and batch_size < 1:

@@ -13,7 +13,6 @@ from transformers.generation import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from capkit.captioning.decoding import Decoding
@@ -58,7 +57,7 @@ class Chooser(LogitsProcessor):
             self.streams = [(one.seed or 0, key) for one, key in zip(decodings, draw_keys, strict=True)]
             self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
             self.warpers += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
-            self.warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
+            self.warpers += [_TopP(decoding.top_p)] if decoding.top_p < 1 else []
             self.warpers += [MinPLogitsWarper(decoding.min_p)] if decoding.min_p else []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -125,22 +124,61 @@ class RowChoosers:
 
 def _gumbel_noise(streams: Sequence[tuple[int, int]], step: int, like: torch.Tensor) -> torch.Tensor:
     """Gumbel noise, float32 (B, V), from a hash (SplitMix64) of stream, step and token: the same on every device."""
+    starts = np.stack([np.random.SeedSequence([*stream, step]).generate_state(1, np.uint64) for stream in streams])
+    bits = _hash_on_cpu(starts, like.shape[-1]) if like.device.type == "cpu" else _hash(starts, like)
+    # Float32 is finest near 0, from where the largest noise comes.
+    uniform = bits.add_(0.5).mul_(2**-40).clamp_(max=1 - 2**-24)  # 1: noise of -inf
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+_GOLDEN_RATIO, _SPLITMIX = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def _hash(starts: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """The upper 40 bits of SplitMix64 for each token, float32 (B, V), from uint64 (B, 1)."""
 
     def signed(number: int) -> int:  # int64 arithmetic wraps around
         return (number + 2**63) % 2**64 - 2**63
 
-    starts = [np.random.SeedSequence([*stream, step]).generate_state(1, np.uint64).view(np.int64) for stream in streams]
-    bits = torch.arange(like.shape[-1], device=like.device) * signed(0x9E3779B97F4A7C15)
-    sent = torch.from_numpy(np.stack(starts))
+    bits = torch.arange(like.shape[-1], device=like.device) * signed(_GOLDEN_RATIO)
+    sent = torch.from_numpy(starts.view(np.int64))
     sent = sent.pin_memory() if like.device.type == "cuda" else sent  # a copy from other memory would synchronise
     bits = bits + sent.to(like.device, non_blocking=True)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    for shift, factor in _SPLITMIX:
         bits ^= (bits >> shift) & (2 ** (64 - shift) - 1)  # a logical shift
         bits *= signed(factor)
     bits ^= (bits >> 31) & (2**33 - 1)
-    # Float32 is finest near 0, from where the largest noise comes.
-    uniform = ((bits >> 24) & (2**40 - 1)).float().add_(0.5).mul_(2**-40).clamp_(max=1 - 2**-24)  # 1: noise of -inf
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    return ((bits >> 24) & (2**40 - 1)).float()
+
+
+def _hash_on_cpu(starts: np.ndarray, length: int) -> torch.Tensor:
+    """`_hash` in a third of the time: torch's shifts are slow on a CPU, and one row at a time stays in its cache."""
+    tokens = np.arange(length, dtype=np.uint64) * np.uint64(_GOLDEN_RATIO)
+    hashed = np.empty((len(starts), length), np.float32)
+    for row, start in enumerate(starts):
+        bits = tokens + start
+        for shift, factor in _SPLITMIX:
+            bits ^= bits >> np.uint64(shift)
+            bits *= np.uint64(factor)
+        bits ^= bits >> np.uint64(31)
+        hashed[row] = bits >> np.uint64(24)
+    return torch.from_numpy(hashed)
+
+
+class _TopP(LogitsProcessor):
+    """Mask all but the most probable tokens that together reach `top_p`, and those as probable as the last of them.
+
+    As transformers' TopPLogitsWarper, whose `torch.sort` takes longer on a CPU than all other parts of choosing.
+    """
+
+    def __init__(self, top_p: float) -> None:
+        self.top_p = top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ascending = torch.from_numpy(np.sort(scores.numpy())) if scores.device.type == "cpu" else scores.sort().values
+        num_masked = (ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p).sum(-1, keepdim=True)
+        least = ascending.gather(-1, num_masked.clamp_max(scores.shape[-1] - 1))
+        return scores.masked_fill(scores < least, -torch.inf)
 
 
 class _GeneratedOnly(LogitsProcessor):

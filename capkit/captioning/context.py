@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,7 +26,11 @@ def tokens_that_fit(
 
     Raises:
         ValueError: none fits, or as in `CogVLM2VideoProcessor.text_ids`.
+        TypeError: no `Clip`, such as a file name.
     """
+    if not isinstance(clip, Clip):
+        made = "load_clip(path) reads one from a file, Clip.from_frames(frames) makes one of frames"
+        raise TypeError(f"clip: must be a Clip, not {reprlib.repr(clip)}; {made}")
     most, num_text = model.config.max_position_embeddings, len(processor.text_ids(prompt))
     positions = rotary_position_ids(torch.tensor([processor.video_ids(clip, prompt)]), model.config.video_token_id)
     num_video = int(positions[0, -1]) + 1

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
+from capkit.text import unknown_name
 from capkit.video import finite_float
 
 # Defaults for sampling in transformers 4.4x, on which the original runs.
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50}
+MOST_BEAMS = 1000  # each takes memory like a clip of its own
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "seed")
 # Arguments of generate() that do not affect which tokens are chosen here: the captioner sets them itself.
 _IGNORED = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "num_return_sequences"}
@@ -54,8 +56,9 @@ class Decoding:
     dropped: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1), ("no_repeat_ngram_size", 0)):
+        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("no_repeat_ngram_size", 0)):
             self._set_integer(name, low)
+        self._set_integer("num_beams", 1, MOST_BEAMS)
         if self.seed is not None:
             self._set_integer("seed", 0, 2**63 - 1)
         for name, allowed, is_allowed in (
@@ -159,6 +162,7 @@ DecodingLike = Decoding | dict[str, Any]
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Decoding) if f.name != "dropped"}
 
 
-def _refuse_unknown(settings: dict[str, Any], allowed: Iterable[str]) -> None:
-    if unknown := sorted(map(str, set(settings) - set(allowed))):
-        raise ValueError(f"unknown decoding settings {', '.join(unknown)}; known: {', '.join(sorted(allowed))}")
+def _refuse_unknown(settings: dict[str, Any], allowed: Collection[str]) -> None:
+    for name in settings:
+        if name not in allowed:
+            raise ValueError(unknown_name("decoding setting", name, sorted(allowed), "known"))

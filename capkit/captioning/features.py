@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from capkit.files import atomic_write
+from capkit.text import warn
 
 MEMORY_BYTES = 2**30  # of the published model: some 2,000 frames, or 80 clips
 DISK_BYTES = 50 * 2**30
@@ -96,7 +96,7 @@ class FrameFeatures:
             )  # a file that a power cut damages counts as missing
             self._limit_disk(self.folder, len(content))
         except OSError as error:
-            warnings.warn(f"features are kept in memory only: {error}", stacklevel=2)
+            warn(f"features are kept in memory only: {error}", stacklevel=2)
             self.folder = None
 
     def _hold(self, key: str, features: torch.Tensor) -> None:

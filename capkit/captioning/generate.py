@@ -7,7 +7,6 @@ import queue
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from capkit.cogvlm2 import (
     Prompt,
     rotary_position_ids,
 )
+from capkit.text import warn
 from capkit.video import Clip
 
 
@@ -161,7 +161,7 @@ def make_caption(
     """
     finish_reason = "eos" if is_end(ids[-1], model.config) else "length" if len(ids) >= limit else "stopped"
     if finish_reason == "length" and limit < decoding.max_new_tokens:
-        warnings.warn(  # without the caption's numbers, so that it is shown once
+        warn(  # without the caption's numbers, so that it is shown once
             f"a caption was ended by the model's context length, {model.config.max_position_embeddings} positions "
             f"(max_position_embeddings), before max_new_tokens={decoding.max_new_tokens}",
             stacklevel=2,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from capkit.captioning.caches import layer_tensors, prefill_each
 from capkit.captioning.choosing import RowChoosers
 from capkit.cogvlm2 import loading, rotary_position_ids
+from capkit.text import warn
 
 STATIC_DEVICES = ("cuda",)  # where this module is used
 STATIC_POSITIONS = 512  # cache sizes are multiples of this
@@ -139,7 +139,7 @@ class DecodingStep:
         except Exception as error:
             if loading.is_out_of_memory(error):
                 raise
-            warnings.warn(f"decoding is not recorded as a CUDA graph, which is slower: {error!r}", stacklevel=2)
+            warn(f"decoding is not recorded as a CUDA graph, which is slower: {error!r}", stacklevel=2)
             self._is_recorded = False
             return
         self._graph = graph
@@ -150,7 +150,7 @@ class DecodingStep:
         except Exception as error:
             if self._read_layer is _read_layer or loading.is_out_of_memory(error):
                 raise
-            warnings.warn(f"decoding is not compiled, which is slower: {error!r}", stacklevel=3)
+            warn(f"decoding is not compiled, which is slower: {error!r}", stacklevel=3)
             self._read_layer = _read_layer
             self._forward()
 

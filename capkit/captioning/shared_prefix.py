@@ -1,7 +1,8 @@
 """Shared-prefix decoding: encode and cache a clip once, decode many prompts and settings from it.
 
-All branches are parts of one row. A mask lets each branch attend to the video, its own prompt and its own new tokens;
-no keys or values are copied, and branches with the same prompt share its keys and values too.
+Prompts are read as parts of one row, where a mask lets each attend to the video and itself. On a CPU, branches are then
+decoded in rows of their own behind one cache of the video, on a GPU behind copies of it, elsewhere as more parts of the
+first row.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
 from capkit.captioning.caches import PreallocatedCache, crop, layer_tensors, prefill
 from capkit.captioning.captioner import Captioner
@@ -22,6 +25,7 @@ from capkit.captioning.decoding import Decoding
 from capkit.captioning.generate import Caption, is_end, make_caption
 from capkit.captioning.graphs import FIRST_TOKENS, GraphDecoder
 from capkit.cogvlm2 import (
+    GROUPED_SDPA,
     CogVLM2VideoForConditionalGeneration,
     Prompt,
     PromptLike,
@@ -29,7 +33,7 @@ from capkit.cogvlm2 import (
 )
 from capkit.video import Clip
 
-MAX_BRANCHES = 32  # in a row: attention also computes each branch's masked positions, those of all the others
+MAX_BRANCHES = 32  # together: as parts of one row, attention also computes the masked positions of all others
 VIDEO = 0  # the part that all others attend to
 
 Branch = tuple[Prompt, Decoding]
@@ -103,7 +107,7 @@ class SharedVideo:
                 finally:
                     graphs.lock.release()
             else:
-                new_ids, logprobs = _decode_in_one_row(row, hidden[prompt_of_branch], prompt_of_branch, choosers)
+                new_ids, logprobs = _decode_branches(row, hidden[prompt_of_branch], prompt_of_branch, choosers)
         finally:
             crop(cache, len(video_ids))
         # Prefill time is split evenly; decoding time in proportion to tokens.
@@ -202,10 +206,56 @@ def _decode_rows(
     return graphs.decode(step, choosers, partial(is_end, config=model.config))
 
 
-def _decode_in_one_row(
+class _OwnRows:
+    """Each branch in a row of its own behind the shared video: its text, then its new tokens.
+
+    Args:
+        row: has read the video and the texts.
+        texts: the number of each branch's text.
+    """
+
+    def __init__(self, row: SharedRow, texts: list[int]) -> None:
+        self.model, longest = row.model, max(row.lengths)
+        layers = layer_tensors(row.cache)
+        self.prefix = [(keys[:, :, : row.num_video], values[:, :, : row.num_video]) for keys, values in layers]
+        ends = np.cumsum(row.lengths) + row.num_video
+        # Texts end together; what comes before a shorter one is of others, and masked.
+        places = torch.tensor([range(end - longest, end) for end in ends[texts].tolist()], device=row.device)
+        self.cache = PreallocatedCache(self.model.config)
+        for number, tensors in enumerate(layers):
+            keys, values = (tensor[0][:, places].transpose(0, 1) for tensor in tensors)
+            self.cache.update(keys, values, number)
+        lengths = torch.tensor(row.lengths, device=row.device)[texts]
+        self.positions = row.next_position + lengths[:, None]
+        self.seen = torch.arange(longest, device=row.device) >= longest - lengths[:, None]
+
+    def read(self, ids: list[int]) -> torch.Tensor:
+        """Read the next token of each row; hidden states (rows, hidden_size)."""
+        self.seen = F.pad(self.seen, (0, 1), value=True)
+        hidden = torch.finfo(self.model.dtype).min
+        mask = torch.zeros(self.seen.shape, dtype=self.model.dtype).masked_fill(~self.seen, hidden)
+        outputs = self.model.model(
+            inputs_embeds=self.model.model.embed(torch.tensor(ids, device=self.seen.device)[:, None]),
+            attention_mask=mask[:, None, None],
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            prefix=self.prefix,
+        )
+        self.positions = self.positions + 1
+        return outputs.last_hidden_state[:, 0]
+
+    def keep(self, rows: list[int]) -> None:
+        """Leave out all but these rows."""
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.seen.device))
+        self.seen, self.positions = self.seen[rows], self.positions[rows]
+
+
+def _decode_branches(
     row: SharedRow, hidden: torch.Tensor, prompt_of_branch: list[int], choosers: RowChoosers
 ) -> Generated:
-    """Decode all branches in one row; branches that have ended are left out."""
+    """Decode branches together; those that have ended are left out."""
+    own = _OwnRows(row, prompt_of_branch) if row.model.config._attn_implementation == GROUPED_SDPA else None
     new_ids: list[list[int]] = [[] for _ in prompt_of_branch]
     logprobs: list[list[float]] = [[] for _ in prompt_of_branch]
     live, step, config = list(range(len(prompt_of_branch))), 0, row.model.config
@@ -216,13 +266,18 @@ def _decode_in_one_row(
         for branch, token, logprob in zip(live, *chosen.tolist(), strict=True):
             new_ids[branch].append(int(token))
             logprobs[branch].append(logprob)
-        live = [
-            branch
-            for branch in live
+        going = [
+            place
+            for place, branch in enumerate(live)
             if len(new_ids[branch]) < choosers.max_new_tokens[branch] and not is_end(new_ids[branch][-1], config)
         ]
-        if live:
-            texts = [prompt_of_branch[branch] for branch in live]
-            hidden = row.decode([new_ids[branch][-1] for branch in live], live, texts, step)
+        if own and 0 < len(going) < len(live):
+            own.keep(going)
+        live = [live[place] for place in going]
+        last = [new_ids[branch][-1] for branch in live]
+        if live and own:
+            hidden = own.read(last)
+        elif live:
+            hidden = row.decode(last, live, [prompt_of_branch[branch] for branch in live], step)
         step += 1
     return new_ids, logprobs

@@ -1,5 +1,6 @@
 """CogVLM2-Video as transformers knows models: configuration, model, processor."""
 
+from capkit.cogvlm2.attention import GROUPED_SDPA, use_grouped_sdpa
 from capkit.cogvlm2.checkpoint import CheckpointError, CheckpointNotFound, fingerprint
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig, CogVLM2VisionConfig
 from capkit.cogvlm2.linear import use_onednn
@@ -22,6 +23,7 @@ from capkit.cogvlm2.prompt import DEFAULT_PROMPT, FRAME_NUMBERS, TEMPLATES, Prom
 __all__ = [
     "DEFAULT_PROMPT",
     "FRAME_NUMBERS",
+    "GROUPED_SDPA",
     "TEMPLATES",
     "CheckpointError",
     "CheckpointNotFound",
@@ -40,5 +42,6 @@ __all__ = [
     "place_features",
     "preprocess_frames",
     "rotary_position_ids",
+    "use_grouped_sdpa",
     "use_onednn",
 ]

@@ -30,12 +30,14 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
     Raises:
         CheckpointNotFound: neither a folder nor a name on the hub.
         CheckpointError: the download failed.
-        ValueError: neither a text nor a path.
+        ValueError: neither a text nor a path, or a revision of a folder.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise ValueError(f"model={name_or_path!r}: must be a folder, or a name on the Hugging Face hub (owner/name)")
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
     if os.path.isdir(folder):  # unlike Path.is_dir, it takes names that are too long
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: has no effect on a folder ({folder}), only on a name on the hub")
         return folder
     if os.path.isfile(folder):
         raise CheckpointNotFound(name, "is a file: give the folder that holds config.json and the weights")

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from capkit.cogvlm2 import checkpoint, loading
+from capkit.cogvlm2.attention import use_grouped_sdpa
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig
 from capkit.cogvlm2.linear import use_onednn
 from capkit.cogvlm2.vision import PatchEmbedding, VisionTower
@@ -359,7 +360,9 @@ class CogVLM2VideoForConditionalGeneration(_CogVLM2VideoPreTrainedModel, Generat
             if info["missing_keys"] or info["mismatched_keys"] or info["error_msgs"]:
                 raise checkpoint.CheckpointError(folder, f"weights were not all loaded: {info}")
             loading.check_finite(folder, model)
-            return use_onednn(model if "device_map" in kwargs else model.to(device))
+            model = model if "device_map" in kwargs else model.to(device)
+            use_grouped_sdpa(model)
+            return use_onednn(model)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write the published layout: `config.json`, safetensors shards with the published tensor names, their index.

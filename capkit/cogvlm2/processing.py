@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from capkit.cogvlm2 import loading
 from capkit.cogvlm2.checkpoint import read_config
 from capkit.cogvlm2.prompt import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.cogvlm2.tokenizer import read_tokenizer
+from capkit.text import encodable
 from capkit.video import MEAN, STD, Clip, model_pixels
 
 
@@ -134,13 +136,15 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         """Token ids of a text as the continuation of a prompt: with a space after `Answer:`.
 
         Raises:
-            ValueError: the text is empty.
+            ValueError: no text, an empty one, or one that is not UTF-8.
         """
-        if not text.strip():
-            raise ValueError(f"text={text!r}: there is no text to score")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text={reprlib.repr(text)}: there is no text to score")
         return self._encode(text if text[:1].isspace() else " " + text)
 
     def _encode(self, text: str) -> list[int]:
+        if encodable(text) != text:
+            raise ValueError(f"text={reprlib.repr(text)}: is not UTF-8, or was cut within a character")
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:

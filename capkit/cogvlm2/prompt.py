@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from capkit.text import unknown_name
 from capkit.video import Clip
 
 # From CogVideo's tools/caption, which wrote the training captions of CogVideoX.
@@ -73,7 +74,7 @@ class Prompt:
         if isinstance(prompt, Mapping):
             names = [field.name for field in fields(cls)]
             if unknown := sorted(set(prompt) - set(names), key=str):
-                raise ValueError(f"prompt={dict(prompt)!r}: unknown {unknown}; known: {', '.join(names)}")
+                raise ValueError(f"prompt={dict(prompt)!r}: {unknown_name('field', unknown[0], names, 'known')}")
             return cls(**prompt)
         return cls(prompt)  # type: ignore[arg-type]  # __post_init__ refuses other types
 

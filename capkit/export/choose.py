@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from capkit.runs import CaptionStore, Records, window_name
-from capkit.text import plain_text
+from capkit.text import plain_text, plural, unknown_name
 
 SETTINGS = (
     *("prompt", "template", "history", "frame_numbers", "decoding", "frame_sampling", "sample"),
@@ -99,8 +99,8 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> Chose
     choices = check_choices(choose)
     sources = []
     for source in [stores] if isinstance(stores, (str, os.PathLike, CaptionStore)) else stores:
-        store = source if isinstance(source, CaptionStore) else CaptionStore(source)
-        if not store.path.is_file():
+        store = CaptionStore.of(source)
+        if not store.path.exists():
             raise ValueError(f"stores: {store.path}: no such file")
         sources.append((store.path, store.current()))
     clip_numbers: dict[str, int] = {}
@@ -138,7 +138,7 @@ def check_choices(choose: Choice | Sequence[Choice]) -> list[Choice]:
             if choice not in ("edited", "latest"):
                 raise ValueError(f"choose={choice!r}: must be 'edited', 'latest' or fields with values")
         elif unknown := [name for name in choice if name not in SETTINGS]:
-            raise ValueError(f"choose: unknown field {unknown[0]!r}; there are {', '.join(SETTINGS)}")
+            raise ValueError("choose: " + unknown_name("field", unknown[0], SETTINGS, "there are"))
     return choices
 
 
@@ -189,6 +189,7 @@ def _describe_ambiguous(num_clips: int, first: list[dict[str, Any]]) -> str:
         if len(values) > 1:
             choices += "\n" + plain_text(f"  {name}: {' | '.join(values)}")
     return (
-        f"{num_clips} clips have several captions, the first {plain_text(first[0]['video'])}; choose one with "
-        f"choose=, for instance 'latest', 'edited', or a value of what they differ in:{choices}"
+        f"several captions of {plural(num_clips, 'clip')}, the first {plain_text(first[0]['video'])}; choose one with "
+        "choose=, for instance 'latest', 'edited', or a value of what they differ in (papermill: -p choose latest, or "
+        f"-y 'choose: [{{prompt: \"...\"}}]'):{choices}"
     )

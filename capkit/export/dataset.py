@@ -93,7 +93,7 @@ def export_dataset(
             refused = "\n".join(plain_text(f"  {row['video']}: {row['reason']}") for row in export.rows[:10])
             raise ValueError(f"nothing to export; of {len(export.rows)} clips, the first:\n{refused}")
         export.name_clips()
-        if not is_exported(kind, root, export.pairs, overwrite):
+        if not is_exported(kind, root, export.pairs, clips, overwrite):
             write_export(kind, root, export.pairs, clips)
         report = ExportReport(
             layout=kind.name,
@@ -134,7 +134,7 @@ def check_export(
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     if reason := kind.unfit_root(root):
         raise ValueError(f"output_dir: {reason}")
-    is_exported(kind, root, [], overwrite=True)  # raises for a folder that holds something else
+    is_exported(kind, root, [], clips, overwrite=True)  # raises for a folder that holds something else
     output_folder(root.parent)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from capkit import __version__
 from capkit.export.write import report_of
 from capkit.files import atomic_writer, now
-from capkit.text import escape, plain_text
+from capkit.text import escape, plain_text, plural
 
 OPENING_WORDS = 4
 _TEXT, _NUMBER, _FLAG = "str", "Int64", "boolean"
@@ -28,10 +28,10 @@ COLUMNS = {
 }
 """The table's columns and their types."""
 COUNTED = {
-    "edited": "captions were edited by hand",
-    "near_duplicate": "captions nearly repeat another clip's",
-    "changed_by": "captions were changed by cleaning; the originals are in the report",
-    "same_file_as": "clips are copies of another",
+    "edited": ("caption", "edited by hand"),
+    "near_duplicate": ("caption", "nearly like another clip's"),
+    "changed_by": ("caption", "changed by cleaning; the originals are in the report"),
+    "same_file_as": ("clip", "with the content of another"),
 }
 
 
@@ -134,16 +134,16 @@ class ExportReport:
         is_estimate = self.threshold < self.token_limit
         if num_over := self.counts["over_limit"]:
             limit = f"{self.threshold} T5 tokens (estimated)" if is_estimate else f"{self.token_limit} T5 tokens"
-            tokens = f"{num_over} captions have more than {limit}: training may cut their ends off"
+            tokens = f"{plural(num_over, 'caption')} of more than {limit}: training may cut off what is beyond"
         else:
             tokens = f"the longest caption has {self.counts['most_tokens']} T5 tokens "
             tokens += f"({'estimated' if is_estimate else 'counted'}); {self.token_limit} are kept"
         num_exported, num_refused = self.counts["exported"], self.counts["refused"]
         return [
-            f"{num_exported} clips exported for {self.layout} to {self.output_dir}, {num_refused} refused",
+            f"{plural(num_exported, 'clip')} exported for {self.layout} to {self.output_dir}, {num_refused} refused",
             self.read_back,
             tokens,
-            *(f"{self.counts[name]} {description}" for name, description in COUNTED.items() if self.counts[name]),
+            *(f"{plural(num, noun)} {rest}" for name, (noun, rest) in COUNTED.items() if (num := self.counts[name])),
         ]
 
     def _repr_html_(self) -> str:

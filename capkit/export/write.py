@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from capkit.export.layouts import Layout, Pair, shorten
 from capkit.files import Busy, file_sha256, hold_lock
 
 REPORT_BEGINS = b'{\n "layout": "'
+# What file systems without links answer, some of them Windows', or those of a link to another file system.
+NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def report_of(root: Path) -> Path:
@@ -38,7 +41,7 @@ def hold_folder(root: Path) -> Iterator[None]:
     Raises:
         ExportBusy: another process, or another thread of this one, is exporting to it.
     """
-    with hold_lock(root.with_name(f".{root.name}.lock"), ExportBusy):
+    with hold_lock(root, ExportBusy):
         for path in list(root.parent.iterdir()):
             if re.fullmatch(rf"\.{re.escape(report_of(root).name[:40])}\.[0-9a-f]{{8}}\.part", path.name):
                 path.unlink()
@@ -49,12 +52,16 @@ def hold_folder(root: Path) -> Iterator[None]:
         yield
 
 
-def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], overwrite: bool) -> bool:
-    """True if the root holds this very export already; False if it may be written there.
+def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str, overwrite: bool) -> bool:
+    """True if the root holds this very export, clips made as `clips` says; False if it may be written there.
 
     Raises:
         ValueError: the root holds something else, or the file that a report would replace is none.
     """
+    if root == root.parent:
+        raise ValueError(f"output_dir: {root} is the root of the file system; name a folder in it")
+    if root.is_symlink() and not root.exists():
+        raise ValueError(f"output_dir: {root} is a link to {os.readlink(root)!r}, which is not there")
     report = report_of(root)
     if os.path.lexists(report) and not (report.is_file() and _begins_with(report, REPORT_BEGINS)):
         raise ValueError(f"output_dir: {report}, where the report goes, is something else; choose another folder")
@@ -70,16 +77,33 @@ def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], overwrite: bo
             )
     names = []
     with suppress(ValueError, KeyError, IndexError, OSError):
-        names += [clip.name for clip, _ in layout.read(root)]
+        for clip, _ in layout.read(root):
+            names.append(clip.name)
     own = layout.caption_files(names) | {(Path(layout.clip_folder) / name).as_posix() for name in names}
-    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
-    if foreign := min((file for file in files if file not in own), default=""):
+    if foreign := next((file for file in _files(root) if file not in own), ""):
         raise ValueError(f"output_dir: {root} holds {foreign!r}, not part of such an export; choose another folder")
+    other = "other captions"
     if not _first_difference(layout, root, pairs):
-        return True
+        made = (_how_made(root / layout.clip_folder / pair.name, pair.clip) for pair in pairs)
+        if not (differing := next((way for way in made if way != clips), "")):
+            return True
+        other = f"this export with clips={differing!r}, not {clips!r}"
     if not overwrite:
-        raise ValueError(f"output_dir: {root} holds other captions; choose another folder, or overwrite=True")
+        raise ValueError(f"output_dir: {root} holds {other}; choose another folder, or overwrite=True replaces it")
     return False
+
+
+def _how_made(path: Path, clip: Path) -> str:
+    """The `clips` of `write_export` that made this file from the clip."""
+    return "link" if path.is_symlink() else "hardlink" if path.samefile(clip) else "copy"
+
+
+def _files(root: Path) -> Iterator[str]:
+    """The files and links below a root, relative to it."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders.sort()
+        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        yield from ((Path(folder) / name).relative_to(root).as_posix() for name in sorted([*names, *links]))
 
 
 def write_export(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str) -> None:
@@ -112,7 +136,7 @@ def write_export(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str) 
             raise ExportError(f"{root}: read back as {layout.trainer} reads it, {difference}; nothing was exported")
         _replace_folder(part, root)
     except OSError as error:
-        hint = "; a copy (clips='copy') needs no links" if clips != "copy" else ""
+        hint = "; a copy (clips='copy') needs no links" if clips != "copy" and error.errno in NO_LINKS else ""
         raise ExportError(f"{root}: could not be written: {error}{hint}; nothing was exported") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

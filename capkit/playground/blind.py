@@ -19,7 +19,7 @@ import pandas as pd
 from capkit.captioning import Decoding
 from capkit.files import append_line, read_lines
 from capkit.playground.controls import button
-from capkit.runs import CaptionStore, clip_id, is_stopped
+from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, is_stopped
 from capkit.sweep import OUTCOMES, bradley_terry, bradley_terry_pairs
 from capkit.text import escape
 from capkit.video import FrameSampling
@@ -67,9 +67,10 @@ class BlindRating(widgets.VBox):
     """
 
     def __init__(
-        self, store: CaptionStore, ratings: str | Path, variants: Sequence[str] | None = None, seed: int = 0
+        self, store: CaptionStoreLike, ratings: str | Path, variants: Sequence[str] | None = None, seed: int = 0
     ) -> None:
-        self.store, self.ratings, self.seed = store, Path(ratings), seed
+        self.store = store = CaptionStore.of(store)
+        self.ratings, self.seed = Path(ratings), seed
         self.records: dict[str, dict[str, dict[str, Any]]] = {}  # by clip and variant
         for record in store.current():
             if not has_settings(record) or is_stopped(record):

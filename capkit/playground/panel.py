@@ -19,7 +19,7 @@ from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
 from capkit.playground.blind import has_settings, settings_name
 from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls
-from capkit.runs import CaptionStore, clip_id, new_record, request_settings
+from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, new_record, request_settings
 from capkit.sweep import PROMPT_PRESETS
 from capkit.text import escape, plain_text
 from capkit.video import Clip, FrameSampling, VideoError, load_clip
@@ -64,10 +64,11 @@ class Playground(widgets.VBox):
         self,
         captioner: Captioner,
         clips: Iterable[str],
-        store: CaptionStore | None = None,
+        store: CaptionStoreLike | None = None,
         output_dir: str | Path = "runs/playground",
     ) -> None:
-        self.captioner, self.store, self.output_dir = captioner, store, Path(output_dir)
+        self.captioner, self.output_dir = captioner, Path(output_dir)
+        self.store = store = None if store is None else CaptionStore.of(store)
         self.results: list[tuple[dict[str, Any], Caption]] = []
         self.clip: Clip | None = None
         stored = [] if store is None else store.current()

@@ -7,7 +7,7 @@ from capkit.runs.clip_ids import clip_id, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
 from capkit.runs.index import Records, is_stopped
 from capkit.runs.manifests import Item, choose_columns, read_rows
-from capkit.runs.merging import merge
+from capkit.runs.merging import merge, unmerged
 from capkit.runs.prefetch import read_ahead
 from capkit.runs.progress import Progress
 from capkit.runs.project_root import enter_project_root
@@ -16,6 +16,7 @@ from capkit.runs.shards import Shard, ShardBusy, caption_shard, shard_stores
 from capkit.runs.store import (
     RECORD_FIELDS,
     CaptionStore,
+    CaptionStoreLike,
     StoreBusy,
     digest_once,
     new_record,
@@ -44,9 +45,11 @@ __all__ = [
     "ShardBusy",
     "caption_shard",
     "merge",
+    "unmerged",
     "shard_stores",
     "RECORD_FIELDS",
     "CaptionStore",
+    "CaptionStoreLike",
     "StoreBusy",
     "Records",
     "is_stopped",

@@ -10,11 +10,18 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
-from capkit.runs.index import is_complete
-from capkit.runs.manifests import Item
+from capkit.runs.index import is_complete, is_row_error
+from capkit.runs.manifests import Item, check_items
 from capkit.runs.prefetch import Quarantine, read_ahead
 from capkit.runs.progress import Progress
-from capkit.runs.store import CaptionStore, ModelIdentity, digest_once, new_record, request_settings
+from capkit.runs.store import (
+    CaptionStore,
+    CaptionStoreLike,
+    ModelIdentity,
+    digest_once,
+    new_record,
+    request_settings,
+)
 from capkit.video import Clip, FrameSampling, FrameSamplingLike, at_least_one, memory_budget, positive
 
 BATCHES_TO_CHOOSE_FROM = 4  # batches of clips held, to find those of similar length
@@ -23,7 +30,7 @@ BATCHES_TO_CHOOSE_FROM = 4  # batches of clips held, to find those of similar le
 def caption_clips(
     captioner: Captioner,
     items: Iterable[Item],
-    store: CaptionStore,
+    store: CaptionStoreLike,
     prompt: PromptLike = DEFAULT_PROMPT,
     decoding: DecodingLike = GREEDY,
     frame_sampling: FrameSamplingLike = "chat",
@@ -39,7 +46,7 @@ def caption_clips(
     Args:
         captioner: from `load_captioner`.
         items: from `find_clips`; an item's own prompt replaces the text of `prompt`.
-        store: where records and picture strips are written.
+        store: where records and picture strips are written; a `CaptionStore` or its path.
         prompt: a text or a `Prompt`.
         decoding: a `Decoding` or a dictionary of its fields.
         frame_sampling: as in `load_clip`.
@@ -53,8 +60,10 @@ def caption_clips(
     Raises:
         StoreBusy: another run is captioning into this store.
         ValueError: settings that are invalid for every clip.
+        TypeError: `items` holds something else than items, such as a file name.
         OSError: the store cannot be written, for example on a full disk; earlier records are kept.
     """
+    store = CaptionStore.of(store)
     planned = plan_clips(captioner, items, prompt, decoding, frame_sampling)
     with store.hold():
         caption_planned(captioner, planned, store, batch_size, retry_errors, timeout_seconds)
@@ -68,10 +77,15 @@ def plan_clips(
     decoding: DecodingLike = GREEDY,
     frame_sampling: FrameSamplingLike = "chat",
 ) -> list[dict[str, Any]]:
-    """The `request_settings` of each item. Raises ValueError for settings that are invalid for every clip."""
+    """The `request_settings` of each item.
+
+    Raises:
+        ValueError: settings that are invalid for every clip.
+        TypeError: something else than an item.
+    """
     prompt, decoding, frame_sampling = Prompt.of(prompt), Decoding.of(decoding), FrameSampling.of(frame_sampling)
     planned = []
-    for item in items:
+    for item in check_items(items):
         shared = (prompt, decoding, frame_sampling, item.start, item.end)
         planned.append(request_settings(captioner, item.video, *shared, own_text=item.prompt, error=item.error))
         if item.reference is not None:
@@ -106,12 +120,13 @@ def caption_planned(
     """
     check_numbers(batch_size, timeout_seconds, num_readers)
     todo = missing(planned, [store, *other_stores], retry_errors)
+    num_before = counts_before(planned, [store, *other_stores], len(todo))
     half_memory = (memory_bytes or memory_budget()) // 2  # for reading ahead, and for choosing batches
     image_size = captioner.processor.image_size
     prepare = partial(prepare_clip, store=store, image_size=image_size, digest=digest_once())
     ahead = (2 * batch_size, num_readers, half_memory, quarantine, image_size, store, prepare)
     with (
-        Progress("clips", len(todo), len(planned) - len(todo), heartbeat, label) as progress,
+        Progress(("clip", "caption"), len(todo), *num_before, heartbeat, label) as progress,
         closing(read_ahead(todo, timeout_seconds, *ahead)) as pairs,
     ):
         for batch in _batches(pairs, batch_size, half_memory):
@@ -130,9 +145,19 @@ def check_numbers(batch_size: int = 1, timeout_seconds: float | None = None, num
 def missing(
     planned: Iterable[dict[str, Any]], stores: Iterable[CaptionStore], retry_errors: bool
 ) -> list[dict[str, Any]]:
-    """The planned requests that no store has an answer to, each once."""
+    """The planned requests that no store has an answer to, each once.
+
+    Rows that cannot be used come last, so that a caption after such an error is of a later run: see `StoreIndex`.
+    """
     done = set().union(*(store.done(retry_errors) for store in stores))
-    return list({settings["request"]: settings for settings in planned if settings["request"] not in done}.values())
+    todo = {settings["request"]: settings for settings in planned if settings["request"] not in done}
+    return sorted(todo.values(), key=is_row_error)
+
+
+def counts_before(planned: Sequence[dict[str, Any]], stores: Iterable[CaptionStore], num_todo: int) -> tuple[int, int]:
+    """How many of the planned requests were captioned before, and how many failed and are not tried again."""
+    num_failed = len(missing(planned, stores, retry_errors=True)) - num_todo
+    return len(planned) - num_todo - num_failed, num_failed
 
 
 def current_records(planned: Sequence[dict[str, Any]], stores: Iterable[CaptionStore]) -> list[dict[str, Any]]:
@@ -177,11 +202,16 @@ def caption_batch_into(captioner: Captioner, batch: Sequence[Pair], store: Capti
 
 
 def _batches(pairs: Iterable[Pair], batch_size: int, memory_bytes: int) -> Iterator[list[Pair]]:
-    """Batches of up to `batch_size` clips of similar length; an error is a batch of its own, at once."""
+    """Batches of up to `batch_size` clips of similar length; an error is a batch of its own, at once.
+
+    Only rows that cannot be used wait for all clips before them, see `missing`.
+    """
     held: list[Any] = []
     num_held = 1 if batch_size == 1 else BATCHES_TO_CHOOSE_FROM * batch_size
     for settings, clip in pairs:
         if not isinstance(clip, Clip):
+            while held and is_row_error(settings):
+                yield _take_batch(held, batch_size)
             yield [(settings, clip)]
             continue
         held.append((settings, clip))
@@ -212,6 +242,10 @@ def _caption_batch(captioner: Captioner, pairs: Sequence[tuple[dict[str, Any], C
         if not isinstance(error, (ValueError, TypeError)) and not is_out_of_memory(error):
             raise
         reason = f"{pairs[0][0]['video']}: {error}"
+        if is_out_of_memory(error):
+            num_beams = pairs[0][0]["decoding"].get("num_beams", 1)
+            advice = f"lower num_beams={num_beams}" if num_beams > 1 else "sample fewer frames"
+            reason = f"{pairs[0][0]['video']}: does not fit into memory; {advice}: {error!r}"
     else:
         yield from captions
         return

@@ -8,19 +8,18 @@ import glob
 import os
 import re
 import sys
-import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capkit.files import check_regular
+from capkit.files import open_regular
 from capkit.runs.manifests import MANIFEST_SUFFIXES, Item, dictionary_to_item, frame_rows, read_rows, to_items
 
 if TYPE_CHECKING:
     import pandas as pd
 
-from capkit.text import plain_text
+from capkit.text import plural, warn
 
 # What FFmpeg reads and people have. Not here: suffixes that are mostly sound (.ogg) or pictures (.webp, .avif, .png).
 VIDEO_SUFFIXES = frozenset(
@@ -33,6 +32,7 @@ VIDEO_SUFFIXES = frozenset(
 TYPESCRIPT_SUFFIXES = frozenset((".ts", ".mts"))  # which are also MPEG transport streams
 NO_VIDEO = "not named like videos"
 LeftOut = defaultdict[str, Counter[str]]  # names or suffixes by reason
+MOST_LOOKED_FOR = 10_000  # files; on a network's disk, looking for millions takes minutes, and each shard would
 DEMO_CLIPS = Path(__file__).parents[1] / "demo" / "clips"
 
 
@@ -51,14 +51,16 @@ def find_clips(
 
     What is named in `videos` itself, alone or in a list, must be there and hold a clip. A row that cannot be used, of a
     manifest or a dictionary in a list, becomes an item with an `error`, and a warning names it; a row whose file is
-    missing becomes an item as any other. Each gets a record with the error, and the others are captioned.
+    missing becomes an item as any other, and a warning counts those among the first 10,000. Each gets a record with the
+    error, and the others are captioned.
 
     Args:
         videos: "demo" for the clips that come with capkit; a pattern such as "clips/**/*.mp4"; a folder, searched with
             its subfolders; a video; a manifest (.csv, .tsv, .jsonl, .json with a list of objects, or .parquet) or a
-            pandas DataFrame with a column `video` (or `file_name`, `path`) and optionally `prompt`, `reference` (or
-            `caption`, `text`), `start`, `end`, a manifest's paths relative to itself; a dictionary with those keys; or
-            a list of these. Empty cells and NaN are as if they were not there.
+            pandas DataFrame with a column `video` (or `file_name`, `filename`, `path`) and optionally `prompt`,
+            `reference` (or `caption`, `text`), `start`, `end`, a manifest's paths relative to itself; a dictionary with
+            those keys; or a list of these. Cells that are empty, null, NaN or only spaces are as if they were not
+            there: a row whose prompt is "" gets the shared one.
         limit: only the first so many.
 
     Returns:
@@ -87,15 +89,24 @@ def find_clips(
     if len(errors) == len(items):
         raise ValueError(f"{'' if len(items) == 1 else f'none of {len(items)} clips can be captioned: '}{errors[0]}")
     if isinstance(videos, dict) and not os.path.exists(items[0].video):
-        raise ValueError(f"videos: {items[0].video!r}: there is no such file")
+        raise ValueError(f"videos: {items[0].video!r}: there is no such file{_where(items[0].video)}")
     if errors:
         first = "; ".join(errors[:3] + ["..."] * (len(errors) > 3))
         notes.append(f"{len(errors)} of {len(items)} clips get a record with an error: {first}")
+    looked_for = items[:limit][:MOST_LOOKED_FOR]
+    if gone := [item.video for item in looked_for if item.error is None and not os.path.exists(item.video)]:
+        among = "the first " if len(looked_for) < len(items[:limit]) else ""
+        counts = f"{len(gone)} of {among}{plural(len(looked_for), 'clip')}"
+        notes.append(f"{counts}: there is no such file as {gone[0]}{_where(gone[0])}")
     if left_out:
         notes.append(f"{entries[0] if len(entries) == 1 else 'videos'}: {_describe(left_out)}")
     for note in dict.fromkeys(filter(None, notes)):
-        warnings.warn(plain_text(note), stacklevel=2)
+        warn(note, stacklevel=2)
     return items[:limit]
+
+
+def _where(path: str | os.PathLike[str]) -> str:
+    return "" if os.path.isabs(path) else f" (relative paths begin at {os.getcwd()})"
 
 
 def _items(entry: Any, number: int, left_out: LeftOut, notes: list[str]) -> list[Item]:
@@ -120,14 +131,14 @@ def _items(entry: Any, number: int, left_out: LeftOut, notes: list[str]) -> list
     if isinstance(entry, str) and "://" in entry:
         raise ValueError(f"videos: {entry!r} is an address; download it first")
     if not os.path.exists(path):
-        raise ValueError(f"videos: {str(entry)!r}: there is no such file or folder")
+        raise ValueError(f"videos: {str(entry)!r:.1000}: there is no such file or folder{_where(path)}")
     return _file(path, notes)
 
 
 def _file(path: Path, notes: list[str]) -> list[Item]:
     """The items of a file that was named: of a manifest all, of a video one."""
     suffix = path.suffix.lower()
-    if suffix in MANIFEST_SUFFIXES and path.is_file():
+    if suffix in MANIFEST_SUFFIXES:
         items, note = to_items(read_rows(path, "a manifest"), path.parent, str(path))
         notes.append(note)
         return items
@@ -220,8 +231,7 @@ def _is(test: Callable[[], bool]) -> bool:
 
 def _is_text(path: str) -> bool:
     try:
-        check_regular(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(1024)
         codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
     except (OSError, UnicodeDecodeError):

@@ -21,6 +21,8 @@ SETTINGS = (
     *("decoding", "sample", "model_fingerprint", "dtype", "quantization"),
 )
 """What makes two requests one, if only the video's file has changed since."""
+SETTINGS_OF_ROWS = tuple(name for name in SETTINGS if name not in ("start_seconds", "end_seconds", "prompt"))
+"""What a row that cannot be used shares with what it becomes once it is right."""
 NO_SUBJECT = 0
 
 
@@ -110,6 +112,8 @@ class StoreIndex:
         self._starts, self._subjects = array("q"), array("q")
         self._is_complete, self._is_stopped = bytearray(), bytearray()
         self._edits: dict[str, int] = {}
+        self._row_errors: dict[int, set[int]] = {}  # places, by subject
+        self._mended: set[int] = set()  # those with a complete caption after them
 
     @property
     def size(self) -> int:
@@ -151,9 +155,14 @@ class StoreIndex:
             return
         place = self._places.setdefault(record["request"], len(self._starts))
         complete = is_complete(record)
+        if is_row_error(record):
+            self._row_errors.setdefault(_subject(record, SETTINGS_OF_ROWS), set()).add(place)
+            self._mended.discard(place)
+        elif complete and self._row_errors:
+            self._mended |= self._row_errors.pop(_subject(record, SETTINGS_OF_ROWS), set())
         if place == len(self._starts):
             self._starts.append(start)
-            self._subjects.append(_subject(record))
+            self._subjects.append(NO_SUBJECT if is_row_error(record) else _subject(record, SETTINGS))
             self._is_complete.append(complete)
             self._is_stopped.append(is_stopped(record))
         elif complete or not self._is_complete[place]:
@@ -189,7 +198,9 @@ class StoreIndex:
                     old, new = records.at([place, heir])
                     if old.get("video_sha256") and old["video_sha256"] == new.get("video_sha256"):
                         records.edits.setdefault(self._starts[heir], edit)
-            return records.at(np.flatnonzero(heirs == np.arange(len(heirs))))
+            is_current = heirs == np.arange(len(heirs))
+            is_current[list(self._mended)] = False
+            return records.at(np.flatnonzero(is_current))
 
     def _records(self) -> Records:
         edits = {self._starts[self._places[name]]: edit for name, edit in self._edits.items() if name in self._places}
@@ -207,11 +218,11 @@ class StoreIndex:
         return heirs
 
 
-def _subject(record: dict[str, Any]) -> int:
-    """A 64-bit number of the video and all settings but the file's size and time; NO_SUBJECT if one is missing."""
-    if any(name not in record for name in SETTINGS):
+def _subject(record: dict[str, Any], names: tuple[str, ...]) -> int:
+    """A 64-bit number of these settings; NO_SUBJECT if one is missing."""
+    if any(name not in record for name in names):
         return NO_SUBJECT
-    return hash(tuple(str(record[name]) for name in SETTINGS)) or 1
+    return hash(tuple(str(record[name]) for name in names)) or 1
 
 
 def is_stopped(record: dict[str, Any]) -> bool:
@@ -222,3 +233,8 @@ def is_stopped(record: dict[str, Any]) -> bool:
 def is_complete(record: dict[str, Any]) -> bool:
     """Whether a record holds a caption that was not stopped."""
     return record["status"] == "ok" and not is_stopped(record)
+
+
+def is_row_error(record: dict[str, Any]) -> bool:
+    """Whether a request or its record is of a manifest's row that cannot be used."""
+    return "is_row_error" in record

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from capkit.files import check_regular
-from capkit.text import plain_text
+from capkit.files import open_regular
+from capkit.text import warn
 
 MAX_LINE_BYTES = 10**7  # real records have 2,500
 MAX_TEXT_CHARACTERS = 200_000  # captions have some thousand; tables and exports take seconds for one of so many
@@ -56,8 +55,7 @@ def read_store(path: Path, start: int = 0, num_before: int = 0) -> Iterator[Line
         OSError: with the path.
     """
     number, num_bad = num_before, 0
-    check_regular(path)
-    with naming(path), open(path, "rb") as file:
+    with naming(path), open_regular(path) as file:
         file.seek(start)
         while content := file.readline(MAX_LINE_BYTES):
             number, end = number + 1, start + len(content)
@@ -72,12 +70,12 @@ def read_store(path: Path, start: int = 0, num_before: int = 0) -> Iterator[Line
             except ValueError as error:
                 num_bad += 1
                 if num_bad <= MOST_WARNINGS:
-                    warnings.warn(plain_text(f"{path}, line {number} is skipped: {error}"), stacklevel=2)
+                    warn(f"{path}, line {number} is skipped: {error}", stacklevel=2)
             if not content.isspace():
                 yield Line(number, start, end, record, is_terminated)
             start = end
     if num_bad > MOST_WARNINGS:
-        warnings.warn(plain_text(f"{path}: {num_bad - MOST_WARNINGS} more lines are skipped"), stacklevel=2)
+        warn(f"{path}: {num_bad - MOST_WARNINGS} more lines are skipped", stacklevel=2)
 
 
 def _skip_line(file: BinaryIO) -> tuple[int, bool]:

@@ -7,14 +7,16 @@ import csv
 import io
 import json
 import os
+import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capkit.cogvlm2 import Prompt
+from capkit.files import open_regular, read_regular
 from capkit.runs.lines import MAX_PATH_CHARACTERS, MAX_TEXT_CHARACTERS
 from capkit.video import check_window, finite_float
 
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST_SUFFIXES = frozenset((".csv", ".tsv", ".jsonl", ".json", ".parquet"))
+DECIMAL_COMMA = re.compile(r"^\s*(\d+),(\d+)\s*$")
 # Each column with the names it goes by, the first choice first.
 COLUMNS = {
-    "video": ("video", "file_name", "path"),
+    "video": ("video", "file_name", "filename", "path"),
     "prompt": ("prompt",),
     "reference": ("reference", "caption", "text"),
     "start": ("start",),
@@ -56,8 +59,8 @@ class Item:
     def __post_init__(self) -> None:
         problems = []
         for name, check, otherwise in (
-            ("video", _check_video, reprlib.repr(self.video)),
-            ("prompt", lambda text: text if text is None else Prompt(text).text, None),
+            ("video", _check_video, self.video if _is_address(self.video) else reprlib.repr(self.video)),
+            ("prompt", lambda text: text if text is None else Prompt(_check_encoding(text)).text, None),
             ("reference", lambda text: text if text is None else _check_text(text), None),
             ("start", lambda start: _check_window(start, None)[0], 0.0),
             ("end", lambda end: _check_window(self.start, end)[1], None),
@@ -72,6 +75,20 @@ class Item:
             object.__setattr__(self, "error", "; ".join(problems))
 
 
+def check_items(items: Iterable[Item]) -> list[Item]:
+    """The items as a list; TypeError for anything else, such as a file name."""
+    checked: list[Any] = [items] if isinstance(items, (str, os.PathLike)) else list(items)
+    for item in checked:
+        if not isinstance(item, Item):
+            made = "find_clips makes items of files, folders, patterns and manifests"
+            raise TypeError(f"items: {reprlib.repr(item)} is not an Item; {made}")
+    return checked
+
+
+def _is_address(name: Any) -> bool:
+    return isinstance(name, str) and "://" in name and len(name) < MAX_PATH_CHARACTERS // 2
+
+
 def _check_video(name: Any) -> str:
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"must be a file name, not {reprlib.repr(name)}")
@@ -84,7 +101,7 @@ def _check_video(name: Any) -> str:
     if not is_file_name:
         raise ValueError(f"{reprlib.repr(name)} cannot be the name of a file")
     if "://" in name:
-        raise ValueError(f"{name!r} is an address; download it first")
+        raise ValueError(f"{name!r:.300} is an address; download it first, because only local files can be read")
     return name
 
 
@@ -94,14 +111,23 @@ def _check_text(text: Any) -> str:
         raise ValueError(f"must be a text, not {reprlib.repr(text)}")
     if len(text) > MAX_TEXT_CHARACTERS:
         raise ValueError(f"has {len(text):,} characters; {MAX_TEXT_CHARACTERS:,} are the most")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{reprlib.repr(text)} is not UTF-8, or was cut within a character") from None
+    return _check_encoding(text)
+
+
+def _check_encoding(text: Any) -> Any:
+    """The value; ValueError for a text that cannot be written as UTF-8."""
+    if isinstance(text, str) and (bad := re.search("[\ud800-\udfff]", text)):
+        is_a_byte = "\udc80" <= bad[0] <= "\udcff"  # see `_read_lines`
+        reason = "; save the file as UTF-8, in Excel as 'CSV UTF-8'" if is_a_byte else ", or was cut within a character"
+        raise ValueError(f"{reprlib.repr(text)} is not UTF-8{reason}")
     return text
 
 
 def _check_window(start: Any, end: Any) -> tuple[float, float | None]:
+    for name, value in (("start", start), ("end", end)):
+        if isinstance(value, str):
+            hint = f"; write {value.replace(',', '.')}" if DECIMAL_COMMA.search(value) else ""
+            raise ValueError(f"{name}_seconds must be a number, such as 2.5; got {value!r}{hint}")
     check_window(start, end)
     return finite_float(start) or 0.0, finite_float(end)
 
@@ -151,17 +177,22 @@ def read_rows(path: Path, kind: str) -> list[Row]:
         kind: what an error calls it, such as "a manifest".
 
     Raises:
-        ValueError: with path and line, for a file that cannot be read so.
+        ValueError: with path and line, for a file that cannot be read so, or has no rows.
     """
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".json": _read_json, ".parquet": _read_parquet}
     try:
-        return list(readers.get(path.suffix.lower(), _read_json_lines)(path))
+        rows = list(readers.get(path.suffix.lower(), _read_json_lines)(path))
     except (ValueError, csv.Error, OSError, RecursionError, ImportError) as error:
         raise ValueError(f"{path}: cannot be read as {kind}: {error}") from error
+    if not rows:
+        is_csv = path.suffix.lower() in (".csv", ".tsv")
+        names = " below its first line, which must name the columns, such as video, prompt" if is_csv else ""
+        raise ValueError(f"{path}: has no rows{names}")
+    return rows
 
 
 def _read_lines(path: Path) -> list[str]:
-    content = path.read_bytes()
+    content = read_regular(path)
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     # Bytes that are not UTF-8 stay themselves in file names; in other texts, they are an error of their row.
     text = content.decode("utf-16") if is_utf_16 else content.decode("utf-8-sig", "surrogateescape")
@@ -191,7 +222,11 @@ def _read_csv(path: Path) -> Iterator[Row]:
             cut = f"column {header[-1]}: followed by {len(more)} more, {reprlib.repr(separator.join(more))}"
             yield Row(place, {}, f"{cut}; put quotation marks around a text with {separator!r} in it")
         else:
-            yield _row(place, dict(zip_longest(header, cells)))
+            row = dict(zip_longest(header, cells))
+            if separator == ";":  # as Excel writes it where the comma is the decimal separator
+                times = {name: row[name] or "" for name in row if name.lower() in ("start", "end")}
+                row |= {name: DECIMAL_COMMA.sub(r"\1.\2", cell) for name, cell in times.items()}
+            yield _row(place, row)
 
 
 def _csv_records(lines: Sequence[str], separator: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
@@ -218,11 +253,12 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
     for line, text in enumerate(_read_lines(path), 1):
         if text.strip():
             number += 1
+            place = f"{path}, row {number} (line {line})"
             try:
-                content = json.loads(text)
+                yield _row(place, json.loads(text))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {line}: {getattr(error, 'msg', error)}") from error
-            yield _row(f"{path}, row {number} (line {line})", content)
+                reason = getattr(error, "msg", error)
+                yield Row(place, {}, f'not valid JSON: {reason}; a row is one line, such as {{"video": "a.mp4"}}')
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -235,7 +271,8 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _read_parquet(path: Path) -> Iterator[Row]:
     import pandas as pd
 
-    return frame_rows(pd.read_parquet(path), str(path))
+    with open_regular(path) as file:
+        return frame_rows(pd.read_parquet(file), str(path))
 
 
 def frame_rows(frame: pd.DataFrame, source: str) -> Iterator[Row]:
@@ -279,13 +316,19 @@ def choose_columns(
         known = [name for alias in known_as for name in names if name.strip().lower() == alias]
         chosen |= {known[0]: column} if known else {}
     if names and "video" not in chosen.values():
-        raise ValueError(f"{source}: has no column 'video', but {names[:20]}; columns are {', '.join(columns)}")
+        raise ValueError(f"{source}: has no column 'video', but {names[:20]}; {_describe(columns)}")
     ignored = [name for name in names if name not in chosen]
     notes = [f"column {name} is read as {column}" for name, column in chosen.items() if name != column]
     notes += [f"ignored columns {ignored}"] if ignored else []
-    note = f"{source}: {'; '.join(notes)}; columns are {', '.join(columns)}" if notes else ""
+    note = f"{source}: {'; '.join(notes)}; {_describe(columns)}" if notes else ""
     renamed = [{chosen[name]: cell for name, cell in row.cells.items() if name in chosen} for row in rows]
     return [row._replace(cells=cells) for row, cells in zip(rows, renamed, strict=True)], ignored, note
+
+
+def _describe(columns: Mapping[str, Sequence[str]]) -> str:
+    others = {name: [alias for alias in known_as if alias != name] for name, known_as in columns.items()}
+    names = [f"{name} (or {', '.join(also)})" if also else name for name, also in others.items()]
+    return f"columns are {', '.join(names)}"
 
 
 def to_items(rows: Sequence[Row], folder: Path, source: str) -> tuple[list[Item], str]:
@@ -323,6 +366,6 @@ def _item(row: Row, folder: Path) -> Item:
 
 def _number(cell: Any) -> Any:
     try:
-        return float(cell) if isinstance(cell, str) else cell
+        return float(cell) if isinstance(cell, str) and "_" not in cell else cell  # 1_0 is 10 for Python only
     except ValueError:
         return cell  # which Item refuses

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import warnings
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from capkit.files import atomic_writer
-from capkit.runs.index import is_complete
+from capkit.files import atomic_writer, unused_name
+from capkit.runs.index import Records, is_complete, is_row_error
 from capkit.runs.lines import read_store
 from capkit.runs.shards import MERGED, plan_differences, plan_files, read_plan, shard_stores
 from capkit.runs.store import CaptionStore
-from capkit.text import plain_text
+from capkit.text import plain_text, plural, warn
 
 MOST_OPEN_FILES = 500
 NOWHERE = -1
@@ -30,8 +29,9 @@ class Merged:
     """Result of `merge`.
 
     Attributes:
-        store: all captions, in the order of the manifest.
+        store: all captions, in the order of the manifest, its rows that cannot be used last.
         num_ok, num_errors: clips with a caption, and with an error.
+        num_other: records of other requests, from before, that the store holds beside them.
         problems: sentences about missing records and mismatched shards; empty when every clip is accounted for.
     """
 
@@ -39,9 +39,12 @@ class Merged:
     num_ok: int
     num_errors: int
     problems: list[str]
+    num_other: int = 0
 
     def __str__(self) -> str:
-        counts = f"{self.num_ok} captions and {self.num_errors} errors in {self.store.path}"
+        counts = f"{plural(self.num_ok, 'caption')} and {plural(self.num_errors, 'error')} in {self.store.path}"
+        if self.num_other:
+            counts += f", beside {plural(self.num_other, 'record')} of other requests that it held before"
         return "\n".join(map(plain_text, [counts, *(f"problem: {problem}" for problem in self.problems)]))
 
 
@@ -53,51 +56,85 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
     made last by its `created`. Idempotent; can run while shards are at work. Hand edits and lines of other requests in
     `captions.jsonl` are kept; of a clip that was replaced since, `CaptionStore.current` shows the new caption only.
 
+    Lines of `captions.jsonl` that are no records go to `captions.jsonl.damaged`, or a file with the next free number.
+
     Raises:
         StoreBusy: a run is captioning into `captions.jsonl`.
-        ValueError: the folder holds no shards, or a damaged plan.
+        ValueError: no such folder, it holds no shards, or a damaged plan.
         OSError: a file cannot be read or written; `captions.jsonl` is as before.
     """
     folder = Path(output_dir).expanduser()
+    if not os.path.isdir(folder):
+        reason = "is a file; give the folder of the shards" if os.path.exists(folder) else "no such folder"
+        raise ValueError(f"{folder}: {reason}")
     plans, problems = _last_run(folder)
     merged = CaptionStore(folder / MERGED)
     with merged.hold():
         return _merge_into(merged, plans, problems)
 
 
+def unmerged(folder: Path) -> list[tuple[CaptionStore, Records]]:
+    """What the shards in a folder hold that its merged store lacks: newer captions and hand edits, by store."""
+    merged, found = CaptionStore(folder / MERGED), []
+    for store in map(CaptionStore, shard_stores(folder)):
+        if store.path == merged.path:
+            continue
+        records = store.current()
+        there = {  # with None for the many to which only a hand edit can be news
+            record["request"]: None if is_complete(record) and "edited_text" not in record else record
+            for record in merged.latest(record["request"] for record in records)
+        }
+        if places := [place for place, record in enumerate(records) if _is_news(record, there)]:
+            found.append((store, records.at(places)))
+    return found
+
+
+def _is_news(record: dict[str, Any], there: dict[str, dict[str, Any] | None]) -> bool:
+    if record["request"] not in there:
+        return True
+    before = there[record["request"]]
+    if before is not None and not is_complete(before) and record != before:
+        return True
+    return record.get("edited_text") not in (None, before and before.get("edited_text"))
+
+
 def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str]) -> Merged:
     places = _planned(plans)
     best = _Best(len(places))
-    kept, edits, num_bad = array("q"), dict[str, str](), 0
+    kept, bad, others, edits = array("q"), array("q"), set[str](), dict[str, str]()
     stores = sorted(shard_stores(merged.path.parent), key=lambda path: path == merged.path)  # the merged one last
     for number, path in enumerate(stores):
         is_merged = path == merged.path
         for line in read_store(path):
             if line.record is None:
-                num_bad += is_merged
+                if is_merged:
+                    bad.append(line.start)
             elif "edits" in line.record:
                 edits[json.dumps(line.record, ensure_ascii=False)] = line.record.get("created", "")
             elif (place := places.get(line.record["request"])) is not None:
                 best.offer(place, line.record, number, line.start, may_be_older=is_merged)
             elif is_merged:
                 kept.append(line.start)
-    if num_bad:
-        aside = merged.path.with_name(f"{MERGED}.damaged")
-        with open(merged.path, "rb") as source, atomic_writer(aside) as copy:  # copyfile() would write through a link
-            shutil.copyfileobj(source, copy)
+                others.add(line.record["request"])
+    if bad:
+        aside = unused_name(merged.path.with_name(f"{MERGED}.damaged"))
+        with atomic_writer(aside) as target:
+            target.writelines(_lines([merged.path], ((0, start) for start in bad)))
         message = f"{merged.path}: the lines that are skipped are no longer in it, but in {aside}"
-        warnings.warn(plain_text(message), stacklevel=3)
+        warn(message, stacklevel=3)
     with atomic_writer(merged.path) as target:
         target.writelines(_lines([merged.path], ((0, start) for start in kept)))
         target.writelines(
             edit.encode(errors="backslashreplace") + b"\n" for edit in sorted(edits, key=edits.__getitem__)
         )
-        target.writelines(_lines(stores, zip(best.files, best.starts, strict=True)))
+        order = chain((place for place in places.values() if place not in best.row_errors), sorted(best.row_errors))
+        target.writelines(_lines(stores, ((best.files[place], best.starts[place]) for place in order)))
     if NOWHERE in best.files:
         gone = {request for request, place in places.items() if best.files[place] == NOWHERE}
         videos = {places[request]: video for request, video in _clips(plans) if request in gone}
         problems += [f"no record of {videos[place]}" for place in sorted(videos)]
-    return Merged(merged, sum(best.is_ok), len(places) - best.files.count(NOWHERE) - sum(best.is_ok), problems)
+    num_ok = sum(best.is_ok)
+    return Merged(merged, num_ok, len(places) - best.files.count(NOWHERE) - num_ok, problems, len(others))
 
 
 def _last_run(folder: Path) -> tuple[dict[int, Path], list[str]]:
@@ -147,6 +184,7 @@ class _Best:
     def __init__(self, num_places: int):
         self.files, self.starts = array("i", [NOWHERE]) * num_places, array("q", [0]) * num_places
         self.is_ok, self._is_complete, self._created = bytearray(num_places), bytearray(num_places), [""] * num_places
+        self.row_errors = set[int]()
 
     def offer(self, place: int, record: dict[str, Any], file: int, start: int, may_be_older: bool) -> None:
         """Take a record for a place if it is better than the one there, or if none is; files come one after another.
@@ -162,6 +200,8 @@ class _Best:
                 return
         self.files[place], self.starts[place] = file, start
         self.is_ok[place], self._is_complete[place] = record["status"] == "ok", complete
+        if is_row_error(record):
+            self.row_errors.add(place)
         self._created[place] = sys.intern(created)  # few differ, and only in their seconds
 
 

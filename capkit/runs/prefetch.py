@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 from capkit.cogvlm2 import Prompt
 from capkit.files import append_line, now, read_lines
 from capkit.runs.store import CaptionStore
+from capkit.text import warn
 from capkit.video import Clip, ClipReader, ReaderHung, ReaderLost, VideoError, load_clip, memory_budget
 
 
@@ -156,7 +156,7 @@ class Quarantine:
                 try:
                     self._reasons[line["video"], line["size"], line["mtime_ns"]] = line["reason"]
                 except (KeyError, TypeError):
-                    warnings.warn(f"{each}: {line} names no clip in quarantine; skipped", stacklevel=2)
+                    warn(f"{each}: {line} names no clip in quarantine; skipped", stacklevel=2)
 
     def check(self, video: str) -> None:
         """Raise `VideoError` if this clip is in quarantine."""

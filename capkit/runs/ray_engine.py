@@ -20,8 +20,16 @@ import numpy as np
 
 from capkit.captioning import DEMO_CHECKPOINT, GREEDY, DecodingLike, load_captioner
 from capkit.cogvlm2 import DEFAULT_PROMPT, CogVLM2VideoProcessor, Prompt, PromptLike, fingerprint, loading
-from capkit.files import output_folder
-from capkit.runs.caption import caption_batch_into, check_numbers, current_records, missing, plan_clips, prepare_clip
+from capkit.files import output_folder, unused_name
+from capkit.runs.caption import (
+    caption_batch_into,
+    check_numbers,
+    counts_before,
+    current_records,
+    missing,
+    plan_clips,
+    prepare_clip,
+)
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
@@ -95,16 +103,17 @@ def caption_on_ray(
         gpus_per_captioner = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     if retry_quarantined:
         for path in folder.glob("*.quarantine.jsonl"):
-            os.replace(path, f"{path}.old")
+            path.rename(unused_name(Path(f"{path}.old")))
     resources = {"num_cpus": cpus_per_captioner, "num_gpus": gpus_per_captioner}
     model_arguments = (model, device, dtype, quantization, revision)
     with shard_store(folder, SHARD).hold(ShardBusy):
         identity, image_size = ray.get(ray.remote(_identify).options(**resources).remote(*model_arguments))
         planned = plan_clips(identity, items, prompt, decoding, frame_sampling)
         write_plan(folder, SHARD, items, planned, Prompt.of(prompt))
-        stores = map(CaptionStore, shard_stores(folder))
+        stores = [*map(CaptionStore, shard_stores(folder))]
         todo = missing(planned, stores, retry_errors or retry_quarantined)
-        with Progress("clips", len(todo), len(planned) - len(todo), heartbeat_path(folder, SHARD)) as progress:
+        num_before = counts_before(planned, stores, len(todo))
+        with Progress(("clip", "caption"), len(todo), *num_before, heartbeat_path(folder, SHARD)) as progress:
             pool = ray.data.ActorPoolStrategy(size=num_captioners)
             captioning = {"batch_size": batch_size, "compute": pool, **resources}
             read = functools.partial(_read, folder=folder, timeout_seconds=timeout_seconds, image_size=image_size)
@@ -178,7 +187,7 @@ class _CaptionerActor:
 
     def __init__(self, folder: Path, model_arguments: tuple[Any, ...]):
         self.captioner = load_captioner(*model_arguments)
-        self.store = CaptionStore(folder / f"ray-{uuid.uuid4().hex}.jsonl", folder / "captions_strips")
+        self.store = CaptionStore(folder / f"ray-{uuid.uuid4().hex}.jsonl")
 
     def __call__(self, batch: Batch) -> dict[str, list[str]]:
         pairs = [pickle.loads(pair) for pair in batch["pair"]]

@@ -26,11 +26,12 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.files import atomic_write, check_regular, now, output_folder
+from capkit.files import atomic_write, now, output_folder, read_regular, unused_name
 from capkit.runs.caption import caption_planned, check_numbers, current_records, plan_clips
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore, StoreBusy
+from capkit.text import warn
 from capkit.video import FrameSamplingLike
 
 MERGED = "captions.jsonl"
@@ -56,8 +57,13 @@ class Shard:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if self.count < 1 or not 0 <= self.index < self.count:
-            raise ValueError(f"shard {self.index}/{self.count}: must be from 0/{self.count} to one below the count")
+        if self.count < 1:
+            raise ValueError(f"shard {self.index}/{self.count}: there must be at least 1 shard, such as 0/1")
+        if not 0 <= self.index < self.count:
+            last = f"{self.count - 1}/{self.count}"
+            raise ValueError(
+                f"shard {self.index}/{self.count}: shards count from 0, the last of {self.count} is {last}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Shard:
@@ -149,7 +155,12 @@ def caption_shard(
     with store.hold(ShardBusy):
         quarantined = folder / f"{shard.name}.quarantine.jsonl"
         if retry_quarantined and quarantined.exists():
-            os.replace(quarantined, f"{quarantined}.old")
+            quarantined.rename(unused_name(Path(f"{quarantined}.old")))
+        if counts := _other_counts(folder, shard):
+            message = (
+                f"{folder}: holds shards of {' and of '.join(counts)}, this is one of {shard.count}: a run of its "
+            )
+            warn(f"{message}own, whose shards `merge` will all expect", stacklevel=2)
         captioner = load()
         planned = plan_clips(captioner, cut(shard.of(items)), prompt, decoding, frame_sampling)
         write_plan(folder, shard, items, planned, Prompt.of(prompt))
@@ -174,7 +185,7 @@ def caption_shard(
 
 def shard_store(folder: Path, shard: Shard) -> CaptionStore:
     """A shard's own store; all share a folder of picture strips."""
-    return CaptionStore(folder / f"{shard.name}.jsonl", folder / "captions_strips")
+    return CaptionStore(folder / f"{shard.name}.jsonl")
 
 
 def heartbeat_path(folder: Path, shard: Shard) -> Path:
@@ -214,15 +225,22 @@ def plan_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.plan.json"))
 
 
+def _other_counts(folder: Path, shard: Shard) -> list[str]:
+    """The numbers of shards of other runs in a folder; [] if another shard of this one is there, too."""
+    counts = dict.fromkeys(path.name.split(".")[0].split("-of-")[-1] for path in plan_files(folder))
+    this = f"{shard.count:05}"
+    return [] if this in counts else [count.lstrip("0") for count in counts]
+
+
 def read_plan(path: Path) -> dict[str, Any]:
     """A plan as `write_plan` wrote it; of a plan from before runs were counted, `run` is 0.
 
     Raises:
         ValueError: it is damaged.
     """
-    check_regular(path)
+    content = read_regular(path)
     try:
-        plan = {"run": 0} | json.loads(path.read_text(encoding="utf-8"))
+        plan = {"run": 0} | json.loads(content)
         texts = [plan["items"], plan["written"], *chain.from_iterable(plan["clips"])]
         numbers = [plan[name] for name in ("run", "num_shards", "shard")]
         if {*map(type, texts)} != {str} or {*map(type, numbers)} != {int} or {*map(len, plan["clips"])} - {2}:

@@ -29,6 +29,7 @@ from capkit.video import Clip, FrameSampling, FrameSamplingLike, draw_strip
 if TYPE_CHECKING:
     import pandas as pd
 
+OF_A_SHARD = re.compile(r"shard-\d+-of-\d+|ray-[0-9a-f]{32}")  # names of stores that share the merged one's strips
 DIGESTS_KEPT = 1000  # a video's windows follow one another
 MOST_STRIP_BYTES, MOST_STRIP_PIXELS = 2**24, 2**26  # that are shown: of some 5,000 frames
 
@@ -51,15 +52,27 @@ class CaptionStore:
     what was added since.
 
     Args:
-        path: the file, such as `runs/captions.jsonl`; its folder is made with the first record.
-        strips: folder of the picture strips; None: `<name>_strips/` beside the file. Several stores may share one.
+        path: the file, such as `runs/captions.jsonl`, whose folder is made with the first record; or a folder, for the
+            `captions.jsonl` in it.
+        strips: folder of the picture strips; None: `<name>_strips/` beside the file, or of a shard's store
+            `captions_strips/`. Several stores may share one.
     """
 
     def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
         self.path = Path(path).expanduser()
-        self.strips = self.path.with_name(self.path.stem + "_strips") if strips is None else Path(strips).expanduser()
+        if os.fspath(path) and (self.path / "captions.jsonl").is_file():
+            self.path /= "captions.jsonl"
+        if not self.path.name:
+            raise ValueError(f"store={os.fspath(path)!r}: names no file; give one, such as runs/captions.jsonl")
+        name = "captions" if OF_A_SHARD.fullmatch(self.path.stem) else self.path.stem
+        self.strips = self.path.with_name(f"{name}_strips") if strips is None else Path(strips).expanduser()
         self._index = StoreIndex(self.path)
         self._num_bytes = 0  # of the file after the last `append`
+
+    @classmethod
+    def of(cls, store: CaptionStoreLike) -> CaptionStore:
+        """A `CaptionStore` from a `CaptionStore` or its path."""
+        return store if isinstance(store, cls) else cls(store)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"CaptionStore({str(self.path)!r})"
@@ -74,7 +87,7 @@ class CaptionStore:
         if self.path.exists() and not os.access(self.path, os.W_OK):
             yield  # for a run that finds everything done; one that does not fails at its first record
             return
-        with hold_lock(Path(os.path.realpath(self.path)).with_suffix(".lock"), error):
+        with hold_lock(Path(os.path.realpath(self.path)), error):
             yield
 
     def append(self, record: dict[str, Any]) -> None:
@@ -110,8 +123,10 @@ class CaptionStore:
         """The current record of each request, in the order in which requests were first tried, read when it is used.
 
         Of requests that differ only in the video's size or modification time the last one with a complete caption is
-        kept, or else the last: the file was replaced since. A hand edit of a request is in `edited_text`, also when the
-        file was written again with the same content; `text` stays the model's.
+        kept, or else the last: the file was replaced since. The error of a manifest's row that cannot be used is left
+        out once a later run has captioned its video with the same settings: the row was mended. A hand edit of a
+        request is in `edited_text`, also when the file was written again with the same content; `text` stays the
+        model's.
         """
         self._num_bytes = 0
         return self._index.current()
@@ -179,6 +194,10 @@ class CaptionStore:
         return atomic_write(path, strip or draw_strip(pixels_to_frames(preprocess_frames(clip.frames, image_size))))
 
 
+CaptionStoreLike = CaptionStore | str | os.PathLike[str]
+"""What `CaptionStore.of` takes."""
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """What a request needs to know of a model that is not loaded in this process; attributes as of `Captioner`."""
@@ -213,8 +232,9 @@ def request_settings(
         error: why the clip is not to be read; its record will have this error.
     """
     path = Path(os.path.expanduser(video)).absolute()
+    is_address = error is not None and "://" in str(video)
     frames = {
-        "video": str(path),
+        "video": str(video if is_address else path),
         "frame_sampling": FrameSampling.of(frame_sampling).to_dict(),
         "start_seconds": float(start_seconds),
         "end_seconds": None if end_seconds is None else float(end_seconds),
@@ -234,7 +254,7 @@ def request_settings(
         file = None
     names = {"model": captioner.name, "strip": f"{_digest([frames, file])}.webp"}
     request = _digest([frames, file, settings] + ([] if error is None else [error]))
-    wrong = {} if error is None else {"error": error}
+    wrong = {} if error is None else {"error": error, "is_row_error": True}
     return {"request": request} | frames | settings | names | wrong
 
 
@@ -320,4 +340,4 @@ def digest_once() -> Callable[[str], str | None]:
 
 
 RECORD_FIELDS = tuple(new_record(request_settings(ModelIdentity("", "", "", None), os.sep, Prompt()), ValueError()))
-"""The fields of every record. Some have `reference` too, and `edited_text` in `CaptionStore.current`."""
+"""The fields of every record. Some have `reference` or `is_row_error` too; in `current`, `edited_text`."""

@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 
 from capkit.files import atomic_write
-from capkit.runs.manifests import Item
-from capkit.text import without_controls
+from capkit.runs.manifests import Item, check_items
+from capkit.text import unknown_name, without_controls
 from capkit.video import VideoError, VideoInfo, WorkerProcess, finite_float
 
 TRAINERS = ("cogvideo", "cogkit", "diffusers", "sat")
 TRAINER_FRAMES = 49
 SAT_SKIPPED_FRAMES, SAT_FRAMES_PER_SECOND = 3, 8
+LEAST_WINDOW_SECONDS = 0.1  # hardly more than a frame: nothing happens in less
+MOST_WINDOWS = 100_000  # of one video: more than a day of seconds
 LEAST_REMAINDER = 0.25  # of a window; a shorter rest at a video's end is added to the window before
 
 
@@ -53,9 +55,10 @@ def cut_into(
         timeout_seconds: longest time to list one file's frames.
 
     Raises:
-        ValueError: both are set, `window_seconds` is not positive, unknown trainer, `num_frames` below 1 or without a
+        ValueError: both are set, `window_seconds` is below 0.1, unknown trainer, `num_frames` below 1 or without a
             trainer, or a trainer and an item with a window of its own.
     """
+    items = check_items(items)
     if num_frames is not None and not trainer:
         raise ValueError(f"num_frames={num_frames!r}: no effect without a trainer; one of {', '.join(TRAINERS)}")
     if window_seconds is not None and trainer:
@@ -63,16 +66,21 @@ def cut_into(
     if trainer:
         num_frames = TRAINER_FRAMES if num_frames is None else num_frames
         return trainer_windows(items, trainer, num_frames, timeout_seconds)
-    return list(items) if window_seconds is None else into_windows(items, window_seconds, timeout_seconds)
+    return items if window_seconds is None else into_windows(items, window_seconds, timeout_seconds)
 
 
 def into_windows(items: Iterable[Item], window_seconds: float, timeout_seconds: float = 60.0) -> list[Item]:
     """Cut items into consecutive windows; the last one of an item is shorter, or up to a quarter longer.
 
-    Windows stay within an item's start and end. An item of several windows loses its reference.
+    Windows stay within an item's start and end. An item of several windows loses its reference. One of more than
+    100,000 windows, for which a damaged file's duration is enough, gets an error in their place.
+
+    Raises:
+        ValueError: `window_seconds` is no number, or below 0.1.
     """
-    if (finite_float(window_seconds) or 0) <= 0:
-        raise ValueError(f"window_seconds={window_seconds!r}: must be a positive number of seconds")
+    if (finite_float(window_seconds) or 0) < LEAST_WINDOW_SECONDS:
+        least = f"at least {LEAST_WINDOW_SECONDS}"
+        raise ValueError(f"window_seconds={window_seconds!r}: must be a positive number of seconds, {least}")
     windows = []
     for item, listing in _with_frame_times(items, timeout_seconds):
         number = 1
@@ -80,6 +88,9 @@ def into_windows(items: Iterable[Item], window_seconds: float, timeout_seconds: 
             duration = listing[1].duration_seconds
             end = duration if item.end is None else min(item.end, duration)
             number = max(int((end - item.start) / window_seconds + 1 - LEAST_REMAINDER), 1)
+        if number > MOST_WINDOWS:
+            many = f"would be {number:,} windows of {window_seconds:g} s; {MOST_WINDOWS:,} are the most of one video"
+            item, number = replace(item, error=f"{item.video}: {many}"), 1
         if number == 1:
             windows.append(item)
             continue
@@ -145,7 +156,7 @@ def trainer_indices(
         ValueError: unknown trainer, or a number below 1.
     """
     if trainer not in TRAINERS:
-        raise ValueError(f"unknown trainer {trainer!r}; choose one of {', '.join(TRAINERS)}")
+        raise ValueError(unknown_name("trainer", trainer, TRAINERS, "there are"))
     if type(num_frames) is not int or num_frames < 1 or num_video_frames < 1:
         raise ValueError(f"num_frames={num_frames!r} of {num_video_frames!r}: must be whole numbers of at least 1")
     if trainer != "sat":

@@ -19,10 +19,11 @@ import numpy as np
 import yaml
 
 from capkit.captioning import Captioner, Decoding, DecodingLike, SharedVideo
-from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt, PromptLike
+from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt, PromptLike, is_out_of_memory
+from capkit.files import read_regular
 from capkit.runs import Item, read_rows
-from capkit.text import plain_text
-from capkit.video import Clip, FrameSampling, FrameSamplingLike, load_clip
+from capkit.text import plain_text, plural, unknown_name
+from capkit.video import Clip, FrameSampling, FrameSamplingLike, VideoError, load_clip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,29 +165,40 @@ class SweepPlan:
         return pd.DataFrame(rows).rename_axis("cell")
 
     def __str__(self) -> str:
-        counts = f"{len(self.cells)} cells x {len(self.sources)} clips: {self.num_captions} captions"
+        counts = f"{plural(len(self.cells), 'cell')} x {plural(len(self.sources), 'clip')}: "
+        counts += plural(self.num_captions, "caption")
         return "\n".join(map(plain_text, [counts, *(f"left out: {reason}" for reason in self.collapsed)]))
 
-    def estimate_seconds(self, captioner: Captioner) -> float:
-        """An upper estimate of the sweep's duration, from captioning the first clip in the first cell.
+    def estimate_seconds(self, captioner: Captioner, timeout_seconds: float | None = 60.0) -> float | None:
+        """An upper estimate of the sweep's duration, from captioning one clip in the first cell.
 
         It counts reading and encoding once per frame sampling and template, as the sweep does, but decoding as if each
-        caption were written alone; together they take less.
+        caption were written alone; together they take less. The clip is the first that can be captioned; None if none
+        can, which the sweep records with the reasons.
 
-        Raises:
-            VideoError: the first clip cannot be read.
+        Args:
+            captioner: from `load_captioner`.
+            timeout_seconds: longest time to read one clip; None for no limit.
         """
-        source, cell = self.sources[0], self.baseline
-        started = time.perf_counter()
-        clip = source.clip or load_clip(source.video, cell.frame_sampling, source.start, source.end)
-        video = SharedVideo(captioner, clip)
-        list(video.caption([(cell.prompt, Decoding(max_new_tokens=1))]))
-        prefilled = time.perf_counter()
-        list(video.caption([(cell.prompt, cell.decoding)]))
-        decoding_seconds = time.perf_counter() - prefilled
-        prefills = {(one.frame_sampling, one.prompt.template, one.prompt.frame_numbers) for one in self.cells}
-        prefill_seconds = len(self.sources) * len(prefills) * (prefilled - started)
-        return prefill_seconds + self.num_captions * decoding_seconds
+        cell = self.baseline
+        for source in self.sources:
+            started = time.perf_counter()
+            window = (source.start, source.end)
+            try:
+                clip = source.clip or load_clip(source.video, cell.frame_sampling, *window, timeout_seconds)
+                video = SharedVideo(captioner, clip)
+                list(video.caption([(cell.prompt, Decoding(max_new_tokens=1))]))
+                prefilled = time.perf_counter()
+                list(video.caption([(cell.prompt, cell.decoding)]))
+            except (VideoError, OSError, ValueError, RuntimeError, MemoryError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
+                continue
+            decoding_seconds = time.perf_counter() - prefilled
+            prefills = {(one.frame_sampling, one.prompt.template, one.prompt.frame_numbers) for one in self.cells}
+            prefill_seconds = len(self.sources) * len(prefills) * (prefilled - started)
+            return prefill_seconds + self.num_captions * decoding_seconds
+        return None
 
 
 def plan_sweep(
@@ -322,12 +334,12 @@ def read_axes(path: str | Path) -> dict[str, Any]:
                 for name in (rows[0].cells if rows else ())
             }
         else:
-            axes = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeError, TypeError, yaml.YAMLError) as error:
+            axes = yaml.safe_load(read_regular(path).decode("utf-8-sig"))
+    except (OSError, UnicodeError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read as axes: {error}") from error
     names = (*AXES, "num_samples", "mode", "history", "max_captions")
     if not isinstance(axes, dict) or not axes:
         raise ValueError(f"{path}: must be a mapping with any of {', '.join(names)}, not {axes!r}")
     if unknown := sorted(set(axes) - set(names), key=str):
-        raise ValueError(f"{path}: unknown {unknown!r}; choose from {', '.join(names)}")
+        raise ValueError(f"{path}: {unknown_name('axis', unknown[0], names, 'there are')}")
     return axes

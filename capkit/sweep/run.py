@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
@@ -27,13 +27,14 @@ from capkit.runs import (
     to_frame,
 )
 from capkit.sweep.plan import Source, SweepPlan, plan_sweep
+from capkit.text import plural, warn
 from capkit.video import Clip, FrameSampling
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CAPTION_COLUMNS = {
-    **{"video": ("video", "file_name", "path"), "text": ("text",), "caption": ("caption",)},
+    **{"video": ("video", "file_name", "filename", "path"), "text": ("text",), "caption": ("caption",)},
     **{"start": ("start",), "end": ("end",)},
 }
 WINDOW = ("start_seconds", "end_seconds")
@@ -56,7 +57,9 @@ class SweepResult:
 
     def __repr__(self) -> str:
         errors = sum(record["status"] == "error" for record in self.records)
-        return f"SweepResult({len(self.records)} captions in {len(self.plan.cells)} cells, {errors} errors)"
+        counts = [(len(self.records) - errors, "caption"), (errors, "error")]
+        made = " and ".join(itertools.starmap(plural, counts))
+        return f"SweepResult({made} in {plural(len(self.plan.cells), 'cell')})"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per caption.
@@ -212,7 +215,7 @@ def read_captions(path: str | Path) -> list[dict[str, Any]]:
         if window := row.window():
             captions[-1] |= {WINDOW[0]: window[0], WINDOW[1]: window[1]}
     if note:
-        warnings.warn(note, stacklevel=2)
+        warn(note, stacklevel=2)
     return captions
 
 
@@ -251,7 +254,7 @@ def run_sweep(
     for cell in plan.cells:  # refuse prompts that this tokenizer cannot take
         captioner.processor.text_ids(cell.prompt)
     check_numbers(timeout_seconds=timeout_seconds)
-    store = store if isinstance(store, CaptionStore) or store is None else CaptionStore(store)
+    store = None if store is None else CaptionStore.of(store)
     with nullcontext() if store is None else store.hold():
         return _run_plan(captioner, plan, store, retry_errors, timeout_seconds)
 
@@ -264,6 +267,7 @@ def _run_plan(
     timeout_seconds: float | None,
 ) -> SweepResult:
     done = store.done(retry_errors) if store else set()
+    failed = done - store.done(retry_errors=True) if store else set()
     digest, image_size = digest_once(), captioner.processor.image_size
     order: list[str] = []
     todo: dict[tuple[Source, FrameSampling], list[Request]] = {}
@@ -275,14 +279,16 @@ def _run_plan(
         if settings["request"] not in done:
             done.add(settings["request"])  # a clip may be named twice
             todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
+    todo = dict(sorted(todo.items(), key=lambda group: group[0][0].error is not None))  # as in `runs.caption.missing`
     records = {record["request"]: record for record in store.latest(dict.fromkeys(order))} if store else {}
     num_todo = sum(len(group) for group in todo.values())
+    num_failed = len(failed.intersection(order))
 
     def prepare(settings: dict[str, Any], _: Clip) -> None:
         digest(settings["video"])  # while the model is busy
 
     with (
-        Progress("captions", num_todo, len(order) - num_todo) as progress,
+        Progress(("caption", "make"), num_todo, len(order) - num_todo - num_failed, num_failed) as progress,
         closing(_read_clips(todo, timeout_seconds, image_size, store, prepare)) as clips_read,
     ):
         for group, clip in clips_read:

@@ -1,6 +1,7 @@
 """Clips: sampled frames of a video file, read in a process that can be killed, or frames already in memory."""
 
 import os
+import reprlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -148,8 +149,11 @@ def load_clip(
         VideoError: the file cannot be read, not all sampled frames can be decoded, no frame is in the window, or the
             clip takes too much memory; its subclass `ReaderLost` if the worker process crashed or took too long.
         ValueError: an argument out of range.
+        TypeError: `path` is no file name.
         ImportError: decord is asked for and cannot be used.
     """
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"path={reprlib.repr(path)}: must be the name of a video file")
     sampling = FrameSampling.of(frame_sampling)
     check_window(start_seconds, end_seconds)
     if timeout_seconds is not None:
@@ -263,7 +267,7 @@ def _check_file(path: str) -> None:
     if not os.access(path, os.R_OK):
         raise VideoError(path, "cannot be read: permission denied")
     if not os.path.getsize(path):
-        raise VideoError(path, "the file is empty")
+        raise VideoError(path, "its size is 0 bytes")
 
 
 def _to_array(frames: Any) -> NDArray[Any]:

@@ -40,7 +40,7 @@ class VideoError(Exception):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{str(self.path):.1000}: {self.reason}"
 
 
 class VideoFile:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from capkit.text import unknown_name
+
 STRATEGIES = ("chat", "base", "uniform", "fps")
 DECODERS = ("pyav", "decord")
 MAX_RATE = 1e9  # no frames are nearer to each other, and ticks of a higher rate would be rounded to the same time
@@ -110,7 +112,7 @@ class FrameSampling:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise ValueError(f"unknown frame sampling {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
+            raise ValueError(unknown_name("frame sampling", self.strategy, STRATEGIES, "there are"))
         if self.decoder not in DECODERS:
             raise ValueError(f"unknown decoder {self.decoder!r}; choose one of {', '.join(DECODERS)}")
         object.__setattr__(self, "num_frames", at_least_one("num_frames", self.num_frames))
@@ -130,10 +132,11 @@ class FrameSampling:
             return frame_sampling
         if isinstance(frame_sampling, dict):
             names = [field.name for field in fields(cls)]
-            if "strategy" not in frame_sampling or set(frame_sampling) - set(names):
-                raise ValueError(
-                    f"frame sampling {frame_sampling!r}: needs strategy, and may have {', '.join(names[1:])}"
-                )
+            if unknown := [name for name in frame_sampling if name not in names]:
+                reason = unknown_name("field", unknown[0], names, "known")
+                raise ValueError(f"frame sampling {frame_sampling!r}: {reason}")
+            if "strategy" not in frame_sampling:
+                raise ValueError(f"frame sampling {frame_sampling!r}: needs strategy, one of {', '.join(STRATEGIES)}")
             return cls(**frame_sampling)
         return cls(frame_sampling)
 

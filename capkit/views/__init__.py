@@ -2,13 +2,14 @@
 
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
-from capkit.views.frames import numbers_warning, show_clip
+from capkit.views.frames import load_first_clip, numbers_warning, show_clip
 from capkit.views.gallery import write_gallery
 from capkit.views.html import (
     CARD,
     HTML,
     MUTED,
     caption_facts,
+    captions_table,
     file_name,
     frames_strip,
     mark_differences,
@@ -29,6 +30,7 @@ __all__ = [
     "scatter",
     "split_bars",
     "token_histogram",
+    "load_first_clip",
     "numbers_warning",
     "show_clip",
     "write_gallery",
@@ -36,6 +38,7 @@ __all__ = [
     "HTML",
     "MUTED",
     "caption_facts",
+    "captions_table",
     "file_name",
     "frames_strip",
     "mark_differences",

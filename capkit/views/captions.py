@@ -280,7 +280,7 @@ def _cut_note(lost: str, is_estimate: bool, t5_limit: int) -> str:
     how = "an estimate: no T5 tokenizer was given" if is_estimate else "counted with the tokenizer given"
     count = len(lost.split())
     words = "the last word" if count == 1 else f"the last {count} words"
-    return note(f"✂ CogVideoX training would cut off {words}: it keeps {t5_limit} T5 tokens ({how}).")
+    return note(f"✂ With a limit of {t5_limit} T5 tokens, training would cut off {words} ({how}).")
 
 
 def _frame_numbers(record: dict[str, Any], clip: Clip) -> list[int | None]:

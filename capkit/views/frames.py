@@ -5,18 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
-from capkit.text import escape
-from capkit.video import Clip, resized_and_cut
+from capkit.text import escape, warn
+from capkit.video import Clip, VideoError, load_clip, resized_and_cut
 from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, note, picture, to_webp
 
 FRAME_PIXELS = 240  # longer side of a frame's picture
 NEAR_SECONDS = 0.5  # a moment this near to a sampled frame counts as sampled: at one frame a second, all do
 LISTED_GAPS = 4
+
+
+def load_first_clip(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Clip | None]:
+    """Read the frames of the first caption record whose video can be read; a warning says which cannot.
+
+    Returns:
+        The record and its clip; the first record and None if no video can be read, as for a store from elsewhere.
+    """
+    first_error = ""
+    for record in records:
+        window = record.get("start_seconds", 0.0), record.get("end_seconds")  # a record of others may lack fields
+        try:
+            clip = load_clip(record["video"], record.get("frame_sampling", "chat"), *window)
+        except (VideoError, ValueError, ImportError) as error:
+            first_error = first_error or str(error)
+            continue
+        if first_error:
+            shown = f"shown instead is {record['video']}, the first that can be read"
+            warn(f"{first_error}; {shown}", stacklevel=2)
+        return record, clip
+    warn(f"{first_error}; nor can any other video of these captions be read", stacklevel=2)
+    return records[0], None
 
 
 def show_clip(clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, image_size: int = 224) -> HTML:
@@ -102,7 +125,7 @@ def numbers_warning(clip: Clip, numbers: Sequence[int | None]) -> str:
     return (
         f"<b>The numbers are not seconds.</b> The model reads {number} beside a frame from second {second} and takes "
         "it for a time, so the times and durations in its caption are wrong. With "
-        "<code>frame_numbers=&quot;seconds&quot;</code> it reads the true times; "
+        "<code>frame_numbers=&quot;seconds&quot;</code> it reads the true times, rounded; "
         "<code>frame_sampling=&quot;chat&quot;</code> takes one frame a second."
     )
 
@@ -189,7 +212,8 @@ def _time_line(clip: Clip) -> str:
     parts += [part(label, time, text=f"{time:g}") for time in _round_times(begin, end)]
     legend = "Ticks: the sampled frames. Tall: within half a second of one."
     legend += " Dotted: outside the window." if outside else ""
-    summary = f"<b>All of {'the window' if outside else 'it'} is sampled.</b>"
+    part_of = "No part of the window" if outside else "No part"
+    summary = f"<b>{part_of} is further than half a second from a sampled frame.</b>"
     if gaps:
         lengths = [stop - start for start, stop in gaps]
         listed = ", ".join(f"{start:.2f} to {stop:.2f} s" for start, stop in gaps)

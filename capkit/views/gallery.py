@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from capkit.files import write_page
-from capkit.runs import RECORD_FIELDS, CaptionStore, Records
+from capkit.runs import RECORD_FIELDS, CaptionStore, CaptionStoreLike, Records
 from capkit.text import escape
 from capkit.views.html import MUTED, card, frames_strip
 
@@ -74,7 +74,7 @@ class Gallery:
 
 
 def write_gallery(
-    store: CaptionStore,
+    store: CaptionStoreLike,
     status: str | None = None,
     min_tokens: int | None = None,
     max_tokens: int | None = None,
@@ -86,7 +86,8 @@ def write_gallery(
     """Put a store's captions and errors on HTML pages, each beside its frames; `save` writes the files.
 
     Args:
-        store: its picture strips are shown; the videos need not exist. Hand-edited texts replace the model's.
+        store: a `CaptionStore` or its path. Its picture strips are shown; the videos need not exist. Hand-edited texts
+            replace the model's.
         status: "ok" or "error"; None for both.
         min_tokens, max_tokens: bounds on the number of tokens, both inclusive; errors have none.
         order_by: field of a record, such as "mean_logprob"; records without it come last. None keeps the store's order.
@@ -104,6 +105,7 @@ def write_gallery(
     criteria = [f"status {status}"] if status else []
     criteria += [] if min_tokens is None else [f"at least {min_tokens} tokens"]
     criteria += [] if max_tokens is None else [f"at most {max_tokens} tokens"]
+    store = CaptionStore.of(store)
     records = store.current()
     chosen: list[tuple[Any, int]] = []  # what to order by, and the place
     lacking: list[int] = []  # places of records without it

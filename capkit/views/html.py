@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from capkit.runs import CaptionStore, window_name
+from capkit.runs import CaptionStore, CaptionStoreLike, window_name
 from capkit.text import escape, without_controls
 
 if TYPE_CHECKING:
@@ -42,18 +42,34 @@ class HTML:
         return self.html
 
 
-def show_captions(store: CaptionStore, records: Sequence[dict[str, Any]], limit: int = 20) -> HTML:
+def show_captions(store: CaptionStoreLike, records: Sequence[dict[str, Any]], limit: int = 20) -> HTML:
     """Show each caption below the frames that the model saw, and each error with its reason.
 
     Args:
-        store: where the picture strips are.
+        store: a `CaptionStore` or its path; its picture strips are shown.
         records: as `store.current()` returns them.
         limit: show only the first so many, and say how many are left.
     """
+    store = CaptionStore.of(store)
     cards = [card(record, frames_strip(store, record)) for record in records[:limit]]
     if len(records) > limit:
         cards.append(f"<p>{len(records) - limit} more in <code>{escape(str(store.path))}</code></p>")
     return HTML("".join(cards))
+
+
+def captions_table(records: Sequence[dict[str, Any]], limit: int = 60) -> HTML:
+    """A table of captions in full, errors in their place: a row for each of the first `limit` records."""
+    names = ("clip", "caption", "tokens", "ended by", "log probability a token", "seconds")
+    rows = [[f"<b>{name}</b>" for name in names]]
+    for record in records[:limit]:
+        numbers = [record.get(name) for name in ("num_tokens", "finish_reason", "mean_logprob", "seconds")]
+        shown = ["" if n is None else f"{n:.3g}" if isinstance(n, float) else escape(n) for n in numbers]
+        text = error_text(record) or escape(record_text(record))
+        rows.append([file_name(record), f'<div dir="auto" style="white-space:pre-wrap">{text}</div>', *shown])
+    cell = '<td style="text-align:left;vertical-align:top">'
+    body = "".join(f"<tr>{''.join(f'{cell}{html}</td>' for html in row)}</tr>" for row in rows)
+    more = f"<p>{len(records) - limit} more in the store</p>" if len(records) > limit else ""
+    return HTML(f"<table>{body}</table>{more}")
 
 
 def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> str:
@@ -89,8 +105,10 @@ def record_text(record: dict[str, Any]) -> str:
 
 
 def error_text(record: dict[str, Any]) -> str:
-    """Why a record holds no caption, as HTML; "" if it holds one."""
-    return f"not captioned: {escape(record['error'])}" if record.get("status") == "error" else ""
+    """Why a record holds no caption, as HTML, without the video's path; "" if it holds one."""
+    if record.get("status") != "error":
+        return ""
+    return "not captioned: " + escape(record["error"].removeprefix(f"{record.get('video')}: "))
 
 
 def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str:

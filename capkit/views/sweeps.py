@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from capkit.runs import CaptionStore
+from capkit.runs import CaptionStore, CaptionStoreLike
 from capkit.sweep import SweepResult
 from capkit.text import escape
 from capkit.video import Clip
@@ -21,7 +21,7 @@ def compare_captions(
     captions: Sequence[CaptionLike],
     names: Sequence[str] | None = None,
     clip: Clip | None = None,
-    store: CaptionStore | None = None,
+    store: CaptionStoreLike | None = None,
 ) -> HTML:
     """Show captions of one clip side by side, with the words marked in which they differ from the first.
 
@@ -40,14 +40,15 @@ def compare_captions(
     if not records or len(names) != len(records):
         raise ValueError(f"{len(records)} captions with {len(names)} names: give at least one, and a name for each")
     marked = mark_differences(*map(record_text, records))
+    first = " · the first" if len(records) > 2 else ""
     columns = [
-        f'<div style="min-width:0"><b dir="auto">{escape(name)}</b>{"" if place else " · the first"}'
+        f'<div style="min-width:0"><b dir="auto">{escape(name)}</b>{"" if place else first}'
         f"{caption_paragraph(record, text)}{facts_line(record)}</div>"
         for place, (name, record, text) in enumerate(zip(names, records, marked, strict=True))
     ]
     frames = "" if clip is None else caption_frames(records[0], clip)
     if store is not None and clip is None:
-        frames = frames_strip(store, records[0])
+        frames = frames_strip(CaptionStore.of(store), records[0])
     grid = "display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:14px;margin:8px 0"
     legend = "Underlined: words that the first caption does not have there; in the first, words that no other has."
     legend = f'<div style="{MUTED}">{legend}</div>' if len(records) > 1 else ""

@@ -124,6 +124,9 @@ class TestCheckParameters:
             *(("list", text, [text]) for text in ("Describe.", "Name: the colours", "no", "runs/a.jsonl")),
             ("list", '["a", b]', ["a", "b"]),
             ("list", "{temperature: 0.5}", [{"temperature": 0.5}]),
+            ("list[str]", "a b", ["a b"]),
+            ("list[int]", ["3", 4], [3, 4]),
+            ("str", "caf\udce9.mp4", "caf\udce9.mp4"),  # a file name that is not UTF-8
             ("dict", "{max_new_tokens: 20}", {"max_new_tokens": 20}),
             *(("str", text, text) for text in ("false", "3", "None", "[a]")),
         ],
@@ -158,6 +161,15 @@ class TestCheckParameters:
             ("list", "[a", "x: '[a' is text, not list, such as"),
             ("dict", "x", "x: 'x' is text, not dict, such as {\"name\": 3}"),
             ("int | None", "x", "x: 'x' is text, not int or None, such as 3"),
+            ("int", "1_0", "x: '1_0' is text, not int, such as 3"),
+            ("list[str]", [5], 'x[0]: 5 is a whole number, not str, such as "text"'),
+            ("list[str]", ["a", None], "x[1]: None is empty, not str"),
+            ("list[str]", "[a, 1]", "x[1]: 1 is a whole number, not str"),
+            ("list[int]", ["3", "two"], "x[1]: 'two' is text, not int, such as 3"),
+            ("str", "a\0b", "x: 'a\\x00b' has a NUL or half a character in it"),
+            ("str", "\ud83d", "x: '\\ud83d' has a NUL or half a character in it"),
+            ("list", ["a", {"b": "\0"}], "x: ['a', {'b': '\\x00'}] has a NUL"),
+            ("dict", {"\ud83d": 1}, "x: {'\\ud83d': 1} has a NUL or half a character"),
         ],
     )
     def test_a_value_of_another_type_is_named_with_an_example(self, annotation, given, message):
@@ -276,6 +288,14 @@ class TestReadTable:
             ("workers: 0\nnotebook: tiny.ipynb", "workers: 0 must be a whole number of at least 1"),
             ("time_limit_minutes: -1\nnotebook: tiny.ipynb", "time_limit_minutes: -1 must be a number above 0"),
             ("parameters: [n]\nnotebook: tiny.ipynb", "parameters: ['n'] must be a mapping"),
+            (
+                f"notebook: tiny.ipynb\ngrid: {{n: {[*range(3000)]}, share: {[*range(2000)]}}}",
+                "run 1: its grid is 3000 x 2000 = 6,000,000 runs; a table may have 10,000: give fewer values",
+            ),
+            (
+                f"notebook: tiny.ipynb\nruns: {[{'grid': {'n': [*range(i, i + 100)]}} for i in range(0, 10_100, 100)]}",
+                "run 101: its grid is 100 = 100 runs, of 10,100 in the table; a table may have 10,000",
+            ),
             ("notebook: tiny.ipynb\ngrid: {n: [1, 1]}", "the same run occurs more than once"),
             ("notebook: tiny.ipynb\ngrid: {n: [1, 2]}\nparameters: {output_dir: o}", "would both write into"),
         ],
@@ -308,7 +328,7 @@ class TestRun:
         )
         batch, out = read_table(path), folder / "runs"
         (out / "good").mkdir(parents=True)
-        with FileLock(out / "good" / ".lock"):  # as a third command would hold it
+        with FileLock(out / ".good.capkit-lock"):  # as a third command would hold it
             both = [start(path), start(path)]
             wait_for(lambda: batch.runs[1].read_status()["status"] == "failed")
         shown = [process.communicate(timeout=300)[0] for process in both]

@@ -4,15 +4,19 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections import namedtuple
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 from paths import ROOT
 
 from capkit import Decoding, Prompt
 from capkit.benchmark import Benchmark, as_markdown, parts_of_a_caption, profile_table, read_results, to_frame
 from capkit.benchmark.__main__ import main
+from capkit.benchmark.measuring import OtherLoad
 from capkit.benchmark.models import (
     DECODINGS,
     PROMPTS,
@@ -27,7 +31,14 @@ from capkit.benchmark.video import encode_video, measure_reading
 from capkit.cogvlm2 import CogVLM2VideoProcessor, preprocess_frames
 
 SHORT = replace(
-    SIZES["tiny"], num_frames=3, num_tokens=5, num_sweep_tokens=2, batches=(2,), large_frame=(120, 90), repeats=1
+    SIZES["tiny"],
+    num_frames=3,
+    num_tokens=5,
+    num_sweep_tokens=2,
+    num_long_tokens=7,
+    batches=(2,),
+    large_frame=(120, 90),
+    repeats=1,
 )
 PARTS = ["preprocessing", *re.search("GPU_PARTS := (.*)", (ROOT / "Makefile").read_text())[1].split()]
 # What a machine with a GPU may lack, on which `make gpu` runs.
@@ -68,18 +79,58 @@ def test_every_part_has_rows_and_ratios_are_baseline_by_value(results):
 
 def test_tokens_are_counted_and_equal_the_baselines(results):
     captioned = {row["name"]: row for row in results["rows"] if "num_captions" in row}
-    assert [row["num_captions"] for row in captioned.values()] == [8, 2, 16, 64]
+    assert [row["num_captions"] for row in captioned.values()] == [8, 2, 2, 2, 16, 64, 16, 64] + 2 * [1, 1, 8, 8] + [1]
     for name, row in captioned.items():
-        each = SHORT.num_sweep_tokens if "sweep" in name else SHORT.num_tokens
-        assert row["equal"] == f"{row['num_captions']} of {row['num_captions']} captions"
+        long = f"{SHORT.num_long_tokens} tokens" in name
+        each = SHORT.num_long_tokens if long else SHORT.num_sweep_tokens if "sweep" in name else SHORT.num_tokens
+        compared = 4 if long and "sweep" in name else row["num_captions"]  # with the baseline
+        assert row["equal"] == f"{compared} of {compared} captions"
         assert row["num_tokens"] <= row["num_captions"] * each  # an end token may come sooner
         assert row["num_tokens"] >= row["num_captions"] * each * 0.8
         per_run = 1 if name.startswith("one") else row["num_captions"]
         assert row["captions_an_hour"] == pytest.approx(3600 * per_run / row["value"])
+        assert row["share_of_bandwidth"] > 0 and row["share_of_matmul"] > 0
     for row in results["rows"]:
         if "tokens_per_second" in row:
             assert row["tokens_per_second"] == pytest.approx(1 / row["value"])
             assert row["share_of_bandwidth"] == pytest.approx(row["tokens_per_second"] / row["limit_tokens_per_second"])
+
+
+def test_no_frame_whose_features_are_stored_is_encoded_again(results):
+    rows = [row for row in results["rows"] if row["part"] == "second_day"]
+    assert [row["num_encoded"] for row in rows] == 9 * [0]
+    assert sum("by another process" in row["name"] for row in rows) == 1
+
+
+def test_grounding_is_that_of_one_call_each(results):
+    together, left_out = (row for row in results["rows"] if row["part"] == "grounding")
+    for row in (together, left_out):
+        assert float(row["equal"].split()[1]) < 1e-3  # nats
+    assert left_out["scorings"] == pytest.approx((SHORT.num_frames + 2) / left_out["ratio"])
+
+
+@pytest.mark.parametrize(
+    "others, threads, gpu, is_busy",
+    [(0.1, 2, None, False), (0.9, 1, None, False), (1.0, 2, None, True), (0.9, 2, "H", False), (1.9, 2, "H", True)],
+)
+def test_a_busy_machine_is_named(results, others, threads, gpu, is_busy):
+    machine = results["machine"] | {"cores": 2, "torch_threads": threads, "gpu": gpu, "other_cores": others}
+    text = as_markdown(results | {"machine": machine})
+    assert (f"other programs used up to {others:.1f} of 2 cores" in text) == is_busy
+
+
+def test_other_programs_are_counted_and_this_one_and_idle_time_are_not(monkeypatch):
+    cores, process = namedtuple("cores", "user system idle iowait steal guest"), namedtuple("process", "u s cu cs")
+    seconds = 100.0, 100.2, 102.0
+    machine = cores(5, 1, 9, 1, 0, 1), cores(7, 1, 9, 1, 0, 1), cores(7.5, 2, 9.5, 3, 0.5, 2)
+    own = process(1, 0, 0, 0), process(1, 0, 0, 0), process(1.5, 0.5, 0.25, 0.25)
+    monkeypatch.setattr(time, "perf_counter", iter(seconds).__next__)
+    monkeypatch.setattr(psutil, "cpu_times", iter(machine).__next__)
+    values = iter(own)
+    monkeypatch.setattr(psutil.Process, "cpu_times", lambda _: next(values))
+    load = OtherLoad()
+    assert load() == 0  # too soon to tell
+    assert load() == pytest.approx((10 - 6 - 1.5) / 2)  # of user, system and steal; per second
 
 
 def test_the_profile_has_both_ways_of_every_stage(results):
@@ -94,7 +145,9 @@ def test_tables(results):
     frame, parts, text = to_frame(results), parts_of_a_caption(results), as_markdown(results)
     assert list(frame["name"]) == [row["name"] for row in results["rows"]]
     assert list(parts.index) == ["plain", "capkit"] and (parts >= 0).all(axis=None)
-    assert "`python -m capkit.benchmark --size tiny`" in text and len(text.splitlines()) == 4 + len(frame)
+    assert "`python -m capkit.benchmark --size tiny`" in text and len(text.split("\n\n")[-1].splitlines()) == 2 + len(
+        frame
+    )
     with pytest.raises(ValueError, match="prefill was not measured"):
         parts_of_a_caption(results | {"rows": [row for row in results["rows"] if "prefill" not in row["name"]]})
 

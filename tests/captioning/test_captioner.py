@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from paths import GOLDEN
+from transformers.generation import TopPLogitsWarper
 
 import capkit
 from capkit import Decoding, Prompt
-from capkit.captioning import Chooser, draw_key
+from capkit.captioning import Chooser, draw_key, ground
+from capkit.captioning.choosing import _hash, _hash_on_cpu
 from capkit.runs import DEMO_CLIPS
 
 FEW = Decoding(max_new_tokens=16)
@@ -102,6 +104,27 @@ class TestSampling:
         clips = [random_clip(n, n) for n in (1, 4, 2)]
         together = captioner.caption_batch(clips, decoding=decoding)
         assert [c.token_ids for c in together] == [captioner.caption(c, decoding=decoding).token_ids for c in clips]
+
+    @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+    def test_top_p_keeps_what_transformers_keeps_and_ties(self, top_p):
+        (_, mask) = Chooser([Decoding(temperature=1.0, top_p=top_p)], [0]).warpers
+        scores = 3 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
+        scores[1, 10:] = -torch.inf  # as after top_k
+        assert torch.equal(mask(None, scores), TopPLogitsWarper(top_p)(None, scores))
+        tied = torch.tensor([[1.0, 2.0, 1.0, -9.0, 1.0]])  # 2 has 0.48 of the probability, each 1 has 0.18
+        assert mask(None, tied).isfinite().tolist() == [[top_p > 0.48, True, top_p > 0.48, False, top_p > 0.48]]
+
+    def test_the_hash_is_splitmix64_however_it_is_computed(self):
+        def splitmix64(start, token):
+            bits = (start + token * 0x9E3779B97F4A7C15) % 2**64
+            bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+            return (bits ^ (bits >> 31)) >> 24
+
+        starts = np.array([[0], [1], [2**63], [2**64 - 1], [12345678901234567890]], np.uint64)
+        expected = np.array([[splitmix64(int(start), token) for token in range(50)] for (start,) in starts], np.float32)
+        assert np.array_equal(_hash_on_cpu(starts, 50), expected)
+        assert np.array_equal(_hash(starts, torch.zeros(5, 50)), expected)  # as on a GPU
 
     def test_a_sure_token_is_drawn_whatever_the_noise(self):
         """Of this token, the random number in [0, 1) rounds to 1 in float32, whose noise would be minus infinity."""
@@ -220,7 +243,7 @@ class TestScore:
             assert logprob == pytest.approx(float(logits.log_softmax(-1)[token].detach()), abs=1e-4)
             ids = [*ids, token]
 
-    @pytest.mark.parametrize("text", ["", "  \n"])
+    @pytest.mark.parametrize("text", ["", "  \n", None, 5])
     def test_of_nothing(self, captioner, random_clip, text):
         with pytest.raises(ValueError, match="no text to score"):
             captioner.score(random_clip(), text)
@@ -339,6 +362,28 @@ def test_bad_arguments(captioner, random_clip):
             call()
         assert message in str(error.value)
     assert captioner.caption_batch([]) == []
+
+
+def test_what_is_no_clip_is_refused_with_how_to_make_one(captioner, random_clip):
+    for wrong in ("clip.mp4", None, random_clip().frames):
+        for call in (captioner.caption, captioner.stream, captioner.tokens_that_fit, lambda x: captioner.score(x, "a")):
+            with pytest.raises(TypeError, match=r"clip: must be a Clip, not .*load_clip\(path\)"):
+                call(wrong)
+        with pytest.raises(TypeError, match=r"clip: must be a Clip, not .*load_clip\(path\)"):
+            captioner.caption_batch([random_clip(), wrong])
+    for wrong in ("clip.mp4", random_clip()):
+        with pytest.raises(TypeError, match="clips: must be a list of clips"):
+            captioner.caption_batch(wrong)
+
+
+def test_half_a_character_is_named_wherever_a_text_is_read(captioner, random_clip):
+    for call in (
+        lambda: captioner.score(random_clip(), "A st\ud83d"),
+        lambda: ground(captioner, random_clip(), "A st\ud83d"),
+        lambda: captioner.caption(random_clip(), Prompt("Why?", history=[("A\ud83d", "b")])),
+    ):
+        with pytest.raises(ValueError, match="text=.*: is not UTF-8, or was cut within a character"):
+            call()
 
 
 def test_an_own_generation_config_beside_the_weights_changes_nothing(golden_copy, golden_cases):

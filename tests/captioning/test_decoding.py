@@ -72,6 +72,7 @@ def test_combinations_without_effect():
         {"temperature": 1.0, "seed": -1},
         {"temperature": 1.0, "seed": 2**63},
         {"num_beams": 0},
+        {"num_beams": 100_000},
         {"repetition_penalty": 0},
         {"repetition_penalty": 1e-300},
         {"no_repeat_ngram_size": -2},
@@ -85,7 +86,7 @@ def test_values_outside_their_range(settings):
 
 def test_unknown_settings_are_named_with_the_known_ones():
     for make in (Decoding.from_generate_kwargs, lambda **kwargs: Decoding.of(kwargs)):
-        with pytest.raises(ValueError, match="unknown decoding settings temprature; known: .*temperature"):
+        with pytest.raises(ValueError, match="'temprature'; did you mean 'temperature'. known: .*top_p"):
             make(temprature=0.3)
     with pytest.raises(ValueError, match="must be a Decoding"):
         Decoding.of("greedy")

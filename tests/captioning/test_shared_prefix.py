@@ -38,6 +38,21 @@ def test_each_branch_is_what_it_would_be_alone(captioner, clip, template, frame_
         assert [getattr(caption, name) for name in fields] == [getattr(alone, name) for name in fields]
 
 
+def test_other_attention_than_that_of_cpus_decodes_in_one_row(captioner, clip, monkeypatch):
+    branches = [(Prompt(text), decoding) for text, decoding in BRANCHES if decoding.num_beams == 1]
+    expected = [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)]
+    monkeypatch.setattr(captioner.model.config, "_attn_implementation", "sdpa")
+    assert [caption.token_ids for caption in SharedVideo(captioner, clip).caption(branches)] == expected
+
+
+def test_prompts_longer_than_the_video(captioner, random_clip):
+    history = [("How many? " * 40, "Two.")]
+    branches = [(Prompt(text, history=past), DECODINGS[0]) for text in PROMPTS for past in ((), history)]
+    clip = random_clip(1)
+    for branch, caption in zip(branches, SharedVideo(captioner, clip).caption(branches), strict=True):
+        assert caption.token_ids == captioner.caption(clip, *branch).token_ids
+
+
 def test_history_goes_before_every_prompt(captioner, clip):
     history = [("How many?", "Two."), ("Which colour?", "Red.")]
     branches = [(Prompt(text, history=history), DECODINGS[0]) for text in PROMPTS]
@@ -85,7 +100,7 @@ def test_short_of_memory_fewer_go_together(captioner, clip, monkeypatch):
     forward = mlp.forward
 
     def short_of_memory(hidden):
-        num_branches = hidden.shape[1]
+        num_branches = hidden.shape[0] * hidden.shape[1]
         if num_branches <= len(branches):  # a decoding step: prompts and videos have more positions
             sizes.append(num_branches)
             if num_branches > most:

@@ -405,6 +405,11 @@ class TestWrongCheckpoints:
             with pytest.raises(CheckpointError, match=message):
                 capkit.load_captioner("nobody/nothing", revision="v9")
 
+    def test_a_folder_has_no_revisions(self, golden_copy):
+        for model in ("demo", golden_copy, str(golden_copy)):
+            with pytest.raises(ValueError, match="revision='v9': has no effect on a folder"):
+                capkit.load_captioner(model, revision="v9")
+
     def test_hub_name_downloads_no_code(self, golden_copy, monkeypatch):
         import huggingface_hub
 

@@ -27,7 +27,7 @@ def test_of_takes_a_text_a_dictionary_or_itself():
     [
         ("", "prompt='': must be a text that is not empty"),
         (None, "prompt=None: must be a text"),
-        ({"txt": "Why?"}, "unknown ['txt']; known: text, template, history, frame_numbers"),
+        ({"txt": "Why?"}, "unknown field 'txt'; did you mean 'text'? known: text, template, history, frame_numbers"),
         ({"template": "poem"}, "template='poem': must be one of 'chat', 'vqa', 'base'"),
         ({"history": ["ab"]}, "history='ab': must be (question, answer) pairs"),
         ({"history": zip(["a"], ["b"], strict=True)}, "must be (question, answer) pairs"),

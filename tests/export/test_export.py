@@ -1,6 +1,7 @@
 """Exports: what trainers read is what was captioned, or it is refused with the reason."""
 
 import csv
+import errno
 import itertools
 import json
 import os
@@ -233,9 +234,7 @@ class TestWhichCaption:
         with pytest.raises(ValueError) as error:
             export_dataset(store, "cogvideo", tmp_path / "out")
         message = str(error.value)
-        assert (
-            "1 clips have several captions, the first" in message and "a.mp4" in message and "template" not in message
-        )
+        assert "several captions of 1 clip, the first" in message and "a.mp4" in message and "template" not in message
         assert '\n  prompt: "Describe." | "Briefly."' in message and '"seed": 1' in message
         assert not (tmp_path / "out").exists()
         for number, (choose, text, num_refused) in enumerate(
@@ -312,7 +311,7 @@ class TestWhichCaption:
         )
         saved = json.loads(report.path.read_text())
         assert len(saved["clips"]) == 9 and [row["video"] for row in saved["clips"]] == list(report.table["video"])
-        assert "1 clips are copies of another" in str(report) and "good" not in report._repr_html_()
+        assert "1 clip with the content of another" in str(report) and "good" not in report._repr_html_()
 
     def test_a_store_of_someone_else_may_name_any_file(self, make_store, tmp_path):
         """Without the digest of what was captioned, only videos are taken; pipes and devices never."""
@@ -393,7 +392,7 @@ class TestLimit:
         settings = {"token_limit": 9, "tokenizer": Words(), "trigger_word": "ZORP"}
         report = export_dataset(store, "cogvideo", tmp_path / "report", **settings)
         assert list(report.table["num_t5_tokens"]) == [15, 4, 52] and list(report.table["over_limit"]) == [1, 0, 1]
-        assert "2 captions have more than 9 T5 tokens" in str(report) and not report.table["t5_is_estimate"].any()
+        assert "2 captions of more than 9 T5 tokens" in str(report) and not report.table["t5_is_estimate"].any()
         report = export_dataset(store, "cogvideo", tmp_path / "trim", **settings, on_too_long="trim")
         assert list(report.exported["text"]) == ['ZORP One two "three four."', "ZORP One two."]
         assert list(report.exported["changed_by"]) == ["trimmed", ""] and report.exported["num_t5_tokens"].max() == 6
@@ -462,6 +461,21 @@ class TestFolder:
         with pytest.raises(ValueError, match=f"holds {latents}/, which a trainer has computed from clips"):
             export_dataset(store, layout, root, overwrite=True)
 
+    @pytest.mark.parametrize("before", ["link", "copy", "hardlink"])
+    @pytest.mark.parametrize("after", ["link", "copy", "hardlink"])
+    def test_links_become_copies_and_the_reverse(self, store, tmp_path, before, after):
+        root, originals = tmp_path / "out", {path.name: path.stat().st_ino for path in tmp_path.glob("clips/*.mp4")}
+        report = export_dataset(store, "cogkit", root, clips=before)
+        if before != after:
+            with pytest.raises(ValueError, match=f"with clips='{before}', not '{after}'; .*overwrite"):
+                export_dataset(store, "cogkit", root, clips=after)
+            assert json.loads(report.path.read_text())["options"]["clips"] == before
+        report = export_dataset(store, "cogkit", root, clips=after, overwrite=before != after)
+        made = [root / file for file in report.exported["file"]]
+        assert len(made) == 2 and all(path.is_symlink() == (after == "link") for path in made)
+        assert [path.stat().st_ino in originals.values() for path in made] == [after != "copy"] * 2
+        assert json.loads(report.path.read_text())["options"]["clips"] == after
+
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_foreign_files_are_never_replaced(self, store, tmp_path, layout):
         root = tmp_path / "out"
@@ -473,6 +487,35 @@ class TestFolder:
         with pytest.raises(ValueError, match="is a file"):
             export_dataset(store, layout, tmp_path / "file", overwrite=True)
         assert (root / "notes.txt").read_text() == "mine"
+
+    @pytest.mark.skipif(os.name != "posix", reason="links")
+    def test_a_link_to_nowhere_and_the_root_are_named(self, store, tmp_path):
+        (tmp_path / "out").symlink_to("gone")
+        with pytest.raises(ValueError, match=r"output_dir: .*out is a link to 'gone', which is not there"):
+            export_dataset(store, "cogvideo", tmp_path / "out", overwrite=True)
+        with pytest.raises(ValueError, match="output_dir: / is the root of the file system; name a folder in it"):
+            export_dataset(store, "cogvideo", "/")
+        assert {path.name for path in tmp_path.iterdir() if "out" in path.name} == {"out"}
+
+    def test_a_clip_added_by_hand_is_the_one_that_is_named(self, store, tmp_path):
+        root = tmp_path / "out"
+        export_dataset(store, "cogkit", root)
+        (root / "train" / "mine.mp4").touch()
+        with open(root / "train" / "metadata.jsonl", "a") as file:
+            file.write('{"file_name": "mine.mp4"}\n')
+        with pytest.raises(ValueError, match="holds 'train/mine.mp4', not part of such an export"):
+            export_dataset(store, "cogkit", root, overwrite=True)
+
+    def test_copies_are_advised_only_where_links_are_the_trouble(self, store, tmp_path, monkeypatch):
+        for number, advises in ((errno.EPERM, True), (errno.ENOSPC, False)):
+
+            def refuse(*_, number=number):
+                raise OSError(number, "as was to be shown")
+
+            monkeypatch.setattr(os, "symlink", refuse)
+            with pytest.raises(ExportError, match="as was to be shown") as raised:
+                export_dataset(store, "cogvideo", tmp_path / "out")
+            assert ("clips='copy'" in str(raised.value)) == advises
 
     def test_a_file_where_the_report_goes_is_never_replaced(self, store, tmp_path):
         mine = tmp_path / "out.export.json"
@@ -588,4 +631,4 @@ def test_report_of_a_set_that_says_the_same_of_everything(make_store, tmp_path):
         rows = list(csv.DictReader(file))
     assert rows[5] == {"file_name": "other.mp4"} | dict.fromkeys(("caption", "prompt", "text"), "ZORP Rain falls.")
     exact = export_dataset(make_store({f"{n}.mp4": "A dog runs." for n in range(3)}, "b.jsonl"), "sat", tmp_path / "b")
-    assert exact.table["near_duplicate"].all() and "3 captions nearly repeat another clip's" in str(exact)
+    assert exact.table["near_duplicate"].all() and "3 captions nearly like another clip's" in str(exact)

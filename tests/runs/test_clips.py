@@ -104,16 +104,29 @@ class TestFindClips:
             for videos in (name, [name], ["a.mp4", name], [{"video": "a.mp4"}, Path(name)]):
                 with pytest.raises(ValueError, match=rf"{name.strip('/')}.*: there is no such file or folder"):
                     find_clips(videos)
-        for name in ("*.mkv", "[1].mp4", "empty", "none.csv"):
+        found_none = {name: f"no videos found in '{re.escape(name)}'" for name in ("*.mkv", "[1].mp4", "empty")}
+        for name, message in (found_none | {"none.csv": "none.csv: has no rows"}).items():
             for videos in (name, ["a.mp4", name]):
-                with pytest.raises(ValueError, match=rf"no videos found in '{re.escape(name)}'"):
+                with pytest.raises(ValueError, match=message):
                     find_clips(videos)
         gone = Item("gone.mp4")
         assert find_clips("list.csv") == [gone] and find_clips(["a.mp4", "list.csv"]) == [Item("a.mp4"), gone]
         assert find_clips([{"video": "a.mp4"}, {"video": "gone.mp4"}]) == [Item("a.mp4"), gone]
+        where = re.escape(f"(relative paths begin at {tmp_path})")
+        with pytest.raises(ValueError, match=rf"'sub/gone': there is no such file or folder {where}"):
+            find_clips("sub/gone")
+
+    def test_rows_whose_files_are_missing_are_counted_at_once(self, tmp_path, monkeypatch):
+        touch(tmp_path, "here.mp4")
+        (tmp_path / "list.csv").write_text("video,start\nwrong/1.mp4,\nhere.mp4,\nwrong/2.mp4,\nx.mp4,soon\n")
+        with pytest.warns(UserWarning, match=rf"^2 of 4 clips: there is no such file as {tmp_path}/wrong/1.mp4$"):
+            find_clips(tmp_path / "list.csv")
+        monkeypatch.setattr("capkit.runs.clips.MOST_LOOKED_FOR", 1)
+        with pytest.warns(UserWarning, match="1 of the first 1 clip: there is no such file as"):
+            find_clips(tmp_path / "list.csv")
 
     @pytest.mark.skipif(os.name != "posix", reason="pipes")
-    @pytest.mark.parametrize("name", ["pipe", "pipe.csv", "pipe.ts", "pipe.mp4"])
+    @pytest.mark.parametrize("name", ["pipe", "pipe.ts", "pipe.mp4"])  # manifests: tests/test_files.py
     def test_a_pipe_is_not_waited_for(self, tmp_path, name):
         os.mkfifo(tmp_path / name)
         (item,) = find_clips(tmp_path / name)
@@ -153,20 +166,20 @@ class TestFindClips:
             ("a.csv", "file,prompt\nx.mp4,\n", "has no column 'video'"),
             ("a.csv", "video,prompt,video\nx.mp4,,\n", "column 'video' is there twice"),
             ("a.csv", 'video,"prompt\nx.mp4,\n', "cannot be read as a manifest"),
-            ("a.tsv", "", "no videos found"),
+            ("a.tsv", "", "has no rows below its first line, which must name the columns"),
             ("a.json", '{"video": "x.mp4"}', "must be a list"),
-            ("a.json", "[]", "no videos found"),
-            ("a.jsonl", "\n\n", "no videos found"),
-            ("a.jsonl", '{"video": "a.mp4"}\n{"video": "b\n', "line 2"),
-            ("a.jsonl", "[" * 100_000, "line 1"),
+            ("a.json", "[]", "has no rows"),
+            ("a.jsonl", "\n\n", "has no rows"),
+            ("a.jsonl", "[" * 100_000, "row 1 (line 1), not valid JSON"),
             ("a.parquet", "PAR1", "cannot be read as a manifest"),
             ("a.txt", "video\nx.mp4\n", "is a text, not a video; a manifest is named .csv"),
-            ("a.csv", "", "no videos found"),
+            ("a.csv", "", "has no rows below its first line"),
+            ("a.csv", "clips/a.mp4\n", "has no rows below its first line, which must name the columns, such as video"),
             ("a.csv", "video\n\x00\xff", "row 1 (line 2), "),
             ("a.jsonl", "[1]\n", "row 1 (line 1), must be an object"),
-            ("a.jsonl", "{broken", "cannot be read as a manifest"),
+            ("a.jsonl", "{broken\n{", "none of 2 clips can be captioned"),
             ("a.csv", "video,start\nx.mp4,soon\n", "row 1 (line 2), column start: start_seconds must be"),
-            ("a.csv", "video\n", "no videos found"),
+            ("a.csv", "video\n", "has no rows below its first line"),
         ],
     )
     def test_bad_manifests(self, tmp_path, name, content, message):
@@ -178,7 +191,7 @@ class TestFindClips:
     def test_misspelt_columns_are_named(self, tmp_path):
         (tmp_path / "a.csv").write_text("video,promt\nx.mp4,Why?\n")
         (tmp_path / "x.mp4").touch()
-        with pytest.warns(UserWarning, match=r"ignored columns \['promt'\]; columns are video, prompt"):
+        with pytest.warns(UserWarning, match=r"ignored columns \['promt'\]; columns are video \("):
             find_clips(tmp_path / "a.csv")
         with pytest.raises(ValueError, match="nothing else"):
             find_clips([{"video": "x.mp4", "promt": "Why?"}])
@@ -218,6 +231,7 @@ class TestFindClips:
             find_clips(form)
 
     def test_a_pattern_may_name_manifests(self, tmp_path):
+        touch(tmp_path, "a1.mp4", "a2.mp4", "b1.mp4", "b2.mp4")
         for name in "ab":
             (tmp_path / f"{name}.csv").write_text(f"video\n{name}1.mp4\n{name}2.mp4\n")
         assert found(tmp_path, "*.csv") == (["a1.mp4", "a2.mp4", "b1.mp4", "b2.mp4"], "")

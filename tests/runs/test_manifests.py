@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from video_factory import encode_clip
 
 import capkit
 from capkit import CaptionStore
-from capkit.runs import Item, caption_clips, find_clips
+from capkit.runs import Item, caption_clips, cut_into, find_clips
 
 FEW = capkit.Decoding(max_new_tokens=2)
 HALF = "\ud83d"  # the first half of an emoji
@@ -26,12 +27,13 @@ def folder(tmp_path_factory):
 
 
 def read(path):
-    """The items that a manifest gives, and what the warnings say."""
+    """The items that a manifest gives, and what the warnings say, but not of files that are not there."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         items = find_clips(path)
     assert all(warning.filename == __file__ for warning in caught)
-    return items, [str(warning.message) for warning in caught]
+    said = [str(warning.message) for warning in caught]
+    return items, [message for message in said if "there is no such file as" not in message]
 
 
 # The table of `CSV` in each form. Texts that look like numbers or like nothing stay texts.
@@ -76,6 +78,7 @@ FORMS = {
     .replace(',"Why', ', "Why'),
     "nan.csv": CSV.replace(",001,,", ",001,nan,NaN").replace("ä.mp4,,,", "ä.mp4,NaN,nan,"),
     "semicolons.csv": semicolons(),
+    "decimal commas.csv": semicolons().replace("1.5;4", " 1,5;4,0").replace(";0;2", ";0,0;2,000"),
     "tabs.csv": semicolons().replace("; so", "SO").replace(";", "\t").replace("SO", "; so"),
     "tabs.tsv": semicolons().replace("; so", "SO").replace(";", "\t").replace("SO", "; so"),
     "lines.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
@@ -84,6 +87,9 @@ FORMS = {
     "list.json": json.dumps(ROWS, indent=1),
     "nan.json": json.dumps(ROWS, ensure_ascii=False).replace("null", "NaN"),
 }
+
+
+NAMES_OF_COLUMNS = [("file_name", "caption"), ("Filename", "text"), ("path", "text"), ("Video", " Reference")]
 
 
 class TestForms:
@@ -109,19 +115,22 @@ class TestForms:
                 assert read(videos) == (items_of(tmp_path), [])
         monkeypatch.chdir(tmp_path)  # where relative paths begin
         assert find_clips(pd.DataFrame({"video": ["x.mp4", "y.mp4"]})) == [Item("x.mp4"), Item("y.mp4")]
+        for name in "xy":
+            (tmp_path / f"{name}.mp4").touch()
         assert find_clips(pd.Series(["x.mp4", "y.mp4"])) == [Item("x.mp4"), Item("y.mp4")]
         with pytest.raises(ValueError, match="share a name"):
             find_clips(pd.DataFrame([["a.mp4", "b.mp4"]], columns=["video", "video"]))
         with pytest.raises(ValueError, match="no videos found"):
             find_clips(pd.DataFrame({"video": []}))
 
-    @pytest.mark.parametrize("video, reference", [("file_name", "caption"), ("path", "text"), ("Video", " Reference")])
+    @pytest.mark.parametrize("video, reference", NAMES_OF_COLUMNS)
     def test_other_names_of_columns_are_one_warning(self, tmp_path, video, reference):
         (tmp_path / "a.csv").write_text(f"{video},{reference},fps,id\nx.mp4,A star.,25,7\ny.mp4,,25,8\n")
         items, (said,) = read(tmp_path / "a.csv")
         assert items == [Item(str(tmp_path / "x.mp4"), None, "A star."), Item(str(tmp_path / "y.mp4"))]
         for words in (f"column {video} is read as video", "as reference", "ignored columns ['fps', 'id']", "a.csv"):
             assert words in said
+        assert "video (or file_name, filename, path), prompt, reference (or caption, text), start, end" in said
 
     def test_the_first_choice_of_two_names_counts(self, tmp_path):
         (tmp_path / "a.csv").write_text("path,text,video,caption\nno.mp4,no,x.mp4,A star.\nno.mp4,no,y.mp4,\n")
@@ -151,18 +160,20 @@ BAD_ROWS = [
     ({"video": {"path": "b.mp4"}}, "column video: must be a file name, not {"),
     ({"video": "b\0.mp4"}, "b\\x00.mp4' cannot be the name of a file"),
     ({"video": f"b{HALF}.mp4"}, "column video: "),
+    ({"video": "https://" + "x" * 20_000_000}, "cannot be the name of a file"),
     ({"video": "https://example.org/b.mp4"}, "column video: 'https://example.org/b.mp4' is an address; download it"),
     (B | {"prompt": 5}, "column prompt: prompt=5: must be a text"),
     (B | {"prompt": 0.5}, "column prompt: prompt=0.5: must be a text"),
     (B | {"prompt": True}, "column prompt: prompt=True: must be a text"),
     (B | {"prompt": ["Why?"]}, "column prompt: prompt=['Why?']: must be a text"),
     (B | {"prompt": {"text": "Why?"}}, "column prompt: prompt={'text': 'Why?'}: must be a text"),
-    (B | {"prompt": f"Why{HALF}?"}, "column prompt: prompt='Why\\ud83d?': is not UTF-8, or was cut"),
+    (B | {"prompt": f"Why{HALF}?"}, "column prompt: 'Why\\ud83d?' is not UTF-8, or was cut"),
     (B | {"prompt": "x" * 10_000_000}, "has 10000000 characters, more than"),
     (B | {"reference": 5}, "column reference: must be a text, not 5"),
     (B | {"reference": ["A star."]}, "column reference: must be a text, not ['A star.']"),
     (B | {"reference": f"A star {HALF}"}, "column reference: 'A star \\ud83d' is not UTF-8, or was cut"),
-    (B | {"start": "soon"}, "column start: start_seconds must be a finite number, not negative; got 'soon'"),
+    (B | {"start": "soon"}, "column start: start_seconds must be a number, such as 2.5; got 'soon'"),
+    (B | {"start": "1_0"}, "column start: start_seconds must be a number, such as 2.5; got '1_0'"),
     (B | {"start": "00:01"}, "column start: start_seconds must be"),
     (B | {"start": -1}, "column start: start_seconds must be"),
     (B | {"start": "-0.5"}, "column start: start_seconds must be"),
@@ -172,7 +183,7 @@ BAD_ROWS = [
     (B | {"start": 10**400}, "column start: start_seconds must be"),
     (B | {"start": True}, "column start: start_seconds must be"),
     (B | {"start": [1]}, "column start: start_seconds must be"),
-    (B | {"end": "late"}, "column end: end_seconds must be None or above start_seconds, 0; got 'late'"),
+    (B | {"end": "late"}, "column end: end_seconds must be a number, such as 2.5; got 'late'"),
     (B | {"end": 0}, "column end: end_seconds must be"),
     (B | {"end": -1}, "column end: end_seconds must be"),
     (B | {"end": float("inf")}, "column end: end_seconds must be"),
@@ -197,11 +208,11 @@ BAD_ROWS = [
 BAD_LINES = [
     (b"b.mp4,Why, and how?,,,", "column end: followed by 1 more, ''; put quotation marks around a text with ','"),
     (b"b.mp4,Why?,A star, red, and a dog,0,1", "column end: "),
-    (b"b.mp4,Caf\xe9?,,,", "column prompt: prompt='Caf\\udce9?': is not UTF-8"),
+    (b"b.mp4,Caf\xe9?,,,", "column prompt: 'Caf\\udce9?' is not UTF-8; save the file as UTF-8"),
     (b"b.mp4,,Caf\xe9,,", "column reference: 'Caf\\udce9' is not UTF-8"),
     (b'b.mp4,"Why?,,,', "not valid CSV"),
     (b'b.mp4,"Why "so"?",,,', "not valid CSV"),
-    (b'b.mp4,,,"1,5",', "column start: start_seconds must be a finite number, not negative; got '1,5'"),
+    (b'b.mp4,,,"1,5",', "column start: start_seconds must be a number, such as 2.5; got '1,5'; write 1.5"),
     (b"b.mp4,,,,0", "column end: end_seconds must be"),
     (b",Why?", "column video: is empty"),
     (b"b\0.mp4,,,,", ""),
@@ -221,7 +232,8 @@ def caption_one_bad_row(captioner, manifest, store, words, place):
     assert [record["status"] for record in records] == ["ok", "error", "ok"]
     assert words in records[1]["error"]
     again = CaptionStore(store)
-    assert again.current() == records and len(again.done()) == 3
+    in_order = sorted(records, key=lambda record: "is_row_error" in record)  # rows that cannot be used come last
+    assert again.current() == in_order and len(again.done()) == 3
     return items, records
 
 
@@ -237,6 +249,28 @@ class TestBadRows:
         assert words.startswith(late) == (items[1].error is None)
         assert [records[0]["video"], records[2]["video"]] == [str(folder / "a.mp4"), str(folder / "c.mp4")]
         assert records[2]["prompt"] == "Why?"
+
+    @pytest.mark.parametrize("line", ['{"video": "b.mp4"', "[" * 100_000, '{"start": ' + "1" * 5000 + "}", "b.mp4"])
+    def test_a_line_that_is_not_json(self, captioner, folder, tmp_path, line):
+        manifest = folder / "list.jsonl"
+        manifest.write_text('{"video": "a.mp4"}\n\n' + line + '\n{"video": "c.mp4"}\n')
+        place = f"{manifest}, row 2 (line 3)"
+        caption_one_bad_row(captioner, manifest, tmp_path / "c.jsonl", "not valid JSON: ", place)
+
+    def test_an_address_is_recorded_as_it_is_in_the_row(self, captioner, folder, tmp_path):
+        address = "http://127.0.0.1:9/x.mp4?a=~b//c"
+        (folder / "list.jsonl").write_text(json.dumps({"video": address}) + '\n{"video": "a.mp4"}\n')
+        items, _ = read(folder / "list.jsonl")
+        caption_clips(captioner, items, tmp_path / "c.jsonl", decoding=FEW)
+        bad, good = sorted(CaptionStore(tmp_path / "c.jsonl").current(), key=lambda record: record["status"])
+        assert bad["video"] == address and "only local files can be read" in bad["error"]
+        assert good["video"] == str(folder / "a.mp4")
+
+    def test_a_prompt_of_nothing_is_an_empty_cell(self, captioner, folder, tmp_path):
+        (folder / "list.jsonl").write_text('{"video": "a.mp4", "prompt": ""}\n{"video": "c.mp4", "prompt": "  "}\n')
+        items, said = read(folder / "list.jsonl")
+        records = caption_clips(captioner, items, tmp_path / "c.jsonl", "The shared one?", FEW)
+        assert [record["prompt"] for record in records] == ["The shared one?"] * 2 and said == []
 
     @pytest.mark.parametrize("line, words", BAD_LINES, ids=lambda value: repr(value)[:60])
     def test_one_among_good_lines(self, captioner, folder, tmp_path, line, words):
@@ -258,6 +292,25 @@ class TestBadRows:
         records = caption_clips(captioner, find_clips(manifest), store, decoding=FEW)
         assert [record["start_seconds"] for record in records if record["status"] == "ok"] == [1.0, 0.0, 0.5]
 
+    def test_the_error_of_a_row_is_shown_until_it_is_mended(self, captioner, folder, tmp_path):
+        shown, settings = CaptionStore(tmp_path / "c.jsonl"), {"decoding": FEW, "batch_size": 2}
+
+        def run(*rows, **changed):
+            (folder / "list.csv").write_text("\n".join(["video,prompt,start", *rows]))
+            items, _ = read(folder / "list.csv")
+            caption_clips(captioner, items, CaptionStore(shown.path), **settings | changed)
+            assert shown.current() == CaptionStore(shown.path).current()  # read on, and read from the beginning
+            return [(Path(r["video"]).name, r["status"], r["start_seconds"]) for r in shown.current()]
+
+        bad, bad_b = ("a.mp4", "error", 0.0), ("b.mp4", "error", 0.0)
+        good = [("a.mp4", "ok", 0.0), ("b.mp4", "ok", 1.0)]  # of the same videos, and beside their rows' errors
+        assert run("a.mp4,,soon", "a.mp4,,", "b.mp4,,-1", "b.mp4,,1") == [*good, bad, bad_b]
+        assert run("a.mp4,,soon", "a.mp4,Why?,1", "b.mp4,,1", frame_sampling="base").count(bad) == 2  # other settings
+        assert run("a.mp4,,0.5", "a.mp4,,", "b.mp4,,-1").count(bad) == 1  # that of the other settings
+        assert bad_b in run("b.mp4,,-1", "c.mp4,,")
+        assert bad_b not in run("b.mp4,How?,0.25", "c.mp4,,")
+        assert run("a.mp4,Who?,soon", "c.mp4,,").count(bad) == 2  # wrong again
+
     def test_of_dictionaries_and_frames(self, folder):
         good = {"video": str(folder / "a.mp4")}
         for videos in ([good, good | {"start": -1}, good], pd.DataFrame([good, good | {"start": -1}, good])):
@@ -270,6 +323,13 @@ class TestBadRows:
             find_clips([good | {"start": -1}, good | {"start": -2}])
         items, _ = read([good | {"start": np.float32(0.5), "end": np.int64(2)}])
         assert (items[0].start, items[0].end) == (0.5, 2.0) and type(items[0].end) is float
+
+    def test_names_in_place_of_items_are_refused(self, captioner, tmp_path):
+        for items in ("clip.mp4", tmp_path / "clip.mp4", ["clip.mp4"], [None]):
+            with pytest.raises(TypeError, match="is not an Item; find_clips makes items of files"):
+                caption_clips(captioner, items, tmp_path / "c.jsonl")
+            with pytest.raises(TypeError, match="is not an Item; find_clips makes items of files"):
+                cut_into(items, 10)
 
     def test_items_made_by_hand(self, captioner, folder, tmp_path):
         good = Item(str(folder / "a.mp4"))

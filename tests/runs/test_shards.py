@@ -44,6 +44,7 @@ from capkit.runs.clips import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.shards import write_plan
 from capkit.sweep import run_sweep
+from capkit.text import CapkitWarning
 from capkit.video import ReaderHung, ReaderLost
 from capkit.views import show_captions, write_gallery
 
@@ -86,7 +87,7 @@ def test_a_second_run_does_nothing_and_a_retry_only_errors(captioner, eight_clip
     first = caption_clips(captioner, items, store, decoding=FEW)
     capsys.readouterr()
     assert caption_clips(captioner, items, store, decoding=FEW) == first
-    assert "0 clips to caption, 8 done before" in capsys.readouterr().out
+    assert "0 clips to caption, 5 done before, 3 failed before" in capsys.readouterr().out
     caption_clips(captioner, items, store, decoding=FEW, retry_errors=True)
     assert len(store.lines()) == 8 + 3
     caption_clips(captioner, items, store, "Something else?", decoding=FEW)
@@ -126,7 +127,9 @@ def test_killed_half_way_it_captions_only_what_was_missing(eight_clips, tmp_path
     again = captioning_process(eight_clips, path, pause_seconds=0)
     printed, _ = again.communicate()
     assert again.returncode == 0
-    assert f"{8 - len(before)} clips to caption, {len(before)} done before" in printed
+    num_errors = sum(line["status"] == "error" for line in before)
+    told = f", {num_errors} failed before" if num_errors else "\n"
+    assert f"{8 - len(before)} clips to caption, {len(before) - num_errors} done before{told}" in printed
     lines = CaptionStore(path).lines()
     assert lines[: len(before)] == before and len(lines) == len({line["request"] for line in lines}) == 8
     assert sorted(line["status"] for line in lines) == ["error"] * 3 + ["ok"] * 5
@@ -223,6 +226,10 @@ def test_a_clip_that_does_not_fit_into_memory_is_recorded(new_captioner, eight_c
     failed = [r for r in records if r["status"] == "error"]
     assert [len(r["frame_indices"]) for r in failed] == [5]
     assert "out of memory" in failed[0]["error"] and failed[0]["video"] in failed[0]["error"]
+    assert "does not fit into memory; sample fewer frames" in failed[0]["error"]
+    beams = Decoding(max_new_tokens=6, num_beams=2)
+    (record,) = caption_clips(new_captioner, find_clips(failed[0]["video"]), store, decoding=beams)
+    assert "does not fit into memory; lower num_beams=2" in record["error"]
 
 
 @pytest.mark.parametrize("more", [{}, {"temperature": 0.8, "seed": 1}, {"num_beams": 2}])
@@ -354,13 +361,33 @@ class TestCaptionShard:
     def test_what_is_done_stays_done_with_another_number_of_shards(self, captioner, eight_clips, tmp_path, capsys):
         items = find_clips(f"{eight_clips}/good*")
         in_shards(captioner, items, tmp_path, "0/2")
-        for index in range(3):
-            in_shards(captioner, items, tmp_path, f"{index}/3")
-        assert sum(int(printed) for printed in re.findall(r"(\d+) clips to caption", capsys.readouterr().out)) == len(
-            items
-        )
+        words = "holds shards of 2, this is one of 3: a run of its own, whose shards `merge` will all expect"
+        with pytest.warns(CapkitWarning, match=words) as warned:
+            for index in range(3):
+                in_shards(captioner, items, tmp_path, f"{index}/3")
+        assert len(warned) == 1  # the others have a shard of theirs beside them
+        printed = re.findall(r"(\d+) clips? to caption", capsys.readouterr().out)
+        assert sum(map(int, printed)) == len(items)
         merged = merge(tmp_path)
         assert merged.num_ok == len(items) == len(merged.store.lines()) and not merged.problems
+
+    def test_merge_counts_what_the_store_held_before(self, captioner, eight_clips, tmp_path):
+        caption_clips(captioner, find_clips(f"{eight_clips}/good*"), CaptionStore(tmp_path / "captions.jsonl"))
+        in_shards(captioner, find_clips(f"{eight_clips}/good 0*"), tmp_path, "0/1", prompt="Why?")
+        path = tmp_path / "captions.jsonl"
+        for _ in range(2):
+            told = f"1 caption and 0 errors in {path}, beside 4 records of other requests that it held before"
+            assert str(merge(tmp_path)) == told and len(CaptionStore(path).current()) == 5
+
+    def test_the_errors_of_rows_are_merged_last_until_they_are_mended(self, captioner, eight_clips, tmp_path):
+        def run(*starts):
+            rows = [{"video": str(eight_clips / "good 0.mp4"), "start": start} for start in starts]
+            in_shards(captioner, find_clips(rows), tmp_path)
+            records = merge(tmp_path).store.current()
+            return [record["start_seconds"] if record["status"] == "ok" else "error" for record in records]
+
+        assert run(0.5, "0:01", 1.5) == run(0.5, "0:01", 1.5) == [0.5, 1.5, "error"]
+        assert run(0.5, 1.0, 1.5) == run(0.5, 1.0, 1.5) == [0.5, 1.0, 1.5]
 
     def test_shards_that_do_not_go_together_are_reported(self, captioner, eight_clips, tmp_path):
         items = find_clips(f"{eight_clips}/good*")
@@ -372,8 +399,14 @@ class TestCaptionShard:
         for name in ("shard-00000-of-00003.jsonl", "captions.jsonl"):
             (tmp_path / name).unlink()
         assert f"no record of {items[0].video}" in str(merge(tmp_path))
-        with pytest.raises(ValueError, match="holds no shards"):
-            merge(tmp_path / "nowhere")
+        (tmp_path / "empty").mkdir()
+        for name, reason in (
+            ("nowhere", "no such folder"),
+            ("captions.jsonl", "is a file"),
+            ("empty", "holds no shards"),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: {reason}"):
+                merge(tmp_path / name)
 
     def test_a_file_name_that_is_not_utf_8_is_escaped_and_read_back(self, captioner, eight_clips, tmp_path, capfd):
         """In stores, pages, tables, subtitles and on the terminal."""
@@ -391,7 +424,7 @@ class TestCaptionShard:
         store.append(made[1] | {"request": "another"})
         store.edit("another", "By hand.")
         for _ in range(2):
-            assert "3 captions and 1 errors" in str(merge(out)) and not merge(out).problems
+            assert "3 captions and 1 error in" in str(merge(out)) and not merge(out).problems
         records = [record for record in store.current() if record["request"] != "another"]
         assert [Path(record["video"]).name for record in records] == names
         assert [record["status"] for record in records] == ["ok", "ok", "error", "ok"]
@@ -414,7 +447,7 @@ class TestCaptionShard:
     def test_a_shard_started_twice_is_refused_and_a_dead_ones_lock_is_not(self, captioner, eight_clips, tmp_path):
         items = find_clips(f"{eight_clips}/good 0.mp4")
         code = "import filelock, sys; x = filelock.FileLock(sys.argv[1]); x.acquire(); print('held', flush=1); input()"
-        lock = tmp_path / "shard-00000-of-00001.lock"
+        lock = tmp_path / ".shard-00000-of-00001.jsonl.capkit-lock"
         holder = subprocess.Popen(
             [sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -540,7 +573,34 @@ class TestWhichRunCounts:
             pytest.warns(match="no longer in it, but in .*captions.jsonl.damaged"),
         ):
             merge(tmp_path)
-        assert path.read_bytes() == before and b"to be mended" in (tmp_path / "captions.jsonl.damaged").read_bytes()
+        path.write_bytes(before + b"another\n")
+        with pytest.warns(match="line 9 is skipped"), pytest.warns(match=r"but in .*captions\.jsonl\.damaged\.2"):
+            merge(tmp_path)
+        aside = [(tmp_path / name).read_text() for name in ("captions.jsonl.damaged", "captions.jsonl.damaged.2")]
+        assert path.read_bytes() == before
+        assert aside == ['{"request": "written by hand, to be mended\n', "another\n"]
+
+    def test_what_was_captioned_or_edited_since_a_merge_is_shown_with_it(self, start, tmp_path, monkeypatch, capsys):
+        def shown():
+            monkeypatch.setattr(sys, "argv", ["capkit", "show", str(tmp_path)])
+            with pytest.raises(SystemExit, match="0"):
+                capkit.__main__.main()
+            first, _, later = capsys.readouterr().out.partition("captions.jsonl lacks these; `python -m capkit merge")
+            return re.findall(r"(\d)\.mp4", first), re.findall(r"(\d)\.mp4\n  (.*)", later)
+
+        start(0, 2, "12:00:00", text="first")
+        start(1, 2, "12:00:00", statuses="error")
+        merged = merge(tmp_path).store
+        assert shown() == ([*"01234567"], [])
+        store = CaptionStore(tmp_path / f"{Shard(1, 2).name}.jsonl")
+        retried = [record["request"] for record in store.current()][1]
+        store.append(make_record(0, tmp_path / "3.mp4", request=retried, text="second"))
+        store.append(make_record(999, tmp_path / "9.mp4", text="new"))
+        first = CaptionStore(tmp_path / f"{Shard(0, 2).name}.jsonl")
+        first.edit(first.current()[0]["request"], "by hand")
+        merged.edit(first.current()[1]["request"], "edited after the merge: nothing that it lacks")
+        assert shown()[1] == [("0", "by hand"), ("3", "second"), ("9", "new")]
+        assert merge(tmp_path).num_ok == 5 and shown()[1] == [("9", "new")]  # which no plan asks for
 
 
 class TestReading:
@@ -642,12 +702,14 @@ class TestCommandLine:
         assert self.run(monkeypatch, capsys, "merge", tmp_path / "nowhere")[0] == 2
 
     def test_one_process_for_each_device(self, monkeypatch, capsys, eight_clips, tmp_path):
-        (tmp_path / "empty").mkdir()
-        arguments = ["caption-shard", eight_clips, tmp_path / "empty", "--output", tmp_path, "--devices", "cpu,cpu"]
+        clips = tmp_path / "clips"
+        shutil.copytree(eight_clips, clips)
+        (clips / "notes.txt").touch()
+        arguments = ["caption-shard", clips, "--output", tmp_path, "--devices", "cpu,cpu"]
         arguments += ["--decoding", '{"max_new_tokens": 6}', "--model", GOLDEN]
         run = subprocess.run([sys.executable, "-m", "capkit", *arguments], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        assert f"capkit: videos: left out 1 without videos ({tmp_path}/empty)" in run.stderr.splitlines()
+        assert f"capkit: {clips}: left out 1 not named like videos (.txt 1)" in run.stderr.splitlines()
         assert "shard 0/2: 4 clips" in run.stdout and "shard 1/2: 4 clips" in run.stdout
         code, printed = self.run(monkeypatch, capsys, "merge", tmp_path)
         assert code == 0 and "5 captions and 3 errors" in printed

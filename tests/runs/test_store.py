@@ -29,7 +29,7 @@ from capkit.export import export_dataset
 from capkit.runs import Item, StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
 from capkit.runs.caption import plan_clips
 from capkit.runs.store import ModelIdentity, digest_once
-from capkit.views import show_caption
+from capkit.views import compare_captions, show_caption, show_captions, write_gallery
 
 
 @pytest.fixture
@@ -160,6 +160,20 @@ def test_a_file_name_that_is_not_utf_8(store):
     assert [record["video"] for record in CaptionStore(store.path).current()] == [name]
 
 
+@pytest.mark.parametrize("path", ["", ".", "/", Path()])
+def test_a_path_without_a_name_is_refused(path):
+    with pytest.raises(ValueError, match="names no file; give one, such as runs/captions.jsonl"):
+        CaptionStore(path)
+
+
+def test_a_path_in_place_of_a_store(tmp_path, captioner):
+    path, clip = tmp_path / "c.jsonl", encode_clip(tmp_path / "good.mp4", range(10))
+    (record,) = caption_clips(captioner, find_clips(clip), str(path), decoding={"max_new_tokens": 2})
+    assert list(CaptionStore(path).current()) == [record]
+    for shown in (show_captions(path, [record]), compare_captions([record], store=path), write_gallery(str(path))):
+        assert shown._repr_html_().count("data:image/webp;base64,") == 1
+
+
 def test_records_that_cannot_be_kept(store):
     with pytest.raises(ValueError, match="needs its `request`"):
         store.append({"text": "x"})
@@ -170,6 +184,12 @@ def test_records_that_cannot_be_kept(store):
     with pytest.raises(ValueError, match="the text has more than 200,000 characters"):
         store.append(attempt("a", text="x" * 200_001))
     assert not store.path.exists()
+
+
+def test_a_folder_stands_for_the_captions_in_it(tmp_path):
+    (tmp_path / "captions.jsonl").touch()
+    assert CaptionStore(tmp_path).path == CaptionStore(str(tmp_path)).path == tmp_path / "captions.jsonl"
+    assert CaptionStore(tmp_path).strips == tmp_path / "captions_strips"
 
 
 class TestRequests:
@@ -267,7 +287,7 @@ class TestStoresWrittenBefore:
         model.quantization, model.processor = None, SimpleNamespace(image_size=224)
         items = [Item(before[0]["video"]), Item(before[4]["video"])]
         assert caption_clips(model, items, old) == [before[0], before[4]]
-        assert "0 clips to caption, 2 done before" in capsys.readouterr().out
+        assert "0 clips to caption, 1 done before, 1 failed before" in capsys.readouterr().out
         monkeypatch.setattr(sys, "argv", ["capkit", "show", str(old.path)])
         with pytest.raises(SystemExit, match="0"):
             capkit.__main__.main()
@@ -467,7 +487,7 @@ class TestTwoRunsOnOneStore:
         assert run("caption_clips", store) and run("run_sweep", store)
         made = [line["request"] for line in store.lines() if "edits" not in line]
         assert len(made) == len(set(made)) and [r["edited_text"] for r in store.current()][:2] == ["by hand"] * 2
-        assert not list(store.path.parent.glob("*.lock"))
+        assert not list(store.path.parent.glob(".*.capkit-lock"))
 
     def test_a_run_that_fails_frees_the_store(self, captioner, store):
         with pytest.raises(ValueError, match="batch_size"):
@@ -491,7 +511,7 @@ class TestTwoRunsOnOneStore:
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
         with CaptionStore(store.path.with_name("other.jsonl")).hold():
             assert caption_clips(captioner, self.ITEMS, store, decoding=self.FEW) == made
-        assert not store.path.with_suffix(".lock").exists()
+        assert not list(store.path.parent.glob(".*.capkit-lock"))
 
     def test_of_two_processes_at_once_one_is_refused_or_finds_all_done(self, store):
         code = (

@@ -1,5 +1,7 @@
 """Parts of videos: consecutive windows, subtitles, and where trainers look."""
 
+import re
+
 import pytest
 from video_factory import cut, encode_clip
 
@@ -46,7 +48,17 @@ class TestIntoWindows:
         items = [*find_clips(folder / "short.mp4"), Item("gone.mp4")]
         assert into_windows(items, 2.0) == items == trainer_windows(items, "cogvideo")
 
-    @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+    def test_a_video_of_too_many_windows_has_an_error_and_the_others_are_cut(self, folder):
+        encode_clip(folder / "days.mp4", range(3), milliseconds=[0, 1000, 12_000_000])
+        good, days = Item(str(folder / "long.mp4")), Item(str(folder / "days.mp4"))
+        first, *others = into_windows([days, good], 0.1)
+        assert (first.video, first.end) == (days.video, None)
+        assert re.search(r"days.mp4: would be [12]..,... windows of 0.1 s; 100,000 are the most of", first.error)
+        assert spans(others) == spans(into_windows([good], 0.1)) and len(others) == 100
+        short = into_windows([Item(days.video, start=2.0, end=3.0)], 0.1)
+        assert len(short) == 10 and not any(window.error for window in short)
+
+    @pytest.mark.parametrize("seconds", [0, -1, float("nan"), 1e-9, 0.05])
     def test_nonsense_is_refused(self, seconds):
         with pytest.raises(ValueError, match="window_seconds"):
             into_windows([], seconds)
@@ -176,7 +188,7 @@ class TestTrainers:
         assert (flagged["seen_from_seconds"], flagged["seen_to_seconds"]) == (0.0, pytest.approx(5.9, abs=1e-4))
 
     def test_nonsense_is_refused(self, folder):
-        with pytest.raises(ValueError, match="unknown trainer 'sora'; choose one of cogvideo"):
+        with pytest.raises(ValueError, match="unknown trainer 'sora'; there are: cogvideo"):
             trainer_windows([], "sora")
         with pytest.raises(ValueError, match="num_frames=0"):
             trainer_windows([], "sat", 0)

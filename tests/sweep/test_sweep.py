@@ -120,7 +120,7 @@ def test_labels_are_short_and_tell_cells_apart():
         ({"max_captions": None}, "max_captions"),
         ({"prompts": None}, "prompts=None: must be a list"),
         ({"decodings": 5}, "decodings=5: must be a list"),
-        ({"decodings": [{1: 2}]}, "unknown decoding settings 1"),
+        ({"decodings": [{1: 2}]}, "unknown decoding setting 1"),
         (
             {"decodings": [{"seed": seed, "temperature": 1.0} for seed in range(1000)], "num_samples": 1000},
             "max_captions",
@@ -389,6 +389,21 @@ def test_a_bad_row_among_captions_made_elsewhere_is_named(tmp_path, line, words)
     with pytest.raises(ValueError) as error:
         read_captions(tmp_path / "a.csv")
     assert str(error.value).startswith(f"{tmp_path / 'a.csv'}, row 2 (line 3), {words}")
+
+
+def test_the_duration_is_estimated_from_the_first_clip_that_can_be_captioned(demo, tmp_path, capsys):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    broken, axes = [str(tmp_path / "broken.mp4"), str(tmp_path / "gone.mp4")], {"decodings": [{"max_new_tokens": 4}]}
+    plan = plan_sweep([*broken, CLIPS[0]], prompts=["Why?", "How?"], **axes)
+    assert 0 < plan.estimate_seconds(demo) < 60
+    assert plan_sweep(broken, **axes).estimate_seconds(demo) is None
+    assert plan_sweep(CLIPS[:1], **axes).estimate_seconds(demo, timeout_seconds=1e-3) is None
+    result = run_sweep(demo, plan)
+    assert repr(result) == "SweepResult(2 captions and 4 errors in 2 cells)"
+    printed = "".join(capsys.readouterr())
+    assert "6 captions to make, 0 done before" in printed and "6/6 captions, 4 errors" in printed
+    for path in broken:
+        assert printed.count(f"error: {path}") == 1 and printed.count("(the same error 2 times)") == 2
 
 
 def test_a_row_that_cannot_be_used_is_an_error_of_its_own_requests(demo, tmp_path):

@@ -128,6 +128,18 @@ def test_arguments_are_checked_before_anything_is_read(arguments, words, tmp_pat
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("path", [None, 3, ["a.mp4"]])
+def test_what_is_no_file_name_is_a_type_error(path):
+    with pytest.raises(TypeError, match="path=.*: must be the name of a video file"):
+        load_clip(path)
+
+
+def test_a_very_long_name_is_not_repeated_in_full():
+    with pytest.raises(VideoError, match="xxx: no such file") as error:
+        load_clip("x" * 5000)
+    assert len(str(error.value)) < 1100 and error.value.path == "x" * 5000
+
+
 def test_importing_the_module_imports_no_reader_and_no_torch():
     code = "import sys, capkit.video.clip; print(sorted({'torch', 'av', 'decord'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

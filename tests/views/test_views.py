@@ -14,7 +14,7 @@ from video_factory import encode_clip
 import capkit
 from capkit.captioning import Grounding, ground
 from capkit.cogvlm2 import pixels_to_frames, preprocess_frames
-from capkit.views import compare_captions, show_caption, show_clip, show_sweep
+from capkit.views import captions_table, compare_captions, show_caption, show_clip, show_sweep
 from capkit.views.captions import t5_kept
 from capkit.views.frames import FRAME_PIXELS, crop_box, draw_crop, unsampled_gaps
 from capkit.views.html import BLUE, RED
@@ -138,11 +138,15 @@ class TestClip:
         places = re.findall(r'title="frame at ([\d.]+) s" style="position:absolute;left:([\d.]+)%', html)
         assert [float(time) for time, _ in places] == [2.0, 3.0, 4.0, 4.9]
         np.testing.assert_allclose([float(left) for _, left in places], clip.timestamps_seconds / 7.2 * 100, atol=0.01)
-        assert html.count("dotted #888") == 2 and "All of the window is sampled" in html  # before it and after it
+        assert html.count("dotted #888") == 2 and "No part of the window is further" in html  # before it and after it
 
     def test_frames_from_memory(self, random_clip):
         html = show_clip(random_clip()).html
-        assert "frames from memory" in html and "All of it is sampled" in html and "not seconds" not in html
+        assert (
+            "frames from memory" in html
+            and "No part is further than half a second" in html
+            and "not seconds" not in html
+        )
         apart = capkit.Clip.from_frames(random_clip().frames, [100, 101, 109])
         assert unsampled_gaps(apart) == [(102.0, 108.5)]
         assert "not seconds" in show_clip(apart).html
@@ -237,7 +241,7 @@ class TestCaption:
         text = " ".join(["word"] * 300)
         html = show_caption(text).html
         assert html.count("word</s>") == 1 and len(re.search(r"<s [^>]*>(.*)</s>", html)[1].split()) == 300 - 225
-        assert "the last 75 words: it keeps 226 T5 tokens (an estimate: no T5 tokenizer was given)" in html
+        assert "With a limit of 226 T5 tokens, training would cut off the last 75 words (an estimate" in html
 
         class Tokenizer:  # two tokens a word, and </s>
             def __call__(self, text, verbose=True):
@@ -258,10 +262,21 @@ class TestCaption:
         failed = record | {"status": "error", "error": NASTY, "text": None, "num_tokens": None}
         views = [show_caption(NASTY, random_clip(), grounding), show_caption(record), show_caption(failed)]
         views += [compare_captions([record, failed, NASTY], [NASTY, "b", "c"]), compare_captions([record, NASTY])]
+        views += [captions_table([record, failed])]
         for view in views:
             assert_safe(view.html)
             assert "&lt;script&gt;" in view.html and "שלום" in view.html and "\U0001f31f" in view.html
         assert "not captioned: " in views[2].html and "not captioned: " in views[3].html
+
+
+def test_a_table_has_captions_in_full_and_errors_without_the_path():
+    record = {"video": "/clips/a.mp4", "status": "ok", "text": "word " * 300, "num_tokens": 301, "mean_logprob": -0.25}
+    record |= {"finish_reason": "eos", "seconds": 1.23456}
+    failed = {"video": "/clips/b.mp4", "status": "error", "error": "/clips/b.mp4: no such file", "text": None}
+    html = captions_table([record, failed, failed], limit=2).html
+    cells = [text_of(cell).strip() for cell in re.findall(r"<td .*?</td>", html)]
+    assert cells[6:12] == ["a.mp4", ("word " * 300).strip(), "301", "eos", "-0.25", "1.23"]
+    assert cells[12:] == ["b.mp4", "not captioned: no such file", "", "", "", ""] and "1 more in the store" in html
 
 
 class TestSideBySide:
@@ -312,6 +327,21 @@ class TestNotebook:
         _, shown = run("02", tmp_path, store="mine.jsonl", output_dir="out", order_by="")
         assert "edited by hand" in shown and "Written by &lt;hand&gt;." in shown
         assert len(store.lines()) == 2 and not (tmp_path / "out" / "captions.jsonl").exists()
+
+    @pytest.mark.parametrize("num_left", [1, 0])
+    def test_a_store_whose_clips_are_gone(self, tmp_path, captioner, num_left):
+        clips = [encode_clip(tmp_path / f"{name}.mp4", range(30), fps=10) for name in "abc"]
+        few = {"max_new_tokens": 4}
+        store = capkit.CaptionStore(tmp_path / "mine.jsonl")
+        for record in capkit.caption_clips(captioner, capkit.find_clips(clips), store, decoding=few):
+            store.edit(record["request"], "A star.")
+        for clip in clips[: 3 - num_left]:
+            clip.unlink()
+        _, shown = run("02", tmp_path, store="mine.jsonl", output_dir="out", order_by="", look_at=1)
+        assert "b.mp4: no such file" in shown
+        rest = "shown instead is {clips[2]}, the first that can be read" if num_left else "nor can any other video"
+        assert rest.format(clips=clips) in shown and ("Each word with the video" in shown) == bool(num_left)
+        assert (tmp_path / "out" / "gallery.html").read_text().count("data:image/webp;base64,") == 3
 
     @pytest.mark.parametrize(
         "parameters, message",
