@@ -20,7 +20,7 @@ from capkit.captioning import Decoding
 from capkit.files import append_line, read_lines
 from capkit.playground.controls import button
 from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, is_stopped
-from capkit.sweep import OUTCOMES, bradley_terry
+from capkit.sweep import OUTCOMES, bradley_terry, bradley_terry_pairs
 from capkit.text import escape
 from capkit.video import FrameSampling
 from capkit.views import HTML, MUTED, file_name, frames_strip, record_text, table_html
@@ -123,7 +123,8 @@ class BlindRating(widgets.VBox):
         if not self.pairs:
             for control in self.buttons.children:
                 control.disabled = True
-            self.shown.value = f"<b>All rated.</b>{table_html(ranking(self.ratings), float_format='{:.2f}'.format)}"
+            tables = [table_html(table, float_format="{:.2f}".format) for table in rankings(self.ratings)]
+            self.shown.value = "<br>".join(["<b>All rated.</b>", *tables])
             return
         clip, *names = self.pairs[0]
         records = [self.records[clip][name] for name in names]
@@ -163,6 +164,7 @@ def read_ratings(path: str | Path) -> list[dict[str, Any]]:
     return list(ratings.values())
 
 
-def ranking(path: str | Path) -> pd.DataFrame:
-    """`bradley_terry` of a file of ratings: a row for each variant, the strongest first."""
-    return bradley_terry(pd.DataFrame(read_ratings(path), columns=["clip", "first", "second", "outcome"]))
+def rankings(path: str | Path) -> list[pd.DataFrame]:
+    """`bradley_terry` and `bradley_terry_pairs` of a file of ratings: variants, and one variant against another."""
+    ratings = pd.DataFrame(read_ratings(path), columns=["clip", "first", "second", "outcome"])
+    return [bradley_terry(ratings), bradley_terry_pairs(ratings)]

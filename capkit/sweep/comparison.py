@@ -1,71 +1,251 @@
-"""Compare cells of a sweep: paired tests, confidence intervals and power; Bradley-Terry strengths of blind ratings.
+"""Compare cells of a sweep: joint sign-flip tests, simultaneous intervals, and which cells may be the best.
 
 The unit is the clip, because captions of one clip resemble each other: repeats of a clip are averaged first, and every
-comparison is of the same clips under two cells.
+comparison is of the same clips under two cells. All cells and measures that are looked at are compared at once: each
+clip's differences keep or flip their signs together, in all cells, so that what the cells have in common is kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
 from capkit.sweep.diagnostics import require_columns
 
-OUTCOMES = ("first", "second", "tie")
-PRIOR_COMPARISONS = 0.5  # with an opponent of average strength, see bradley_terry
+ALPHA = 0.05
+LEAST_CLIPS = 5  # for intervals
+TIE = 1e-6  # relative difference of means that counts as none: float32 rounds at 1e-7
 
-_BATCH_ELEMENTS = 5_000_000  # resampled differences in memory at a time: 40 MB
+Array = npt.NDArray[np.float64]
 
 
 def compare(
     table: pd.DataFrame,
-    measure: str,
+    measures: str | Sequence[str],
     cell: str,
     clip: str,
     baseline: Hashable,
-    num_resamples: int = 10_000,
+    num_flips: int = 10_000,
     seed: int = 0,
-    confidence: float = 0.95,
+    confidence: float = 1 - ALPHA,
 ) -> pd.DataFrame:
-    """Compare a measure in every cell with the same clips' measure in the baseline cell.
+    """Compare measures in every cell with the same clips' measures in the baseline cell.
 
     Several captions of a clip in a cell count as their average. A clip that lacks the measure in one of the two cells
     is dropped from the pair. Look at `num_dropped`: if clips are dropped because hard ones fail, the rest is biased.
 
+    Tests are sign flips of clips, jointly over all cells and measures, with the statistic |sum d| / sqrt(sum d²) and
+    Westfall and Young's step-down maximum. All patterns are tried where there are at most `num_flips`, else so many
+    random ones. However many comparisons, p can fall to 2 ** (1 - clips): to 0.06 with five clips, 0.03 with six.
+
     Args:
         table: a row per caption.
-        measure: column of numbers or booleans (their mean is a share); may have missing values.
+        measures: columns of numbers or booleans (their mean is a share); may have missing values. Name all that you
+            look at: the correction is for these.
         cell: column that identifies the cell, such as the prompt.
         clip: column that identifies the clip: "clip" of a sweep's table. Of many windows of few videos rather "video",
             because windows of one video resemble each other.
         baseline: the value in column `cell` that the others are compared with.
-        num_resamples: of the bootstrap, and of the permutation test where there are too many sign patterns for all.
-        confidence: of the intervals.
+        num_flips: patterns of signs.
+        confidence: with which all intervals hold at once.
 
     Returns:
-        A row for each other cell, in the order in which they appear:
-        cell,
+        A row for each measure and other cell, in the order in which they appear:
+        measure, cell,
         num_clips: clips measured in both cells,
         num_dropped: other clips, with rows in at least one of the two,
         baseline_mean, mean, difference: over the pairs; the difference is cell minus baseline,
-        low, high: percentile bootstrap interval of the difference over clips, widened for few clips as in Hesterberg,
-            "What Teachers Should Know About the Bootstrap" (2015). Below about eight clips still too narrow.
-        p_value: sign-flip permutation test, two-sided, exact for few clips. With five clips or fewer it cannot fall
-            below 0.05, however large the difference.
-        p_holm: corrected for the number of cells in the table (Holm), not for the number of measures compared.
-        minimum_detectable_difference: see `detectable_difference`, with these clips and their standard deviation.
-        With fewer than two pairs the interval, the tests and the detectable difference are NaN.
+        low, high: simultaneous intervals of the differences: bootstrap t with the same flips of the residuals and one
+            factor for all. NaN with fewer than five pairs, or if all differences are equal.
+        p_value: of this comparison alone, two-sided,
+        p_adjusted: corrected for all rows.
+        minimum_detectable_difference: see `detectable_difference`, with these clips, their standard deviation and so
+            many comparisons.
 
     Raises:
         ValueError: a column is missing or not numeric, there is no such baseline, or no other cell.
     """
+    names = [measures] if isinstance(measures, str) else list(measures)
+    means = [_means(table, name, cell, clip) for name in names]
+    cells = list(table[cell].unique())
+    if baseline not in cells:
+        raise ValueError(f"no cell {baseline!r} in column {cell!r}; there are {', '.join(map(repr, cells))}")
+    others = [name for name in cells if name != baseline]
+    if not others:
+        raise ValueError(f"column {cell!r} has only the cell {baseline!r}; there is nothing to compare it with")
+    pairs = [(mean[baseline].to_numpy(), mean[name].to_numpy()) for mean in means for name in others]
+    differences = np.column_stack([_subtract(after, before) for before, after in pairs])
+    flips = _flips(len(differences), num_flips, seed)
+    single, adjusted = _test(differences, flips)
+    factor = _interval_factor(differences, flips, confidence)
+    num_rows = table.groupby(clip)[cell].agg(set)
+    rows = []
+    for place, ((before, after), (name, other)) in enumerate(zip(pairs, itertools.product(names, others), strict=True)):
+        own = differences[:, place]
+        is_pair = ~np.isnan(own)
+        num_clips, sd = int(is_pair.sum()), _sd(own)
+        num_present = sum(bool(present & {baseline, other}) for present in num_rows)
+        difference = float(own[is_pair].mean()) if num_clips else math.nan
+        half = factor * sd / math.sqrt(num_clips) if num_clips >= LEAST_CLIPS and sd > 0 else math.nan
+        rows.append(
+            {
+                "measure": name,
+                "cell": other,
+                "num_clips": num_clips,
+                "num_dropped": num_present - num_clips,
+                "baseline_mean": float(before[is_pair].mean()) if num_clips else math.nan,
+                "mean": float(after[is_pair].mean()) if num_clips else math.nan,
+                "difference": difference,
+                "low": difference - half,
+                "high": difference + half,
+                "p_value": single[place],
+                "p_adjusted": adjusted[place],
+                "minimum_detectable_difference": detectable_difference(sd, num_clips, len(pairs)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def best_cells(
+    table: pd.DataFrame,
+    measure: str,
+    cell: str,
+    clip: str,
+    larger_is_better: bool = True,
+    num_flips: int = 10_000,
+    seed: int = 0,
+) -> list[Hashable]:
+    """The cells that may be the best: those not shown to be worse than another one.
+
+    Each cell is compared with all others at once, one-sided, with the tests of `compare` at the level 0.05. The truly
+    best cell is missing in at most one of twenty sweeps.
+
+    Args:
+        table, measure, cell, clip, num_flips, seed: as in `compare`.
+        larger_is_better: of the measure.
+    """
+    means = _means(table, measure, cell, clip)
+    flips = _flips(len(means), num_flips, seed)
+    values = means.to_numpy() * (1 if larger_is_better else -1)
+    best = []
+    for place, name in enumerate(means.columns):
+        others = np.delete(values, place, axis=1)
+        ahead = np.column_stack([_subtract(other, values[:, place]) for other in others.T]) if others.size else others
+        totals = _scaled_sums(ahead, flips) if ahead.size else np.zeros((1, 1))
+        largest = np.concatenate([totals.max(axis=1), (-totals).max(axis=1)])  # a pattern of signs, and its opposite
+        if (largest >= largest[0] * (1 - 1e-9)).mean() > ALPHA or largest[0] <= 0:
+            best.append(name)
+    return best
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a comparison shows about the best cell.
+
+    Attributes:
+        chosen: the winner if one is shown, else the baseline.
+        is_shown: the winner is better than the baseline, with a corrected p below 0.05.
+        may_be_best: see `best_cells`.
+        sentence: all this in words, with the numbers.
+    """
+
+    chosen: Hashable
+    is_shown: bool
+    may_be_best: list[Hashable]
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def conclude(
+    table: pd.DataFrame,
+    comparison: pd.DataFrame,
+    measure: str,
+    cell: str,
+    clip: str,
+    baseline: Hashable,
+    larger_is_better: bool = True,
+    preference: Sequence[Hashable] = (),
+) -> Conclusion:
+    """Choose the best cell, if it is shown to be better than the baseline; else the baseline.
+
+    Of several that are, the one with the largest mean over the clips that all of them have. Means that differ by
+    rounding only are ties.
+
+    Args:
+        table, measure, cell, clip, baseline: as in `compare`.
+        comparison: of `compare`.
+        larger_is_better: of the measure.
+        preference: of tied cells the first one in this order is taken.
+    """
+    rows = comparison[comparison["measure"] == measure]
+    sign = 1 if larger_is_better else -1
+    better = rows[(rows["p_adjusted"] < ALPHA) & (sign * rows["difference"] > 0)]
+    may_be_best = best_cells(table, measure, cell, clip, larger_is_better)
+    names = "all cells" if len(may_be_best) == table[cell].nunique() else ", ".join(map(repr, may_be_best))
+    num_clips, num_compared = int(rows["num_clips"].max()), len(comparison)
+    against = f"{num_clips} clips, {num_compared} comparison{'s' * (num_compared != 1)} by {measure}"
+    if better.empty:
+        p_value, detectable = rows["p_adjusted"].min(), rows["minimum_detectable_difference"].median()
+        why = f"the smallest corrected p is {p_value:.2g}"
+        if 2.0 ** (1 - num_clips) >= ALPHA:
+            why += ", and with so few clips it cannot be below 0.05"
+        elif math.isfinite(detectable):
+            why += f"; differences below about {detectable:.2g} could not be found with so many clips"
+        sentence = f"no cell is shown to be better than the baseline {baseline!r} ({against}): {why}"
+        return Conclusion(baseline, False, may_be_best, f"{sentence}. May be the best: {names}.")
+    means = _means(table, measure, cell, clip)[list(better["cell"])].dropna().mean() * sign
+    order = {name: place for place, name in enumerate([*preference, *means.index])}
+    tied = means[means >= means.max() - TIE * abs(means.max())].index
+    chosen = min(tied, key=lambda name: list(order).index(name)) if len(tied) else better["cell"].iloc[0]
+    row = better.set_index("cell").loc[chosen]
+    interval = f" [{row['low']:.3g}, {row['high']:.3g}]" if math.isfinite(row["low"]) else ""
+    sentence = f"{chosen!r} is better than the baseline {baseline!r} by {abs(row['difference']):.3g}{interval}"
+    sentence += f", corrected p {row['p_adjusted']:.2g} ({against}). May be the best: {names}."
+    return Conclusion(chosen, True, may_be_best, sentence)
+
+
+def detectable_difference(
+    sd: float, num_clips: int, num_comparisons: int = 1, power: float = 0.8, alpha: float = ALPHA
+) -> float:
+    """The smallest true difference that is found with probability `power` among so many comparisons of so many clips.
+
+    (t(1 - alpha / 2k) + t(power)) * sd / sqrt(num_clips) with num_clips - 1 degrees of freedom: within 2% of the exact
+    noncentral t for one comparison, five clips or more and a power of at least 0.8; a little too large for several.
+
+    Args:
+        sd: standard deviation of the clips' differences, in the measure's unit.
+        num_clips: pairs.
+        num_comparisons: k, made at once.
+        alpha: two-sided level of all tests together.
+
+    Returns:
+        The difference, in the measure's unit; NaN where it is unknown: no spread, or so few clips that no difference
+        can be shown.
+
+    Raises:
+        ValueError: a negative sd, or power or alpha not between 0 and 1.
+    """
+    if sd < 0 or not 0 < power < 1 or not 0 < alpha < 1:
+        raise ValueError(f"needs sd >= 0, 0 < power < 1, 0 < alpha < 1; got {sd=}, {power=}, {alpha=}")
+    if sd == 0 or num_clips < 2 or 2.0 ** (1 - num_clips) >= alpha:
+        return math.nan
+    quantiles = stats.t.ppf([1 - alpha / 2 / num_comparisons, power], num_clips - 1)
+    return float(quantiles.sum() * sd / math.sqrt(num_clips))
+
+
+def _means(table: pd.DataFrame, measure: str, cell: str, clip: str) -> pd.DataFrame:
+    """Mean of a measure for each clip (rows) and cell (columns), NaN where there is none."""
     require_columns(table, [measure, cell, clip])
-    _require_values(table, [cell, clip])
+    require_values(table, [cell, clip])
     column = table[measure]
     if column.dtype == object:  # such as booleans with None
         column = column.convert_dtypes()
@@ -74,171 +254,72 @@ def compare(
     values = column.to_numpy(float, na_value=math.nan)
     if np.isinf(values).any():
         raise ValueError(f"column {measure!r} has infinite values, which have no mean")
-    cells = list(table[cell].unique())
-    if baseline not in cells:
-        raise ValueError(f"no cell {baseline!r} in column {cell!r}; there are {', '.join(map(repr, cells))}")
-    if len(cells) < 2:
-        raise ValueError(f"column {cell!r} has only the cell {baseline!r}; there is nothing to compare it with")
-
     frame = pd.DataFrame({"clip": list(table[clip]), "cell": list(table[cell]), "value": values})
-    means = {name: rows.groupby("clip")["value"].mean() for name, rows in frame.groupby("cell")}
-    results = pd.DataFrame(
-        {"cell": name} | _compare_pairs(means[baseline], means[name], num_resamples, seed, confidence)
-        for name in cells
-        if name != baseline
-    )
-    results.insert(results.columns.get_loc("p_value") + 1, "p_holm", holm(results["p_value"]))
-    return results
+    means = frame.groupby(["clip", "cell"], sort=False)["value"].mean().unstack("cell")
+    return means.reindex(columns=list(table[cell].unique()))
 
 
-def holm(p_values: Sequence[float] | pd.Series) -> np.ndarray:
-    """Holm's correction of p values for multiple comparisons. NaN stays NaN and does not count as a comparison."""
-    values = np.asarray(p_values, float)
-    corrected = np.full(len(values), math.nan)
-    order = np.argsort(values)[: np.isfinite(values).sum()]  # NaN comes last
-    corrected[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(order), 0, -1)), 1)
-    return corrected
+def _subtract(after: Array, before: Array) -> Array:
+    """Differences, with rounding errors as 0: a test would find the same sign in every clip."""
+    return np.where(np.isclose(after, before, rtol=TIE, atol=0), 0, after - before)
 
 
-def detectable_difference(sd: float, num_clips: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest true difference that one paired comparison of this many clips detects with probability `power`.
+def _flips(num_clips: int, num_flips: int, seed: int) -> Array:
+    """Signs (F, num_clips), the first row all 1: every pattern up to its opposite, or random ones."""
+    if 2 ** (num_clips - 1) <= num_flips:
+        signs = itertools.product((1.0, -1.0), repeat=max(num_clips - 1, 0))
+        return np.array([(1.0, *rest) for rest in signs])[:, :num_clips]
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (num_flips, num_clips))
+    signs[0] = 1
+    return signs
 
-    (t(1 - alpha / 2) + t(power)) * sd / sqrt(num_clips) with num_clips - 1 degrees of freedom: within 2% of the exact
-    noncentral t for at least five clips and a power of at least 0.8.
 
-    Args:
-        sd: standard deviation of the clips' differences, in the measure's unit.
-        num_clips: pairs.
-        alpha: two-sided level of the test.
+def _scaled_sums(differences: Array, flips: Array) -> Array:
+    """sum d / sqrt(sum d²) (F, K) of differences (N, K) under flips (F, N). NaN counts as 0."""
+    known = np.nan_to_num(differences)
+    norms = np.sqrt((known**2).sum(axis=0))
+    return flips @ (known / np.where(norms > 0, norms, 1))
 
-    Returns:
-        The difference, in the measure's unit; NaN with fewer than two clips.
 
-    Raises:
-        ValueError: a negative sd, or power or alpha not between 0 and 1.
-    """
-    if sd < 0 or not 0 < power < 1 or not 0 < alpha < 1:
-        raise ValueError(f"needs sd >= 0, 0 < power < 1, 0 < alpha < 1; got {sd=}, {power=}, {alpha=}")
-    if num_clips < 2:
+def _test(differences: Array, flips: Array) -> tuple[Array, Array]:
+    """p of each column (N, K), alone and by the step-down maximum over columns; NaN with fewer than two pairs."""
+    totals = np.abs(_scaled_sums(differences, flips))
+    observed = totals[0] * (1 - 1e-9)
+    single = (totals >= observed).mean(axis=0)
+    order = np.argsort(-observed)
+    largest = np.maximum.accumulate(totals[:, order[::-1]], axis=1)[:, ::-1]  # of a column and all less extreme ones
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.maximum.accumulate((largest >= observed[order]).mean(axis=0))
+    is_unknown = (~np.isnan(differences)).sum(axis=0) < 2
+    single[is_unknown] = adjusted[is_unknown] = math.nan
+    return single, adjusted
+
+
+def _sd(differences: Array) -> float:
+    """Standard deviation of the differences that are known; 0 where they are equal but for rounding."""
+    known = differences[~np.isnan(differences)]
+    if len(known) < 2 or np.ptp(known) <= TIE * np.abs(known).max():
+        return 0.0
+    return float(known.std(ddof=1))
+
+
+def _interval_factor(differences: Array, flips: Array, confidence: float) -> float:
+    """By how many standard errors all columns' means (N, K) are off at most, with this confidence."""
+    is_known = ~np.isnan(differences)
+    columns = [
+        place for place, own in enumerate(differences.T) if is_known[:, place].sum() >= LEAST_CLIPS and _sd(own) > 0
+    ]
+    if not columns:
         return math.nan
-    quantiles = stats.t.ppf([1 - alpha / 2, power], num_clips - 1)
-    return float(quantiles.sum() * sd / math.sqrt(num_clips))
+    chosen, num_clips = differences[:, columns], is_known[:, columns].sum(axis=0)
+    residuals = np.nan_to_num(chosen - np.nanmean(chosen, axis=0))
+    means, squares = flips @ residuals / num_clips, (residuals**2).sum(axis=0)
+    variances = np.maximum(squares - num_clips * means**2, 1e-12 * squares) / (num_clips - 1)
+    largest = np.abs(means / np.sqrt(variances / num_clips)).max(axis=1)
+    return float(np.quantile(largest, confidence, method="higher"))
 
 
-def bradley_terry(
-    ratings: pd.DataFrame, num_resamples: int = 1000, seed: int = 0, confidence: float = 0.95
-) -> pd.DataFrame:
-    """Bradley-Terry strengths of variants from blind pairwise ratings: a is preferred to b with odds exp(a - b).
-
-    A tie is half a win for each. As a weak prior every variant also has half a tie with an opponent of average
-    strength, so that variants that never lost, or are not connected to the others, get a finite strength.
-
-    Args:
-        ratings: a row per comparison: `first` and `second`, the variants shown; `outcome`, one of "first", "second" and
-            "tie"; `clip`.
-        num_resamples: of the clips, for the intervals.
-        confidence: of the intervals.
-
-    Returns:
-        A row per variant, strongest first:
-        variant,
-        strength: log-odds; the variants' mean is 0,
-        low, high: percentile bootstrap over clips; NaN with fewer than two clips. They are of one strength: two
-            variants can differ significantly even if their intervals overlap.
-        num_comparisons: ratings of the variant.
-
-    Raises:
-        ValueError: a column is missing or has missing values, an outcome is unknown, or a variant meets itself.
-    """
-    columns = ["first", "second", "outcome", "clip"]
-    require_columns(ratings, columns)
-    _require_values(ratings, columns)
-    if unknown := set(ratings["outcome"]) - set(OUTCOMES):
-        raise ValueError(f"unknown outcome {min(unknown, key=str)!r}; there are {', '.join(OUTCOMES)}")
-    if (ratings["first"].to_numpy(object) == ratings["second"].to_numpy(object)).any():
-        raise ValueError("a variant is compared with itself")
-
-    sides, variants = pd.factorize(pd.concat([ratings["first"], ratings["second"]], ignore_index=True))
-    first, second = sides[: len(ratings)], sides[len(ratings) :]
-    clips, clip_names = pd.factorize(ratings["clip"])
-    score = ratings["outcome"].map({"first": 1.0, "second": 0.0, "tie": 0.5}).to_numpy(float)
-    wins = np.zeros((len(clip_names), len(variants), len(variants)))  # (clips, winner, loser)
-    np.add.at(wins, (clips, first, second), score)
-    np.add.at(wins, (clips, second, first), 1 - score)
-
-    low = high = np.full(len(variants), math.nan)
-    if len(clip_names) > 1:
-        shares = np.full(len(clip_names), 1 / len(clip_names))
-        draws = np.random.default_rng(seed).multinomial(len(clip_names), shares, num_resamples)
-        resampled = _strengths(np.tensordot(draws, wins, axes=1))
-        low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    results = pd.DataFrame(
-        {
-            "variant": variants,
-            "strength": _strengths(wins.sum(axis=0)),
-            "low": low,
-            "high": high,
-            "num_comparisons": np.bincount(sides, minlength=len(variants)),
-        }
-    )
-    return results.sort_values("strength", ascending=False, kind="stable", ignore_index=True)
-
-
-def _require_values(table: pd.DataFrame, names: Sequence[str]) -> None:
+def require_values(table: pd.DataFrame, names: Sequence[str]) -> None:
     for name in names:
         if table[name].isna().any():
             raise ValueError(f"column {name!r} has missing values; give each row its {name} or leave it out")
-
-
-def _compare_pairs(
-    baseline: pd.Series, other: pd.Series, num_resamples: int, seed: int, confidence: float
-) -> dict[str, float]:
-    """A row of `compare`, without `cell` and `p_holm`, from each clip's mean in either cell."""
-    clips = pd.concat([baseline, other], axis=1)
-    before, after = clips.dropna().to_numpy().T
-    # Rounding errors count as 0: the test would find the same sign in every clip.
-    differences = np.where(np.isclose(after, before, rtol=1e-12, atol=0), 0, after - before)
-    num_clips = len(differences)
-    low = high = p_value = sd = math.nan
-    if num_clips > 1:
-        sd = float(differences.std(ddof=1))
-        tail = stats.norm.cdf(math.sqrt(num_clips / (num_clips - 1)) * stats.t.ppf((1 - confidence) / 2, num_clips - 1))
-        resampling: dict[str, Any] = {"n_resamples": num_resamples, "batch": max(_BATCH_ELEMENTS // num_clips, 1)}
-        interval = {"confidence_level": 1 - 2 * tail, "method": "percentile", "rng": np.random.default_rng(seed)}
-        low, high = stats.bootstrap((differences,), np.mean, **resampling, **interval).confidence_interval
-        flips = {"permutation_type": "samples", "vectorized": True, "rng": np.random.default_rng(seed)}
-        p_value = stats.permutation_test((differences,), np.mean, **resampling, **flips).pvalue
-    return {
-        "num_clips": num_clips,
-        "num_dropped": len(clips) - num_clips,
-        "baseline_mean": before.mean() if num_clips else math.nan,
-        "mean": after.mean() if num_clips else math.nan,
-        "difference": float(differences.mean()) if num_clips else math.nan,
-        "low": float(low),
-        "high": float(high),
-        "p_value": float(p_value),
-        "minimum_detectable_difference": detectable_difference(sd, num_clips),
-    }
-
-
-def _strengths(wins: np.ndarray) -> np.ndarray:
-    """Posterior mode of the strengths, centred, (..., K), from wins (..., K, K), winner first; by Newton's method."""
-    strengths = np.zeros(wins.shape[:-1])
-    if not wins.size:
-        return strengths
-    games = wins + np.swapaxes(wins, -1, -2)
-    for _ in range(200):
-        chances = 1 / (1 + np.exp(strengths[..., None, :] - strengths[..., :, None]))
-        prior = 1 / (1 + np.exp(-strengths))
-        gradient = (wins - games * chances).sum(axis=-1) + PRIOR_COMPARISONS * (0.5 - prior)
-        weights = games * chances * (1 - chances)
-        curvature = -weights
-        own = np.arange(wins.shape[-1])
-        curvature[..., own, own] += weights.sum(axis=-1) + PRIOR_COMPARISONS * prior * (1 - prior)
-        steps = np.linalg.solve(curvature, gradient[..., None])[..., 0]
-        # A full step can overshoot where one side has won nearly everything.
-        steps /= np.maximum(np.abs(steps).max(axis=-1, keepdims=True), 1)
-        strengths = strengths + steps
-        if np.abs(steps).max() < 1e-9:
-            break
-    return strengths - strengths.mean(axis=-1, keepdims=True)

@@ -64,7 +64,8 @@ class SweepResult:
     def to_frame(self) -> pd.DataFrame:
         """One row per caption.
 
-        Columns: `cell` (its label), `cell_number`, `clip` (see `clip_id`: windows of a video are clips of their own),
+        Columns: `cell` (its label), `cell_number`, `clip` (see `clip_id`: windows of a video are clips of their own,
+        and of `copies` the first one's name stands, so that they count once),
         `video` (path), `start_seconds`, `end_seconds`, the axes `prompt`, `decoding`, `frame_sampling`, `template`,
         `frame_numbers`, `sample`; then `text`, `num_tokens`, `mean_logprob`, `finish_reason`, `seconds`,
         `duration_seconds`, `status`, `error`, `request`, and `reference` where clips have one. Captions made elsewhere
@@ -76,9 +77,10 @@ class SweepResult:
         axes = {cell: cell.to_strings() for cell in self.plan.cells}
         references: dict[str, str] = {}
         rows: list[dict[str, Any]] = []
+        copies = self.copies
         for (source, cell, sample), record in zip(self.plan.requests(), self.records, strict=True):
             clip = clip_id(record)
-            row = {"cell": self.plan.labels[cell], "cell_number": numbers[cell], "clip": clip}
+            row = {"cell": self.plan.labels[cell], "cell_number": numbers[cell], "clip": copies.get(clip, clip)}
             row |= {name: record[name] for name in where} | axes[cell] | {"sample": sample}
             if source.reference is not None:
                 row["reference"] = references[clip] = source.reference
@@ -86,11 +88,24 @@ class SweepResult:
         for label, records in self.elsewhere.items():
             for record in records:
                 clip = clip_id(record)
-                row = {"cell": label, "clip": clip} | {name: record[name] for name in where}
+                row = {"cell": label, "clip": copies.get(clip, clip)} | {name: record[name] for name in where}
                 if clip in references:
                     row["reference"] = references[clip]
                 rows.append(row | {name: record.get(name) for name in names})
         return to_frame(rows)
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """Clips with the content and window of an earlier one, by name, each with the first of them."""
+        first: dict[tuple[Any, ...], str] = {}
+        copies = {}
+        for record in self.records:
+            if content := record.get("video_sha256"):
+                clip = clip_id(record)
+                original = first.setdefault((content, *(record[name] for name in WINDOW)), clip)
+                if clip != original:
+                    copies[clip] = original
+        return copies
 
     @property
     def all_records(self) -> list[dict[str, Any]]:

@@ -70,24 +70,28 @@ def scatter(table: pd.DataFrame, x: str, y: str, label: str = "cell") -> Chart:
 
 
 def forest_plot(comparison: pd.DataFrame, measure: str, baseline: str) -> Chart:
-    """Forest plot: differences from the baseline with their intervals; filled where the corrected p < 0.05.
+    """Forest plot: differences from the baseline with their joint intervals; filled where the corrected p < 0.05.
 
     Args:
         comparison: of `capkit.sweep.compare`.
-        measure: name of the compared quantity, for the axis.
+        measure: the compared quantity.
         baseline: name of the baseline.
     """
-    figure, axes = _new_chart(8.5, 1.3 + 0.42 * len(comparison))
+    rows = comparison[comparison["measure"] == measure]
+    figure, axes = _new_chart(8.5, 1.7 + 0.42 * len(rows))
     axes.axvline(0, color=GREY, linewidth=1)
-    for place, row in enumerate(comparison.itertuples()):
-        is_clear = row.p_holm < 0.05
+    for place, row in enumerate(rows.itertuples()):
+        is_clear = row.p_adjusted < 0.05
         colour = RED if is_clear else BLUE
         axes.plot([row.low, row.high], [place, place], color=colour)
         axes.plot(row.difference, place, "o", color=colour, markerfacecolor=colour if is_clear else "white")
-    p_values = [f"p {p:.2g}" if p >= 0.001 else "p < 0.001" for p in comparison["p_holm"]]
-    names = [f"{_short(cell)}  ({p})" for cell, p in zip(comparison["cell"], p_values, strict=True)]
+    p_values = [f"p {p:.2g}" if p >= 0.001 else "p < 0.001" for p in rows["p_adjusted"]]
+    names = [f"{_short(cell)}  ({p})" for cell, p in zip(rows["cell"], p_values, strict=True)]
     _name_rows(axes, names)
-    axes.set_xlabel(f"{measure}: difference from {_short(baseline)!r}, mean over clips with interval")
+    axes.set_xlabel(
+        f"mean {measure}, difference from {_short(baseline)!r}\n"
+        "lines: intervals that hold together; filled: p < 0.05, corrected for all comparisons"
+    )
     return figure
 
 

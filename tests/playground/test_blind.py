@@ -9,7 +9,7 @@ from PIL import Image
 
 from capkit import CaptionStore
 from capkit.playground import BlindRating
-from capkit.playground.blind import ranking, read_ratings, variant_name
+from capkit.playground.blind import rankings, read_ratings, variant_name
 
 PROMPTS = ("Describe it.", "What happens?", "Why?")
 
@@ -80,8 +80,9 @@ def test_the_better_variant_comes_first(store, tmp_path):
     while rating.pairs:
         _, first, _ = rating.pairs[0]
         rating.rate("first" if PROMPTS[1] in first else "second")
-    table = ranking(tmp_path / "ratings.jsonl")
-    assert PROMPTS[1] in table["variant"][0] and table["strength"][0] > 0 and table["low"][0] > table["high"][1]
+    table, pairs = rankings(tmp_path / "ratings.jsonl")
+    assert PROMPTS[1] in table["variant"][0] and table["strength"][0] > 0
+    assert PROMPTS[1] in pairs["stronger"][0] and pairs["difference"][0] == pytest.approx(2 * table["strength"][0])
 
 
 def test_a_hand_edit_is_what_is_rated(store, tmp_path):
@@ -124,7 +125,7 @@ def test_windows_of_a_video_are_clips_and_no_variants(tmp_path):
         assert shown_strips(rating) == [store.strips.joinpath(f"{start:g}.webp").read_bytes()]
         seen.append(start)
         rating.rate("tie")
-    assert sorted(seen) == [0.0, 4.0] and ranking(tmp_path / "ratings.jsonl")["num_comparisons"].tolist() == [2, 2]
+    assert sorted(seen) == [0.0, 4.0] and rankings(tmp_path / "ratings.jsonl")[0]["num_comparisons"].tolist() == [2, 2]
 
 
 def test_each_caption_has_the_frames_that_it_was_made_from(tmp_path):

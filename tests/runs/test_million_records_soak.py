@@ -84,7 +84,8 @@ def test_soak_a_million_records(tmp_path):
         with open(tmp_path / f"{Shard(index, NUM_SHARDS).name}.jsonl", "w") as file:
             for number in range(index, NUM_RECORDS, NUM_SHARDS):
                 name, content = f"{number:020}", tmp_path / f"{number // LINKS_OF_A_FILE}.content"
-                content.write_bytes(CONTENT)
+                if not content.exists():
+                    content.write_bytes(CONTENT)
                 os.link(content, clips / f"{name}.mp4")
                 own = {"request": name, "video": str(clips / f"{name}.mp4")}
                 record = RECORD | own | {"text": a_text(number), "mean_logprob": -(number * 7 % 10_007) / 1e4}

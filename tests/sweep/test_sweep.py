@@ -240,6 +240,19 @@ def test_windows_of_a_video_are_clips_of_their_own(demo, tmp_path):
         result.with_captions("elsewhere", table_file)
 
 
+def test_copies_of_a_clip_count_once(demo, tmp_path):
+    copies = [str(shutil.copy(CLIPS[0], tmp_path / f"copy {number}.mp4")) for number in range(3)]
+    two = plan_sweep([CLIPS[0], *copies, CLIPS[1]], ["default", "sentence"], [{"max_new_tokens": 4}])
+    result = run_sweep(demo, two)
+    assert result.copies == dict.fromkeys(copies, CLIPS[0])
+    table = result.to_frame()
+    assert set(table["clip"]) == set(CLIPS[:2]) and set(table["video"]) == {*CLIPS[:2], *copies}
+    comparison = compare(table, "num_tokens", "cell", "clip", two.label(two.baseline))
+    assert comparison["num_clips"].tolist() == [2]
+    halves = [capkit.runs.Item(CLIPS[0], end=2.0), capkit.runs.Item(copies[0], start=2.0)]
+    assert run_sweep(demo, plan_sweep(halves, decodings=[{"max_new_tokens": 4}])).copies == {}
+
+
 def test_a_video_is_prepared_where_it_is_read_and_hashed_once_however_many_captions_it_has(demo, tmp_path, monkeypatch):
     hashed = []
     monkeypatch.setattr("capkit.runs.store.file_sha256", lambda path: hashed.append(path) or file_sha256(path))

@@ -22,7 +22,8 @@ COMPARISON = pd.DataFrame(
         "difference": [1.0, -0.5],
         "low": [0.5, -1.0],
         "high": [1.5, 0.2],
-        "p_holm": [0.0004, 0.3],
+        "p_adjusted": [0.0004, 0.3],
+        "measure": "words",
     }
 )
 
