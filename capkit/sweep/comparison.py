@@ -267,8 +267,8 @@ def _subtract(after: Array, before: Array) -> Array:
 def _flips(num_clips: int, num_flips: int, seed: int) -> Array:
     """Signs (F, num_clips), the first row all 1: every pattern up to its opposite, or random ones."""
     if 2 ** (num_clips - 1) <= num_flips:
-        signs = itertools.product((1.0, -1.0), repeat=max(num_clips - 1, 0))
-        return np.array([(1.0, *rest) for rest in signs])[:, :num_clips]
+        patterns = itertools.product((1.0, -1.0), repeat=max(num_clips - 1, 0))
+        return np.array([(1.0, *rest) for rest in patterns])[:, :num_clips]
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), (num_flips, num_clips))
     signs[0] = 1
     return signs

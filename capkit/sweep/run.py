@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
@@ -56,10 +55,15 @@ class SweepResult:
     elsewhere: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        errors = sum(record["status"] == "error" for record in self.records)
-        counts = [(len(self.records) - errors, "caption"), (errors, "error")]
-        made = " and ".join(itertools.starmap(plural, counts))
-        return f"SweepResult({made} in {plural(len(self.plan.cells), 'cell')})"
+        return f"SweepResult({self.counts})"
+
+    @property
+    def counts(self) -> str:
+        """How many captions, errors and cells, in words."""
+        records = self.all_records
+        num_errors = sum(record["status"] == "error" for record in records)
+        made = f"{plural(len(records) - num_errors, 'caption')} and {plural(num_errors, 'error')}"
+        return f"{made} in {plural(len(self.plan.cells) + len(self.elsewhere), 'cell')}"
 
     def to_frame(self) -> pd.DataFrame:
         """One row per caption.
