@@ -439,7 +439,8 @@ class TestCaptionShard:
         assert told in write_gallery(store).save(tmp_path / "page.html").read_text(encoding="utf-8")
         assert names[1][:-4] in [path.stem for path in write_webvtt(records, tmp_path / "vtt")]
         swept = run_sweep(captioner, items, tmp_path / "sweep.jsonl", decodings=[FEW])
-        assert [Path(clip).name for clip in swept.to_frame()["clip"]] == ["a.mp4", escaped, told, "z.mp4"]
+        assert [Path(video).name for video in swept.to_frame()["video"]] == ["a.mp4", escaped, told, "z.mp4"]
+        assert set(map(os.path.basename, swept.to_frame()["clip"])) == {"a.mp4", told}  # the others are copies
         report = export_dataset(out / "captions.jsonl", "diffusers", tmp_path / "export")
         in_file = [clip["video"] for clip in json.loads(report.path.read_text("utf-8"))["clips"]]
         assert any(escaped in video for video in in_file) and in_file == list(report.table["video"])
