@@ -253,12 +253,13 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
     for line, text in enumerate(_read_lines(path), 1):
         if text.strip():
             number += 1
-            place = f"{path}, row {number} (line {line})"
+            place = f"row {number} (line {line})"
             try:
-                yield _row(place, json.loads(text))
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", error)
-                yield Row(place, {}, f'not valid JSON: {reason}; a row is one line, such as {{"video": "a.mp4"}}')
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:  # the file is damaged or cut short: all of it is doubtful
+                reason = f"not valid JSON: {getattr(error, 'msg', error)}"
+                raise ValueError(f'{place}, {reason}; a row is one line, such as {{"video": "a.mp4"}}') from error
+            yield _row(f"{path}, {place}", row)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
