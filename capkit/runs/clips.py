@@ -88,7 +88,7 @@ def find_clips(
     errors = [item.error for item in items if item.error is not None]
     if len(errors) == len(items):
         raise ValueError(f"{'' if len(items) == 1 else f'none of {len(items)} clips can be captioned: '}{errors[0]}")
-    if isinstance(videos, dict) and not os.path.exists(items[0].video):
+    if len(items) == 1 and not os.path.exists(items[0].video):  # of several, a missing one gets a record
         raise ValueError(f"videos: {items[0].video!r}: there is no such file{_where(items[0].video)}")
     if errors:
         first = "; ".join(errors[:3] + ["..."] * (len(errors) > 3))

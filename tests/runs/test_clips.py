@@ -110,7 +110,9 @@ class TestFindClips:
                 with pytest.raises(ValueError, match=message):
                     find_clips(videos)
         gone = Item("gone.mp4")
-        assert find_clips("list.csv") == [gone] and find_clips(["a.mp4", "list.csv"]) == [Item("a.mp4"), gone]
+        assert find_clips(["a.mp4", "list.csv"]) == [Item("a.mp4"), gone]
+        with pytest.raises(ValueError, match="'gone.mp4': there is no such file"):  # then there is nothing at all
+            find_clips("list.csv")
         assert find_clips([{"video": "a.mp4"}, {"video": "gone.mp4"}]) == [Item("a.mp4"), gone]
         where = re.escape(f"(relative paths begin at {tmp_path})")
         with pytest.raises(ValueError, match=rf"'sub/gone': there is no such file or folder {where}"):
