@@ -57,9 +57,9 @@ class Chooser(LogitsProcessor):
         self.logprobs: list[torch.Tensor] = []  # a (B,) tensor a step
         self.prompt_length = prompt_length
         decoding = decodings[0]
-        self.steer: SteerRows | None = None
+        self.steering: SteerRows | None = None
         if decoding.is_steered:
-            self.steer = SteerRows(tokenizer, decoding, prefixes or [()] * len(decodings), prompt_length)
+            self.steering = SteerRows(tokenizer, decoding, prefixes or [()] * len(decodings), prompt_length)
         self.penalties: list[Callable[..., torch.Tensor]] = []
         self.warpers: list[Callable[..., torch.Tensor]] = []
         if decoding.repetition_penalty != 1:
@@ -91,7 +91,10 @@ class Chooser(LogitsProcessor):
 
         `new_ids` are the new tokens in `input_ids`, where the CPU has them.
         """
-        adjusted = scores if self.steer is None else self.steer(input_ids, scores, rows, new_ids)
+        adjusted = scores
+        if self.steering is not None:
+            known = input_ids[:, self.prompt_length :].tolist() if new_ids is None else new_ids
+            adjusted = self.steering.steer(known, scores, rows)
         for process in [*self.penalties, *self.warpers]:
             adjusted = process(input_ids, adjusted)
         if self.samples:

@@ -44,9 +44,9 @@ class Decoding:
             of the text is never chosen, though a longer word might go on from there ("cat" before "egory"): in one
             token, or in tokens that split it elsewhere, it can still be said. The end token is always allowed.
         word_bias: numbers by word or phrase; above 0 makes it likelier. The number is added to the logit of each token
-            that begins it, and of each that continues it once those before have come. These are the tokens in which the
-            tokenizer writes it as given, in lower case and with a capital, after a space, or without one where no word
-            is being written. Other words that begin with these tokens change too.
+            that begins it or, where it is begun, continues it. These are the tokens in which the tokenizer writes it as
+            given, in lower case and with a capital, after a space, or without one where no word is being written. Other
+            words that begin with these tokens change too.
         dropped: what `from_generate_kwargs` left out because it has no effect. Not a setting, not compared.
 
     Raises:

@@ -122,7 +122,7 @@ class Request:
         prompt_length, beams = inputs["input_ids"].shape[1], decoding.num_beams > 1
         tokenizer = self.processor.tokenizer
         chooser = Chooser([decoding] * num_rows, self.draw_keys, prompt_length, tokenizer, self.prefixes)
-        of_beams = [*filter(None, [chooser.steer]), *chooser.penalties]
+        of_beams = [*filter(None, [chooser.steering]), *chooser.penalties]
         cache, pixels = PreallocatedCache(config), inputs["pixel_values_videos"]
         if num_rows > 1 and not beams:
             cache, pixels = prefill_batch(model, inputs), None

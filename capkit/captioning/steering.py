@@ -172,8 +172,10 @@ class _Bias:
 
     def tokens(self, ids: Sequence[int], is_open: bool) -> set[int]:
         """Those behind these tokens; `is_open` says that no word is being written."""
-        begun = (self._next.get(tuple(ids[-count:]), set()) for count in range(1, self._longest + 1))
-        return self._first[0].union(self._first[1] if is_open else (), *begun)
+        for count in range(min(self._longest, len(ids)), 0, -1):  # of what it may have begun with, the most
+            if begun := self._next.get(tuple(ids[-count:])):
+                return begun
+        return self._first[0].union(self._first[1] if is_open else ())
 
 
 @functools.lru_cache(maxsize=32)
@@ -201,15 +203,11 @@ class SteerRows(LogitsProcessor):
         self.steering = _steering(tokenizer, decoding.forbidden_words, decoding.word_bias)
         self.prefixes, self.prompt_length = prefixes, prompt_length
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-        rows: Sequence[int] = (),
-        new_ids: Sequence[Sequence[int]] | None = None,
-    ) -> torch.Tensor:
-        """Steered scores of these rows (all if empty); `new_ids` are those of `input_ids`, where the CPU has them."""
-        new_ids = input_ids[:, self.prompt_length :].tolist() if new_ids is None else new_ids
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.steer(input_ids[:, self.prompt_length :].tolist(), scores)
+
+    def steer(self, new_ids: Sequence[Sequence[int]], scores: torch.Tensor, rows: Sequence[int] = ()) -> torch.Tensor:
+        """Steered scores (B, V) of these rows (all if empty), with their new tokens so far."""
         num_beams = len(new_ids) // len(self.prefixes) or 1
         rows = rows or [place // num_beams for place in range(len(new_ids))]
         return self.steering([[*self.prefixes[row], *ids] for row, ids in zip(rows, new_ids, strict=True)], scores)

@@ -53,8 +53,6 @@ def decoding_controls() -> dict[str, widgets.Widget]:
     made = {name: _number(kind, value, low, high, name, tooltip) for kind, value, low, high, name, tooltip in controls}
     words = "words and phrases that the caption never holds, with commas between"
     made["forbidden_words"] = _text("forbidden_words", words)
-        "forbidden_words", "words and phrases that the caption never holds, with commas between"
-    )
     return made
 
 

@@ -163,11 +163,14 @@ def test_exactly_what_completes_a_word_is_masked(name, request):
     for _ in range(100):
         words = tuple(random.choice(WORDS, random.integers(1, 4), replace=False))
         ids = [token for place in random.integers(len(pieces), size=random.integers(0, 9)) for token in pieces[place]]
+        begun = random.choice(words)
+        begun = random.choice(["", " ", "\n", "x"]) + begun[: random.integers(len(begun) + 1)]
+        ids += tokenizer.encode(begun.upper() if random.random() < 0.3 else begun, add_special_tokens=False)
         ids = ids[: len(ids) - random.integers(0, 2)]  # within a character, perhaps
         before = plain(tokenizer.decode(ids, skip_special_tokens=True))
         prefix = ids[: random.integers(0, len(ids) + 1)]
         steer = SteerRows(tokenizer, Decoding(forbidden_words=words), [prefix])
-        found = steer(torch.tensor([ids[len(prefix) :]]), torch.zeros(1, size))[0].isinf()
+        found = steer.steer([ids[len(prefix) :]], torch.zeros(1, size))[0].isinf()
         for token in range(size):
             after = plain(tokenizer.decode([*ids, token], skip_special_tokens=True))
             completed = any(end > len(before) for word in words for end in ends(after, word))
@@ -175,7 +178,7 @@ def test_exactly_what_completes_a_word_is_masked(name, request):
                 assert bool(found[token]) == completed, (words, before, after)
             assert bool(found[token]) or not completed, (words, before, after)
             num_masked += completed
-    assert num_masked > 1000
+    assert num_masked > 150
 
 
 def plain(text):
@@ -199,7 +202,7 @@ def test_no_end_of_a_text_counts_as_the_middle_of_a_word(captioner):
     tokenizer = captioner.processor.tokenizer
     steer = SteerRows(tokenizer, Decoding(forbidden_words=["cat"]), [[]])
     for ids in (tokenizer.encode(text, add_special_tokens=False) for text in (" ca", "The ca")):
-        masked = steer(torch.tensor([ids]), torch.zeros(1, 5000))[0].isinf().nonzero().flatten().tolist()
+        masked = steer.steer([ids], torch.zeros(1, 5000))[0].isinf().nonzero().flatten().tolist()
         assert tokenizer.encode("t", add_special_tokens=False)[0] in masked
         assert tokenizer.eos_token_id not in masked
 
@@ -222,6 +225,7 @@ PROMPTS = (
 
 
 def check_same(found, expected):
+    found = list(found)
     assert [caption.token_ids for caption in found] == [caption.token_ids for caption in expected]
     assert [caption.text for caption in found] == [caption.text for caption in expected]
     for one, other in zip(found, expected, strict=True):
@@ -324,7 +328,7 @@ def test_a_bias_goes_to_the_tokens_that_begin_and_continue_the_word(captioner):
 
     def biases(text):
         ids = tokenizer.encode(text, add_special_tokens=False)
-        added = steer(torch.tensor([ids], dtype=torch.long), torch.zeros(1, 5000))[0]
+        added = steer.steer([ids], torch.zeros(1, 5000))[0]
         return {tokenizer.decode([token]): float(added[token]) for token in added.nonzero().flatten().tolist()}
 
     def first(text):
@@ -333,10 +337,11 @@ def test_a_bias_goes_to_the_tokens_that_begin_and_continue_the_word(captioner):
     spaced = {first(" Zebra"), first(" zebra"), first(" a"), first(" A")}
     assert set(biases("The c")) == spaced  # a word is being written
     assert set(biases("")) == set(biases("The (")) == spaced | {first("Zebra"), first("zebra"), first("a"), first("A")}
-    begun = tokenizer.encode(" zebra", add_special_tokens=False)
-    assert len(begun) > 1, "the test needs a word of several tokens"
-    after_first = biases(tokenizer.decode(begun[:1]))
-    assert after_first[tokenizer.decode(begun[1:2])] == 2 - 1  # both words go on so
+    begun = [tokenizer.encode(form, add_special_tokens=False) for form in (" zebra", " Zebra")]
+    assert min(map(len, begun)) > 2, "the test needs a word of several tokens"
+    after_two = biases(" z" if len(tokenizer.encode(" z", add_special_tokens=False)) == 2 else " ze")
+    assert after_two.pop(tokenizer.decode(begun[0][2:3])) == 2 - 1  # both words go on so, and do not begin anew
+    assert set(after_two) <= {first(" a"), first(" A"), first("a"), first("A")}
 
 
 def test_rows_of_other_beginnings_are_steered_apart(captioner):
