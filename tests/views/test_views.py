@@ -217,7 +217,7 @@ class TestCaption:
             show_caption({"text": caption.text, "status": "ok", **prompt.to_record()}, grounding=found),
         ]
         assert [text_of(view.html).count("A <b> zeb") for view in views] == [1, 1, 2, 2]
-        assert [view.html.count("<span title") for view in views[:2]] == [0, len(found.token_ids)]
+        assert "<span title" in views[1].html.split("A &lt;b&gt; zeb")[1]
 
     def test_what_is_unusual_about_the_video_is_told(self, random_clip):
         clip = random_clip(2)
