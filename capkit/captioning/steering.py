@@ -35,8 +35,8 @@ class Vocabulary:
         self.pieces = [b""] * (max(tokens.values()) + 1)
         for token, number in tokens.items():
             if number not in special:
-                values = [*map(_BYTES.get, token)]
-                self.pieces[number] = token.encode() if None in values else bytes(values)  # as the tokenizers library
+                is_plain = _BYTES.keys() >= set(token)  # else the tokenizers library takes it as it is
+                self.pieces[number] = bytes(_BYTES[name] for name in token) if is_plain else token.encode()
         self.text = fold("".join(_END + _decode(piece)[0] for piece in self.pieces)) + _END
         self._starts = np.array([match.start() for match in re.finditer(_END, self.text)])
         self.fragments = [number for number, piece in enumerate(self.pieces) if piece and 0x80 <= piece[0] < 0xC0]
@@ -164,11 +164,11 @@ class _Bias:
         self._next: dict[tuple[int, ...], set[int]] = defaultdict(set)
         for form in {word, word.lower(), word[0].upper() + word[1:]}:
             for firsts, space in zip(self._first, (" ", ""), strict=True):
-                first, *others = tokenizer.encode(space + form, add_special_tokens=False)
-                firsts.add(first)
-                for place, token in enumerate(others):
-                    self._next[(first, *others[:place])].add(token)
-                self._longest = max(self._longest, len(others))
+                ids = tokenizer.encode(space + form, add_special_tokens=False)
+                firsts.add(ids[0])
+                for place in range(1, len(ids)):
+                    self._next[tuple(ids[:place])].add(ids[place])
+                self._longest = max(self._longest, len(ids) - 1)
 
     def tokens(self, ids: Sequence[int], is_open: bool) -> set[int]:
         """Those behind these tokens; `is_open` says that no word is being written."""

@@ -90,7 +90,7 @@ def test_forbidden_words_are_not_said(demo, with_graphs):
 @pytest.mark.soak
 def test_soak_forbidden_words_are_not_said_in_a_thousand_captions(demo):
     for with_graphs in (False, True):
-        check_none_is_said(demo, 1000, with_graphs)
+        check_none_is_said(demo, 500, with_graphs)
 
 
 def test_beams_do_not_say_them_either(demo):
