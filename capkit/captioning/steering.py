@@ -150,7 +150,7 @@ class Steering:
         start, tokens = max(len(text) - self._longest, 0), []
         for token in self.vocabulary.fragments:
             added, _ = _decode(rest + self.vocabulary.pieces[token])
-            if self._forbidden.search(text + fold(added), start):
+            if self._forbidden.search(fold(text + added), start):
                 tokens.append(token)
         return np.array(tokens, np.int64)
 
