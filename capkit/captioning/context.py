@@ -23,6 +23,7 @@ def tokens_that_fit(
     """New tokens that fit behind a clip and a prompt, by the model's `max_position_embeddings`.
 
     The patches of a frame share a position, so that 24 numbered frames take about 97.
+    Of a prompt with steps: behind all its questions, for all the answers together.
 
     Raises:
         ValueError: none fits, or as in `CogVLM2VideoProcessor.text_ids`.
@@ -31,6 +32,7 @@ def tokens_that_fit(
     if not isinstance(clip, Clip):
         made = "load_clip(path) reads one from a file, Clip.from_frames(frames) makes one of frames"
         raise TypeError(f"clip: must be a Clip, not {reprlib.repr(clip)}; {made}")
+    prompt = prompt.after([""] * len(prompt.steps))
     most, num_text = model.config.max_position_embeddings, len(processor.text_ids(prompt))
     positions = rotary_position_ids(torch.tensor([processor.video_ids(clip, prompt)]), model.config.video_token_id)
     num_video = int(positions[0, -1]) + 1

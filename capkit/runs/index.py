@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 import numpy.typing as npt
 
+from capkit.runs.fields import setting
 from capkit.runs.lines import naming, read_store
 
 TAIL_BYTES = 4096
@@ -222,7 +223,10 @@ def _subject(record: dict[str, Any], names: tuple[str, ...]) -> int:
     """A 64-bit number of these settings; NO_SUBJECT if one is missing."""
     if any(name not in record for name in names):
         return NO_SUBJECT
-    return hash(tuple(str(record[name]) for name in names)) or 1
+    settings = [setting(record, name) for name in (*names, "steps")]
+    if "prompt" in names:  # with `{duration}`, which is the file's, unfilled
+        settings.append(record.get("prompt_fields"))
+    return hash(tuple(map(str, settings))) or 1
 
 
 def is_stopped(record: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from capkit.video import Clip
 from capkit.views.captions import CaptionLike, as_record, caption_frames, caption_paragraph, facts_line, heading
 from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text, table_html
 
-SETTINGS = ("model", "prompt", "template", "frame_numbers", "frame_sampling", "decoding", "history", "sample")
+SETTINGS = ("model", "prompt", "steps", "template", "frame_numbers", "frame_sampling", "decoding", "history", "sample")
 
 
 def compare_captions(

@@ -88,6 +88,12 @@ def branches(captioner, count):
     return tokens(SharedVideo(captioner, CLIPS[0]).caption([(one, other) for one in prompts for other in decodings]))
 
 
+def chains(captioner, count):
+    prompts = "Why?", ["Who?", "Where?", "What happens?"], ["Who?", "And then?"]
+    together = SharedVideo(captioner, CLIPS[0]).caption([(prompt, Decoding(count)) for prompt in prompts])
+    return tokens([*captioner.caption_batch(CLIPS, prompts, Decoding(count)), *together])
+
+
 def sweep(captioner, count):
     decodings = [{"max_new_tokens": count}, {"max_new_tokens": count, **SAMPLING}]
     records = capkit.run_sweep(captioner, CLIPS[:2], prompts=["What happens?", "Why?"], decodings=decodings).records
@@ -130,6 +136,7 @@ WAYS = {
     "a noisy batch": (partial(batch, **NOISY), True, (19, 49, 0), (0, 0, 2)),
     "a stream": (stream, True, (7, 19, 0), (0, 0, 1)),
     "branches": (branches, True, (4, 40, 0), (0, 0, 2)),
+    "chains": (chains, True, (0, 0, 0), (0, 0, 0)),
     "a sweep of two clips": (sweep, True, (8, 60, 0), (0, 0, 4)),
     "kept features": (kept_features, True, (25, 70, 1), (0, 0, 1)),
     "a caption without graphs": (caption, False, (11, 13, 0), (1, 0, 0)),
