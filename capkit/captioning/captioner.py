@@ -139,7 +139,7 @@ class Captioner:
 
         Args:
             clip: from `load_clip` or `Clip.from_frames`.
-            prompt: a text, a `Prompt`, a list of questions asked one after another, or a dictionary of `Prompt`'s fields.
+            prompt: a text, a `Prompt`, a dictionary of its fields, or a list of questions, see `Prompt.steps`.
             decoding: a `Decoding`, or a dictionary of its fields.
 
         Raises:
@@ -247,8 +247,8 @@ class Captioner:
             clip: as in `caption`.
             caption: a `Caption`, whose `token_ids` are scored, so that the sum equals that of its `logprobs`; or a
                 text, scored as a continuation of the prompt without an end token.
-            prompt: None is the `Caption`'s prompt, with its steps and their answers, and for a text the default prompt. A
-                text replaces only the text of the `Caption`'s prompt.
+            prompt: None is the `Caption`'s prompt, after the answers to its steps, and for a text the default prompt.
+                A text replaces only the text of the `Caption`'s prompt.
 
         Raises:
             ValueError: an empty text, one that is beyond the model's context length, or as in `caption`.

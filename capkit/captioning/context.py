@@ -39,7 +39,7 @@ def tokens_that_fit(
     if (left := most - num_video - num_text) > 0:
         return left
     num_history = num_text - len(processor.text_ids(replace(prompt, history=())))
-    longest = {num_video: "use fewer frames", num_history: "shorten the history"}
+    longest = {num_video: "use fewer frames", num_history: "shorten the history, to which answers to steps belong"}
     advice = longest.get(max(num_video, num_history, num_text - num_history), "shorten the prompt")
     raise ValueError(
         f"the model reads at most {most} positions (max_position_embeddings), and new tokens need some of them: "

@@ -275,7 +275,7 @@ class GraphDecoder:
         streamer: BaseStreamer | None = None,
         kept: Sequence[PromptCache] = (),
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """New tokens of each row of a batch, and their log probabilities: see `decode`, and `prefill_each` for `kept`."""
+        """New tokens of each row of a batch, and their log probabilities: see `decode`; `kept` as in `prefill_each`."""
         num_rows, length = inputs["input_ids"].shape
         step = self.step(num_rows, length + min(max(choosers.max_new_tokens), FIRST_TOKENS))
         step.read(inputs, kept)

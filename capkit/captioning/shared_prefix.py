@@ -164,7 +164,7 @@ class SharedRow:
 
     Args:
         model: the model.
-        cache: keys and values of the video, and of text that all parts begin with; those of the parts are added, crop it
+        cache: keys and values of the video, and of what all texts begin with; those of the parts are added, crop it
             afterwards.
         video_ids: ids of what the cache holds.
     """

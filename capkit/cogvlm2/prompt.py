@@ -73,7 +73,7 @@ class Prompt:
 
     @classmethod
     def of(cls, prompt: PromptLike) -> Prompt:
-        """A `Prompt` from a `Prompt`, a text, a list of questions (the `steps`, then the text), or a dictionary of fields.
+        """A `Prompt` from a `Prompt`, a text, a dictionary of fields, or a list of questions: `steps`, then the text.
 
         Raises:
             ValueError: another type, unknown fields, or as in `Prompt`.

@@ -151,24 +151,25 @@ def counted(monkeypatch):
     return captioner, make_clip(size, 0), count
 
 
-@pytest.mark.parametrize("way", ["alone", "in a sweep"])
-def test_ten_questions_and_a_summary_cost_at_most_a_third(counted, way):
+def test_ten_questions_and_a_summary_cost_at_most_a_third(counted):
+    """Of asking them one by one, each with all frames, in positions that the decoder computes."""
     captioner, clip, count = counted
     few = Decoding(max_new_tokens=24)
     hand = by_hand(captioner, clip, TEN, few)
     one_by_one = dict(count)
-    count.clear()
-    if way == "alone":
-        caption = captioner.caption(clip, TEN, few)
-    else:
-        (caption,) = SharedVideo(captioner, clip).caption([(TEN, few)])
-    check(caption, hand, TEN)
-    print(way, one_by_one, dict(count))
-    assert one_by_one["frames"] == 11 * 24 and count["frames"] == 24
-    assert count["positions"] <= one_by_one["positions"] / 3
-    # The video once; each question, and each answer twice: when it is chosen, and as history.
-    video, texts = len(captioner.processor.video_ids(clip, TEN)), len(captioner.processor.text_ids(caption.asked))
-    assert count["positions"] < video + texts + 11 * few.max_new_tokens + 50
+    assert one_by_one["frames"] == 11 * 24
+    for way in (
+        lambda: captioner.caption(clip, TEN, few),
+        lambda: next(SharedVideo(captioner, clip).caption([(TEN, few)])),
+    ):
+        count.clear()
+        caption = way()
+        check(caption, hand, TEN)
+        print(one_by_one, dict(count))
+        assert count["frames"] == 24 and count["positions"] <= one_by_one["positions"] / 3
+        # The video once; each question once, each answer twice: when it is chosen, and as history.
+        video, texts = len(captioner.processor.video_ids(clip, TEN)), len(captioner.processor.text_ids(caption.asked))
+        assert count["positions"] < video + texts + 11 * few.max_new_tokens + 50
 
 
 def test_steps_that_prompts_share_are_answered_once(counted):
@@ -213,35 +214,31 @@ def test_stop_ends_all(captioner, random_clip, monkeypatch, tmp_path):
 
 @pytest.fixture
 def cramped(captioner, monkeypatch):
-    """cramped(clip): the clip's last question fits only while the answers before it are short."""
+    """cramped(clip, n): n tokens fit behind the clip and the questions of the chain, for all answers together."""
 
-    def limit(clip, prompt, tokens):
-        most = captioner.model.config.max_position_embeddings - captioner.tokens_that_fit(clip, prompt) + tokens
+    def limit(clip, num_tokens):
+        most = captioner.model.config.max_position_embeddings - captioner.tokens_that_fit(clip, CHAIN) + num_tokens
         monkeypatch.setattr(captioner.model.config, "max_position_embeddings", most)
 
     return limit
 
 
 def test_an_error_in_a_step_is_of_its_row_alone(captioner, cramped, tmp_path):
-    """The clip with more frames has no room for the third question after two answers; the other one has."""
-    clips = {
-        name: capkit.load_clip(CLIPS[0], {"strategy": "uniform", "num_frames": n})
-        for name, n in zip("ab", (4, 24), strict=True)
-    }
-    few = Decoding(max_new_tokens=30)
-    cramped(clips["b"], CHAIN, 40)
-    with pytest.raises(ValueError, match=r"step 3|What|Say it|reads at most"):
-        captioner.caption(clips["b"], CHAIN, few)
-    captioner.caption(clips["a"], CHAIN, few)
-    uniform = {"strategy": "uniform", "num_frames": 24}
-    items = [*find_clips([{"video": CLIPS[0], "end": 0.5}]), *find_clips(CLIPS[1])]
+    """The complete clip has no room for its last question behind two answers; a window of four frames has."""
+    uniform, few = {"strategy": "uniform", "num_frames": 24}, Decoding(max_new_tokens=9)
+    items = find_clips([{"video": CLIPS[0], "end": 0.12}, {"video": CLIPS[0]}])
+    part, complete = (capkit.load_clip(item.video, uniform, item.start, item.end) for item in items)
+    assert len(complete) - len(part) > 15
+    cramped(complete, 12)
+    with pytest.raises(ValueError, match="shorten the history, to which answers to steps belong"):
+        captioner.caption(complete, CHAIN, few)
     records = caption_clips(captioner, items, tmp_path / "a.jsonl", CHAIN, few, uniform, batch_size=2)
     assert [record["status"] for record in records] == ["ok", "error"]
-    assert "shorten" in records[1]["error"] and "step_answers" not in records[1]
-    result = run_sweep(
-        captioner, CLIPS[1], tmp_path / "b.jsonl", prompts=[CHAIN, "Why?"], decodings=[few], frame_samplings=[uniform]
-    )
-    assert [record["status"] for record in result.records] == ["error", "ok"]
+    assert records[0]["text"] == captioner.caption(part, CHAIN, few).text
+    assert "answers to steps" in records[1]["error"] and "step_answers" not in records[1]
+    axes = {"prompts": [CHAIN, "Why?"], "decodings": [few], "frame_samplings": [uniform]}
+    result = run_sweep(captioner, items, tmp_path / "b.jsonl", **axes)
+    assert [record["status"] for record in result.records] == ["ok", "ok", "error", "ok"]
 
 
 def test_what_cannot_be_asked_is_refused_before_any_work(captioner, random_clip, cramped):
@@ -251,7 +248,7 @@ def test_what_cannot_be_asked_is_refused_before_any_work(captioner, random_clip,
         ([], "must be a text"),
         (["Why?", ""], "must be a text that is not empty"),
         (["", "Why?"], "steps='': must be a text"),
-        ({"steps": "Why?"}, "steps='Why?': must be a list of questions"),
+        ({"steps": "Why?"}, r"steps='Why\?': must be a list of questions"),
         ({"steps": ["Why?"], "template": "base"}, 'steps: no effect under template "base"'),
         ([f"{special}?", "Why?"], "marks the frames"),
     ):
@@ -266,6 +263,6 @@ def test_what_cannot_be_asked_is_refused_before_any_work(captioner, random_clip,
         captioner.caption_batch([clip], ["Who?", "Why?"])
     with pytest.raises(ValueError, match="steps: are asked one after another"):
         captioner.processor(clip, CHAIN)
-    cramped(clip, CHAIN, 0)
+    cramped(clip, 0)
     with pytest.raises(ValueError, match="reads at most"):
         captioner.stream(clip, CHAIN)
