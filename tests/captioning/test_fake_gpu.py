@@ -136,7 +136,7 @@ WAYS = {
     "a noisy batch": (partial(batch, **NOISY), True, (19, 49, 0), (0, 0, 2)),
     "a stream": (stream, True, (7, 19, 0), (0, 0, 1)),
     "branches": (branches, True, (4, 40, 0), (0, 0, 2)),
-    "chains": (chains, True, (0, 0, 0), (0, 0, 0)),
+    "chains": (chains, True, (30, 144, 0), (0, 0, 6)),
     "a sweep of two clips": (sweep, True, (8, 60, 0), (0, 0, 4)),
     "kept features": (kept_features, True, (25, 70, 1), (0, 0, 1)),
     "a caption without graphs": (caption, False, (11, 13, 0), (1, 0, 0)),
