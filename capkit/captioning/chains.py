@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 from capkit.cogvlm2 import Prompt
 
-if TYPE_CHECKING:
-    from capkit.captioning.generate import Caption
 
-Ask = Callable[[Sequence[int], Sequence[Prompt]], "Iterable[Caption]"]
-"""From the numbers of prompts, and what they ask now, to an answer to each."""
+class HasText(Protocol):
+    """An answer, such as a `Caption`."""
+
+    @property
+    def text(self) -> str: ...
+
+
+Answer = TypeVar("Answer", bound=HasText)
 
 
 def ask_steps(
-    prompts: Sequence[Prompt], ask: Ask, is_stopped: Callable[[], bool] = lambda: False
-) -> list[list[Caption]]:
+    prompts: Sequence[Prompt],
+    ask: Callable[[Sequence[int], Sequence[Prompt]], Iterable[Answer]],
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> list[list[Answer]]:
     """The answers to the steps of each prompt: all first steps are asked together, then all second ones, and so on.
 
     Args:
         prompts: with steps or without.
-        ask: answers prompts without steps.
+        ask: from the numbers of prompts, and what each of them asks now, to the answers.
         is_stopped: True ends it after the current answers.
 
     Raises:
         ValueError: as `ask`, with the number of the step.
     """
-    answers: list[list[Caption]] = [[] for _ in prompts]
+    answers: list[list[Answer]] = [[] for _ in prompts]
     for number in range(max((len(prompt.steps) for prompt in prompts), default=0)):
         places = [place for place, prompt in enumerate(prompts) if number < len(prompt.steps)]
         asked = [next_question(prompts[place], answers[place]) for place in places]
@@ -42,19 +47,6 @@ def ask_steps(
     return answers
 
 
-def next_question(prompt: Prompt, answers: Sequence[Caption]) -> Prompt:
+def next_question(prompt: Prompt, answers: Sequence[HasText]) -> Prompt:
     """What a prompt asks after these answers to its first steps, see `Prompt.after`."""
     return prompt.after([answer.text for answer in answers])
-
-
-def with_steps(caption: Caption, prompt: Prompt, answers: Sequence[Caption]) -> Caption:
-    """The last answer as the caption of a prompt, with the answers to its steps."""
-    if not answers:
-        return caption
-    return replace(
-        caption,
-        prompt=prompt,
-        seconds=caption.seconds + sum(answer.seconds for answer in answers),
-        steps=tuple((step, answer.text.strip()) for step, answer in zip(prompt.steps, answers, strict=False)),
-        step_finish_reasons=tuple(answer.finish_reason for answer in answers),
-    )

@@ -19,7 +19,7 @@ from transformers import BatchFeature, GenerationConfig, LogitsProcessorList, St
 from transformers.generation.streamers import BaseStreamer
 
 from capkit.captioning.caches import PreallocatedCache, PromptCache, prefill_batch
-from capkit.captioning.chains import ask_steps, next_question, with_steps
+from capkit.captioning.chains import ask_steps, next_question
 from capkit.captioning.choosing import Chooser, RowChoosers, chosen_logprobs, draw_key
 from capkit.captioning.context import tokens_that_fit
 from capkit.captioning.decoding import Decoding
@@ -71,6 +71,18 @@ class Caption:
         """The question that `text` answers, with the steps and their answers as its history."""
         return self.prompt.after([answer for _, answer in self.steps])
 
+    def with_steps(self, prompt: Prompt, answers: Sequence[Caption]) -> Caption:
+        """The answer to a prompt that has steps, from that to its last question, and the answers to its steps."""
+        if not answers:
+            return self
+        return replace(
+            self,
+            prompt=prompt,
+            seconds=self.seconds + sum(answer.seconds for answer in answers),
+            steps=tuple((step, answer.text.strip()) for step, answer in zip(prompt.steps, answers, strict=False)),
+            step_finish_reasons=tuple(answer.finish_reason for answer in answers),
+        )
+
     def __repr__(self) -> str:
         return f"Caption({self.text!r}, {len(self.token_ids)} tokens, {self.finish_reason})"
 
@@ -108,7 +120,7 @@ class Request:
         else:
             last = [*map(next_question, prompts, answers)]
             captions = self._answer(range(len(prompts)), last, kept, streamer=streamer)
-        return [*map(with_steps, captions, prompts, answers)]
+        return [*map(Caption.with_steps, captions, prompts, answers)]
 
     def _answer(
         self,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from capkit.captioning.caches import PreallocatedCache, PromptCache, crop, layer_tensors
 from capkit.captioning.captioner import Captioner
-from capkit.captioning.chains import ask_steps, next_question, with_steps
+from capkit.captioning.chains import ask_steps, next_question
 from capkit.captioning.choosing import RowChoosers, draw_key
 from capkit.captioning.decoding import Decoding
 from capkit.captioning.generate import Caption, is_end, make_caption
@@ -84,7 +84,7 @@ class SharedVideo:
             for (prompt, decoding), given in zip(pairs, answers, strict=True)
         ]
         for caption, (prompt, _), given in zip(self._answer(last), pairs, answers, strict=True):
-            yield with_steps(caption, prompt, given)
+            yield caption.with_steps(prompt, given)
 
     def _answer(self, pairs: Sequence[Branch]) -> Iterator[Caption]:
         """A caption for each branch; only those in beam search may have steps."""

@@ -88,7 +88,7 @@ def plan_clips(
     planned = []
     for item in check_items(items):
         shared = (prompt, decoding, frame_sampling, item.start, item.end)
-        own = {"own_text": item.prompt, "error": item.error, "columns": item.values}
+        own: dict[str, Any] = {"own_text": item.prompt, "error": item.error, "columns": item.values}
         planned.append(request_settings(captioner, item.video, *shared, **own))
         if item.reference is not None:
             planned[-1]["reference"] = item.reference
