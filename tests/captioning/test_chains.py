@@ -241,6 +241,29 @@ def test_an_error_in_a_step_is_of_its_row_alone(captioner, cramped, tmp_path):
     assert [record["status"] for record in result.records] == ["ok", "ok", "error", "ok"]
 
 
+def test_a_run_that_ends_within_a_chain_goes_on_with_nothing_twice(captioner, tmp_path, monkeypatch):
+    items, store, few = find_clips(CLIPS), capkit.CaptionStore(tmp_path / "a.jsonl"), Decoding(max_new_tokens=4)
+    generate, calls = captioner.model.generate, []
+
+    def ended_at_the_fifth(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(captioner.model, "generate", ended_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        caption_clips(captioner, items, store, CHAIN, few)
+    assert len(store.lines()) == 1
+    records = caption_clips(captioner, items, store, CHAIN, few)
+    assert len(calls) == 5 + 2 * 3 and store.lines() == records and len(records) == 3
+    for record in records:
+        caption = captioner.caption(capkit.load_clip(record["video"]), CHAIN, few)
+        assert (record["text"], record["steps"]) == (caption.text, list(CHAIN.steps))
+        assert record["step_answers"] == [answer for _, answer in caption.steps]
+        assert record["step_finish_reasons"] == ["length", "length"]
+
+
 def test_what_cannot_be_asked_is_refused_before_any_work(captioner, random_clip, cramped):
     clip = random_clip()
     special = captioner.processor.tokenizer.pad_token
