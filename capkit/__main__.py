@@ -127,7 +127,11 @@ def _add_caption_shard(commands: Subparsers) -> None:
     )
     add("--device", type=_text, default="auto", help="such as cuda:1; default: the GPU of this local rank, or the CPU")
     add("--devices", type=_names, help="such as cuda:0,cuda:1: split the shard over one process for each device")
-    add("--prompt", help="for clips without a prompt in the manifest")
+    add(
+        "--prompt", help="for clips without a prompt in the manifest, whose columns it may name, as in 'Who is {name}?'"
+    )
+    steps = "question asked before the prompt, which sees its answer; give it several times for several"
+    add("--step", action="append", default=[], type=_text, help=steps)
     add("--template", default="chat", choices=["chat", "vqa", "base"])
     add("--frame-numbers", default="index", choices=["index", "seconds"])
     add("--answer-prefix", default="", help="what every caption begins with")
@@ -262,7 +266,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
     text = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt
     named = {"frame_numbers": arguments.frame_numbers, "answer_prefix": arguments.answer_prefix}
-    prompt = Prompt(text, arguments.template, **named)
+    prompt = Prompt(text, arguments.template, **named, steps=arguments.step)
     sampling = FrameSampling(arguments.frame_sampling, arguments.num_frames, arguments.frames_per_second)
     return {"prompt": prompt, "frame_sampling": sampling, "decoding": Decoding.of(arguments.decoding)}
 

@@ -207,6 +207,16 @@ def test_sweep_killed(tmp_path, captioner, random_clip):
     kill_forks(lambda: capkit.run_sweep(captioner, plan, path), path, plan.num_captions, longest_seconds=2.5)
 
 
+def test_chain_killed(tmp_path, captioner, random_clip):
+    """Between two steps too: a caption comes with all its answers, or not at all."""
+    prompts = [["Who?", "Where?", "Why?"], ["Who?", "Where?", "When?"], "Why?"]
+    plan = capkit.plan_sweep([random_clip(seed=seed) for seed in range(150)], prompts, [FEW])
+    path = tmp_path / "chains.jsonl"
+    kill_forks(lambda: capkit.run_sweep(captioner, plan, path), path, plan.num_captions, longest_seconds=2.5)
+    for line in capkit.CaptionStore(path).lines():
+        assert len(line.get("steps", [])) == len(line.get("step_answers", []))
+
+
 def test_shard_killed(tmp_path, captioner):
     (tmp_path / "clips").mkdir()
     for number in range(300):

@@ -159,12 +159,13 @@ def _prompt_and_tokens(
     """
     model, processor = captioner.model, captioner.processor
     if isinstance(caption, Caption):
-        prompt, ids = caption.prompt, [token for token in caption.token_ids if not is_end(token, model.config)]
+        prompt, ids = caption.asked, [token for token in caption.token_ids if not is_end(token, model.config)]
         if not ids:
             raise ValueError(f"text={caption.text!r}: there is no text to score")
     else:
-        prompt = Prompt.from_record(caption) if isinstance(caption, dict) else default
-        text = caption["text"] if isinstance(caption, dict) else caption
+        prompt, text = default, caption
+        if isinstance(caption, dict):
+            prompt, text = Prompt.from_record(caption).after(caption.get("step_answers", ())), caption["text"]
         ids = processor.continuation_ids(text, prompt.answer_prefix)
     check_fits(model, processor, clip, prompt, ids)
     return prompt, ids

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +121,10 @@ def _filling_only(decoder: Any) -> Any:
 
 
 def prefill(
-    model: CogVLM2VideoForConditionalGeneration, cache: DynamicCache, ids: list[int], features: torch.Tensor
+    model: CogVLM2VideoForConditionalGeneration,
+    cache: DynamicCache,
+    ids: list[int],
+    features: torch.Tensor | None = None,
 ) -> None:
     """Add the missing keys and values of a sequence to a cache.
 
@@ -127,11 +132,13 @@ def prefill(
         model: the model.
         cache: holds those of the first ids, or nothing.
         ids: of the complete sequence from bos on.
-        features: of the frames that the cache does not hold, from the model's `get_video_features`.
+        features: of the frames that the cache does not hold, from the model's `get_video_features`; None: it holds all.
     """
     all_ids = torch.tensor([ids], device=model.device)
-    start, image = cache.get_seq_length(), image_mask(all_ids, model.config.video_token_id)
-    embeds = place_features(model.model.embed_tokens(all_ids[:, start:]), image[:, start:], features)
+    start = cache.get_seq_length()
+    embeds = model.model.embed_tokens(all_ids[:, start:])
+    if features is not None:
+        embeds = place_features(embeds, image_mask(all_ids, model.config.video_token_id)[:, start:], features)
     positions = rotary_position_ids(all_ids, model.config.video_token_id)
     decoder = _filling_only(model.model)
     # With a filled cache, attention computes masked positions too; chunks keep their number small.
@@ -147,8 +154,36 @@ def prefill(
         )
 
 
+class PromptCache:
+    """Keys and values of a prompt, kept so that the next one about the same video is read from where it differs.
+
+    Attributes:
+        cache: those of the prompt that was read last.
+    """
+
+    def __init__(self, model: CogVLM2VideoForConditionalGeneration) -> None:
+        self._model, self._ids = model, list[int]()
+        self.cache = PreallocatedCache(model.config)
+
+    def read(self, ids: list[int], features: Callable[[], torch.Tensor]) -> PreallocatedCache:
+        """The cache of a sequence from bos on; `features` gives those of its frames where the video is another one."""
+        num_same = len(os.path.commonprefix([self._ids, ids]))
+        self._ids = []  # in case that memory runs out
+        if self._model.config.video_token_id in ids[num_same:]:
+            self.cache = PreallocatedCache(self._model.config)
+            prefill(self._model, self.cache, ids, features())
+        else:
+            crop(self.cache, num_same)
+            if num_same < len(ids):
+                prefill(self._model, self.cache, ids)
+        self._ids = ids
+        return self.cache
+
+
 def prefill_each(
-    model: CogVLM2VideoForConditionalGeneration, inputs: Mapping[str, torch.Tensor]
+    model: CogVLM2VideoForConditionalGeneration,
+    inputs: Mapping[str, torch.Tensor],
+    kept: Sequence[PromptCache] = (),
 ) -> Iterator[DynamicCache]:
     """A cache for each prompt of a batch, filled but for the prompt's last token.
 
@@ -158,27 +193,37 @@ def prefill_each(
     Args:
         model: the model.
         inputs: from the processor, on the model's device.
+        kept: of each row what was read of its video before; what is read now stays in it.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     for row, pixels in enumerate(model.split_clips(ids, inputs["pixel_values_videos"])):
+        row_ids, features = ids[row, mask[row]][:-1].tolist(), partial(model.model.get_video_features, pixels)
+        if kept:
+            yield kept[row].read(row_ids, features)
+            continue
         cache = DynamicCache(config=model.config)
-        prefill(model, cache, ids[row, mask[row]][:-1].tolist(), model.model.get_video_features(pixels))
+        prefill(model, cache, row_ids, features())
         yield cache
 
 
-def prefill_batch(model: CogVLM2VideoForConditionalGeneration, inputs: Mapping[str, torch.Tensor]) -> PreallocatedCache:
+def prefill_batch(
+    model: CogVLM2VideoForConditionalGeneration,
+    inputs: Mapping[str, torch.Tensor],
+    kept: Sequence[PromptCache] = (),
+) -> PreallocatedCache:
     """One cache for all prompts of a batch, filled but for each prompt's last token, which `generate()` reads.
 
     Args:
         model: the model.
         inputs: from the processor, on the model's device: B rows, padded on the left to N positions.
+        kept: as in `prefill_each`.
 
     Returns:
         N - 1 positions of B rows; zeros at padding, which the attention mask hides.
     """
     num_rows, end = len(inputs["input_ids"]), inputs["input_ids"].shape[1] - 1
     batch = PreallocatedCache(model.config)
-    for row, cache in enumerate(prefill_each(model, inputs)):
+    for row, cache in enumerate(prefill_each(model, inputs, kept)):
         start, layers = end - cache.get_seq_length(), layer_tensors(cache)
         if row == 0:
             for number, (keys, _) in enumerate(layers):

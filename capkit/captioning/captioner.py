@@ -139,13 +139,13 @@ class Captioner:
 
         Args:
             clip: from `load_clip` or `Clip.from_frames`.
-            prompt: a text, a `Prompt`, or a dictionary of its fields.
+            prompt: a text, a `Prompt`, a dictionary of its fields, or a list of questions, see `Prompt.steps`.
             decoding: a `Decoding`, or a dictionary of its fields.
 
         Raises:
             ValueError: as in `Prompt` and `Decoding`, or frames and prompt are beyond the model's context length.
         """
-        return self.caption_batch([clip], prompt, decoding)[0]
+        return self.caption_batch([clip], [prompt], decoding)[0]
 
     def caption_batch(
         self,
@@ -161,7 +161,7 @@ class Captioner:
 
         Args:
             clips: as in `caption`.
-            prompts: one prompt for all, or one for each clip.
+            prompts: one prompt for all, or a list of one for each clip.
             decoding: as in `caption`, the same for all.
             batch_size: clips in a batch; None for all of them.
 
@@ -176,16 +176,17 @@ class Captioner:
         if isinstance(clips, (Clip, str, os.PathLike)):
             raise TypeError(f"clips: must be a list of clips, not {reprlib.repr(clips)}; caption() takes one clip")
         pairs = zip(clips, map(Prompt.of, one_prompt_each(prompts, len(clips))), strict=True)
-        rows = [(clip, prompt, self._limit(clip, prompt, decoding)) for clip, prompt in pairs]
+        rows = list(pairs)
+        limits = {self._limit(clip, prompt, decoding) for clip, prompt in rows}
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: must be at least 1, or None for all clips together")
         size, longest = batch_size or max(len(clips), 1), max(map(len, clips), default=1)
-        if decoding.num_beams > 1 and len({limit for _, _, limit in rows}) > 1:
+        if decoding.num_beams > 1 and (len(limits) > 1 or any(prompt.steps for _, prompt in rows)):
             size = 1
         while size > 1 and size * longest >= self._oom_frames:
             size //= 2
 
-        def run(batch: Sequence[tuple[Clip, Prompt, int]]) -> list[Caption]:
+        def run(batch: Sequence[tuple[Clip, Prompt]]) -> list[Caption]:
             return self._request(batch, decoding).run()
 
         def remember(size: int) -> None:
@@ -227,6 +228,8 @@ class Captioner:
     def stream(self, clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, decoding: DecodingLike = GREEDY) -> CaptionStream:
         """Caption one clip and get the text as it is generated: iterate over the result for pieces of text.
 
+        Of a prompt with steps, the last answer comes in pieces, once the others are complete.
+
         Raises:
             ValueError: as in `caption`, or beam search, which has no text before its end.
         """
@@ -234,7 +237,8 @@ class Captioner:
         if decoding.num_beams > 1:
             raise ValueError(f"num_beams={decoding.num_beams}: beam search has no text before its end; use caption()")
         prompt = Prompt.of(prompt)
-        return CaptionStream(self._request([(clip, prompt, self._limit(clip, prompt, decoding))], decoding))
+        self._limit(clip, prompt, decoding)  # raises here, not in the thread
+        return CaptionStream(self._request([(clip, prompt)], decoding))
 
     def score(self, clip: Clip, caption: Caption | str, prompt: PromptLike | None = None) -> Score:
         """Log probabilities of a caption's tokens under the model.
@@ -244,14 +248,14 @@ class Captioner:
             caption: a `Caption`, whose `token_ids` are scored, so that the sum equals that of its `logprobs`; or a
                 text, scored as a continuation of the prompt without an end token. If the prompt has an answer prefix,
                 the text begins with it, and what follows is scored.
-            prompt: None is the `Caption`'s prompt, and for a text the default prompt. A text replaces only the text of
-                the `Caption`'s prompt.
+            prompt: None is the `Caption`'s prompt, after the answers to its steps, and for a text the default prompt.
+                A text replaces only the text of the `Caption`'s prompt.
 
         Raises:
             ValueError: an empty text, one that lacks the answer prefix or ends with it, one that is beyond the model's
                 context length, or as in `caption`.
         """
-        own_prompt = caption.prompt if isinstance(caption, Caption) else Prompt()
+        own_prompt = caption.asked if isinstance(caption, Caption) else Prompt()
         if prompt is not None:
             own_prompt = replace(own_prompt, text=prompt) if isinstance(prompt, str) else Prompt.of(prompt)
         if isinstance(caption, Caption):
@@ -266,6 +270,8 @@ class Captioner:
     def tokens_that_fit(self, clip: Clip, prompt: PromptLike = DEFAULT_PROMPT) -> int:
         """New tokens that fit behind a clip and a prompt, by the model's context length (`max_position_embeddings`).
 
+        Of a prompt with steps: behind all its questions, for all the answers together.
+
         Raises:
             ValueError: none fits, or the prompt contains the token that marks image positions.
         """
@@ -275,5 +281,5 @@ class Captioner:
         decoding.check_prefix(prompt.answer_prefix)
         return min(decoding.max_new_tokens, self.tokens_that_fit(clip, prompt))
 
-    def _request(self, rows: Sequence[tuple[Clip, Prompt, int]], decoding: Decoding) -> Request:
+    def _request(self, rows: Sequence[tuple[Clip, Prompt]], decoding: Decoding) -> Request:
         return Request(self.model, self.processor, self._graph_decoder, rows, decoding)

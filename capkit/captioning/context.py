@@ -23,6 +23,7 @@ def tokens_that_fit(
     """New tokens that fit behind a clip and a prompt, by the model's `max_position_embeddings`.
 
     The patches of a frame share a position, so that 24 numbered frames take about 97.
+    Of a prompt with steps: behind all its questions, for all the answers together.
 
     Raises:
         ValueError: none fits, or as in `CogVLM2VideoProcessor.text_ids`.
@@ -31,13 +32,14 @@ def tokens_that_fit(
     if not isinstance(clip, Clip):
         made = "load_clip(path) reads one from a file, Clip.from_frames(frames) makes one of frames"
         raise TypeError(f"clip: must be a Clip, not {reprlib.repr(clip)}; {made}")
+    prompt = prompt.after([""] * len(prompt.steps))
     most, num_text = model.config.max_position_embeddings, len(processor.text_ids(prompt))
     positions = rotary_position_ids(torch.tensor([processor.video_ids(clip, prompt)]), model.config.video_token_id)
     num_video = int(positions[0, -1]) + 1
     if (left := most - num_video - num_text) > 0:
         return left
     num_history = num_text - len(processor.text_ids(replace(prompt, history=())))
-    longest = {num_video: "use fewer frames", num_history: "shorten the history"}
+    longest = {num_video: "use fewer frames", num_history: "shorten the history, to which answers to steps belong"}
     advice = longest.get(max(num_video, num_history, num_text - num_history), "shorten the prompt")
     raise ValueError(
         f"the model reads at most {most} positions (max_position_embeddings), and new tokens need some of them: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import queue
 import sys
 import threading
@@ -17,8 +18,10 @@ import torch
 from transformers import BatchFeature, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from capkit.captioning.caches import PreallocatedCache, prefill_batch
+from capkit.captioning.caches import PreallocatedCache, PromptCache, prefill_batch
+from capkit.captioning.chains import ask_steps, next_question
 from capkit.captioning.choosing import Chooser, RowChoosers, chosen_logprobs, draw_key
+from capkit.captioning.context import tokens_that_fit
 from capkit.captioning.decoding import Decoding
 from capkit.captioning.graphs import GraphDecoder
 from capkit.cogvlm2 import (
@@ -44,7 +47,9 @@ class Caption:
             temperature, top-k, top-p and penalties.
         finish_reason: "eos", "length" (max_new_tokens reached, or the model's context length) or "stopped".
         prompt, decoding: the settings.
-        seconds: generation time; in a batch, the batch's time divided by its size.
+        seconds: generation time, of the steps too; in a batch, the batch's time divided by its size.
+        steps: each of the prompt's steps with the answer to it; fewer if it was stopped before.
+        step_finish_reasons: as `finish_reason`, of each step.
     """
 
     text: str
@@ -54,21 +59,40 @@ class Caption:
     prompt: Prompt
     decoding: Decoding
     seconds: float
+    steps: tuple[tuple[str, str], ...] = ()
+    step_finish_reasons: tuple[str, ...] = ()
 
     @property
     def mean_logprob(self) -> float:
-        """Mean of `logprobs`, in nats a token."""
-        return float(np.mean(self.logprobs))
+        """Mean of `logprobs`, in nats a token; NaN without tokens."""
+        return float(np.mean(self.logprobs)) if self.logprobs else math.nan
+
+    @property
+    def asked(self) -> Prompt:
+        """The question that `text` answers, with the steps and their answers as its history."""
+        return self.prompt.after([answer for _, answer in self.steps])
+
+    def with_steps(self, prompt: Prompt, answers: Sequence[Caption]) -> Caption:
+        """The answer to a prompt that has steps, from that to its last question, and the answers to its steps."""
+        if not answers:
+            return self
+        return replace(
+            self,
+            prompt=prompt,
+            seconds=self.seconds + sum(answer.seconds for answer in answers),
+            steps=tuple((step, answer.text.strip()) for step, answer in zip(prompt.steps, answers, strict=False)),
+            step_finish_reasons=tuple(answer.finish_reason for answer in answers),
+        )
 
     def __repr__(self) -> str:
         return f"Caption({self.text!r}, {len(self.token_ids)} tokens, {self.finish_reason})"
 
 
 class Request:
-    """A batch of clips and prompts to be captioned: inputs are made at once, `run` generates.
+    """A batch of clips and prompts to be captioned: pixels are made at once, `run` generates.
 
-    Each clip and prompt comes with the limit of its new tokens: `max_new_tokens`, or fewer where fewer fit. In beam
-    search all must have the same limit, as it decides which beams are kept.
+    In beam search all must have the same limit of new tokens, as it decides which beams are kept: `max_new_tokens`, or
+    fewer where fewer fit.
     """
 
     def __init__(
@@ -76,63 +100,96 @@ class Request:
         model: CogVLM2VideoForConditionalGeneration,
         processor: CogVLM2VideoProcessor,
         graph_decoder: GraphDecoder,
-        rows: Sequence[tuple[Clip, Prompt, int]],
+        rows: Sequence[tuple[Clip, Prompt]],
         decoding: Decoding,
     ) -> None:
-        clips, self.prompts, self.limits = zip(*rows, strict=True)
+        self.clips, self.prompts = zip(*rows, strict=True)
         self.model, self.processor, self.graph_decoder = model, processor, graph_decoder
         self.decoding = decoding
-        self.inputs = processor(clips, self.prompts)
-        self.draw_keys = [*map(draw_key, clips)]
-        self.prefixes = [*map(processor.prefix_ids, self.prompts)]
+        self.pixels = [torch.from_numpy(clip.pixels(processor.image_size)) for clip in self.clips]
+        self.draw_keys = [*map(draw_key, self.clips)]
         self.stop = threading.Event()
 
     @torch.inference_mode()
     def run(self, streamer: BaseStreamer | None = None) -> list[Caption]:
+        prompts, has_steps = self.prompts, any(prompt.steps for prompt in self.prompts)
+        # What was read of each clip stays for its next question.
+        kept = [PromptCache(self.model) for _ in prompts] if has_steps else []
+        answers = ask_steps(prompts, partial(self._answer, kept=kept, is_step=True), self.stop.is_set)
+        if has_steps and self.stop.is_set():
+            captions = [Caption("", [], [], "stopped", prompt, self.decoding, 0.0) for prompt in prompts]
+        else:
+            last = [*map(next_question, prompts, answers)]
+            captions = self._answer(range(len(prompts)), last, kept, streamer=streamer)
+        return [*map(Caption.with_steps, captions, prompts, answers)]
+
+    def _answer(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Prompt],
+        kept: Sequence[PromptCache],
+        is_step: bool = False,
+        streamer: BaseStreamer | None = None,
+    ) -> list[Caption]:
+        """Captions of some of the clips, with prompts without steps; of a step, log probabilities may be left out."""
         started = time.perf_counter()
-        inputs, decoding = self.inputs.to(self.model.device), self.decoding
-        graphs = self.graph_decoder
+        model, processor, decoding, graphs = self.model, self.processor, self.decoding, self.graph_decoder
+        asked = [(self.clips[row], prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        limits = [min(decoding.max_new_tokens, tokens_that_fit(model, processor, *one)) for one in asked]
+        pixels = torch.cat([self.pixels[row] for row in rows])
+        ids = processor.pad([processor.prompt_ids(*one) for one in asked])
+        inputs = BatchFeature(ids | {"pixel_values_videos": pixels}).to(model.device)
+        draw_keys, kept = [self.draw_keys[row] for row in rows], [kept[row] for row in rows] if kept else []
+        prefixes = [*map(processor.prefix_ids, prompts)]
         # The graphs serve one thread at a time; others decode without.
         if decoding.num_beams == 1 and graphs.is_useful and graphs.lock.acquire(blocking=False):
             try:
-                limited = [replace(decoding, max_new_tokens=limit) for limit in self.limits]
-                choosers = RowChoosers(limited, self.draw_keys, self.processor.tokenizer, self.prefixes)
-                ends = partial(is_end, config=self.model.config)
-                rows, logprobs = graphs.caption(inputs, choosers, ends, self.stop, streamer)
+                limited = [replace(decoding, max_new_tokens=limit) for limit in limits]
+                choosers = RowChoosers(limited, draw_keys, processor.tokenizer, prefixes)
+                ends = partial(is_end, config=model.config)
+                new_ids, logprobs = graphs.caption(inputs, choosers, ends, self.stop, streamer, kept)
             finally:
                 graphs.lock.release()
         else:
-            rows, logprobs = self._generate(inputs, streamer)
+            new_ids, logprobs = self._generate(inputs, limits, draw_keys, prefixes, kept, is_step, streamer)
         seconds = (time.perf_counter() - started) / len(rows)
         return [
-            make_caption(ids, row_logprobs, prompt, decoding, limit, seconds, self.model, self.processor)
-            for ids, row_logprobs, prompt, limit in zip(rows, logprobs, self.prompts, self.limits, strict=True)
+            make_caption(ids, row_logprobs, prompt, decoding, limit, seconds, model, processor)
+            for ids, row_logprobs, prompt, limit in zip(new_ids, logprobs, prompts, limits, strict=True)
         ]
 
     def _generate(
-        self, inputs: BatchFeature, streamer: BaseStreamer | None
+        self,
+        inputs: BatchFeature,
+        limits: Sequence[int],
+        draw_keys: Sequence[int],
+        prefixes: Sequence[Sequence[int]],
+        kept: Sequence[PromptCache],
+        is_step: bool,
+        streamer: BaseStreamer | None,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """New tokens of each row, and their log probabilities."""
-        decoding, num_rows, config = self.decoding, len(self.prompts), self.model.config
+        decoding, num_rows, config = self.decoding, len(limits), self.model.config
         # A copy that shares the weights: generate() fills what GenerationConfig leaves open from the model's, and would
         # compare the context length with the number of ids. Its annotations do not accept the model's class.
         model: Any = copy.copy(self.model)
         model.generation_config, model.config = GenerationConfig(), copy.copy(config)
         model.config.max_position_embeddings = sys.maxsize
         prompt_length, beams = inputs["input_ids"].shape[1], decoding.num_beams > 1
-        tokenizer = self.processor.tokenizer
-        chooser = Chooser([decoding] * num_rows, self.draw_keys, prompt_length, tokenizer, self.prefixes)
+        chooser = Chooser([decoding] * num_rows, draw_keys, prompt_length, self.processor.tokenizer, prefixes)
         of_beams = [*filter(None, [chooser.steering]), *chooser.penalties]
         cache, pixels = PreallocatedCache(config), inputs["pixel_values_videos"]
-        if num_rows > 1 and not beams:
-            cache, pixels = prefill_batch(model, inputs), None
+        if kept or (num_rows > 1 and not beams):
+            cache, pixels = prefill_batch(model, inputs, kept), None
+            if beams:
+                cache.batch_repeat_interleave(decoding.num_beams)
         new_ids = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             past_key_values=cache,
             pixel_values_videos=pixels,
             generation_config=GenerationConfig(
-                max_new_tokens=max(self.limits),
+                max_new_tokens=max(limits),
                 num_beams=decoding.num_beams,
                 do_sample=False,  # the chooser samples
                 bos_token_id=config.bos_token_id,
@@ -143,9 +200,9 @@ class Request:
             stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
             streamer=streamer,
         )[:, prompt_length:].tolist()
-        rows = [until_end(row[:limit], config) for row, limit in zip(new_ids, self.limits, strict=True)]
+        rows = [until_end(row[:limit], config) for row, limit in zip(new_ids, limits, strict=True)]
         if beams:  # rows change places between steps, so that log probabilities are computed afterwards
-            return rows, continuation_logprobs(model, inputs, rows)
+            return rows, [[] for _ in rows] if is_step else continuation_logprobs(model, inputs, rows)
         return rows, torch.stack(chooser.logprobs, 1).tolist()
 
 
@@ -163,7 +220,9 @@ def make_caption(
 
     Warns where the model's context length ended it: `limit` was reached, which is below `max_new_tokens`.
     """
-    finish_reason = "eos" if is_end(ids[-1], model.config) else "length" if len(ids) >= limit else "stopped"
+    finish_reason = "length" if len(ids) >= limit else "stopped"
+    if ids and is_end(ids[-1], model.config):
+        finish_reason = "eos"
     if finish_reason == "length" and limit < decoding.max_new_tokens:
         warn(  # without the caption's numbers, so that it is shown once
             f"a caption was ended by the model's context length, {model.config.max_position_embeddings} positions "

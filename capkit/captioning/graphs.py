@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers.generation.streamers import BaseStreamer
 
-from capkit.captioning.caches import layer_tensors, prefill_each
+from capkit.captioning.caches import PromptCache, layer_tensors, prefill_each
 from capkit.captioning.choosing import RowChoosers
 from capkit.cogvlm2 import loading, rotary_position_ids
 from capkit.text import warn
@@ -94,11 +94,11 @@ class DecodingStep:
             self.values[number][rows, :, start:end] = values
         self.mask[rows, :, start:end] = 0
 
-    def read(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Begin with the prompts of a batch: prefill from the processor's inputs."""
+    def read(self, inputs: Mapping[str, torch.Tensor], kept: Sequence[PromptCache] = ()) -> None:
+        """Begin with the prompts of a batch: prefill from the processor's inputs; `kept` as in `prefill_each`."""
         ids = inputs["input_ids"]
         self.begin(ids.shape[1] - 1)
-        for row, cache in enumerate(prefill_each(self.model, inputs)):
+        for row, cache in enumerate(prefill_each(self.model, inputs, kept)):
             self.write([row], self.length, layer_tensors(cache))
         self.ids[: len(ids)] = ids[:, -1:]
         self.positions[: len(ids)] = rotary_position_ids(ids, self.model.config.video_token_id)[:, -1:]
@@ -273,11 +273,12 @@ class GraphDecoder:
         is_end: Callable[[int], bool],
         stop: threading.Event,
         streamer: BaseStreamer | None = None,
+        kept: Sequence[PromptCache] = (),
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """New tokens of each row of a batch, and their log probabilities: see `decode`."""
+        """New tokens of each row of a batch, and their log probabilities: see `decode`; `kept` as in `prefill_each`."""
         num_rows, length = inputs["input_ids"].shape
         step = self.step(num_rows, length + min(max(choosers.max_new_tokens), FIRST_TOKENS))
-        step.read(inputs)
+        step.read(inputs, kept)
         if streamer is not None:
             streamer.put(inputs["input_ids"])
         return self.decode(step, choosers, is_end, stop, streamer)

@@ -7,7 +7,9 @@ first row.
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,8 +20,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from capkit.captioning.caches import PreallocatedCache, crop, layer_tensors, prefill
+from capkit.captioning.caches import PreallocatedCache, PromptCache, crop, layer_tensors
 from capkit.captioning.captioner import Captioner
+from capkit.captioning.chains import ask_steps, next_question
 from capkit.captioning.choosing import RowChoosers, draw_key
 from capkit.captioning.decoding import Decoding
 from capkit.captioning.generate import Caption, is_end, make_caption
@@ -51,28 +54,48 @@ class SharedVideo:
     def __init__(self, captioner: Captioner, clip: Clip) -> None:
         self.captioner, self.clip = captioner, clip
         self._features: torch.Tensor | None = None
-        self._ids: list[int] = []
-        self._cache: PreallocatedCache | None = None
+        self._kept = PromptCache(captioner.model)
 
     def caption(self, branches: Sequence[tuple[PromptLike, Decoding]]) -> Iterator[Caption]:
         """A caption for each (prompt, decoding), in order: that of `Captioner.caption` (token for token in float32).
 
         Consecutive branches with the same frame numbers are decoded together, except in beam search. When memory runs
-        out, the number of branches is halved.
+        out, the number of branches is halved. Steps that several prompts share are answered once for each decoding.
 
         Raises:
             ValueError: as in `Captioner.caption`, before any branch is decoded.
             torch.OutOfMemoryError: one branch alone does not fit.
         """
+        pairs = [(Prompt.of(prompt), decoding) for prompt, decoding in branches]
+        for prompt, decoding in pairs:
+            decoding.check_prefix(prompt.answer_prefix)
+        for prompt in {prompt for prompt, _ in pairs}:
+            self.captioner.tokens_that_fit(self.clip, prompt)
+
+        def ask(places: Sequence[int], prompts: Sequence[Prompt]) -> list[Caption]:
+            asked = [(prompt, pairs[place][1]) for place, prompt in zip(places, prompts, strict=True)]
+            times = Counter(asked)
+            made = dict(zip(times, self._answer([*times]), strict=True))
+            return [replace(made[branch], seconds=made[branch].seconds / times[branch]) for branch in asked]
+
+        # In beam search, the captioner asks the steps itself.
+        chains = [replace(prompt, steps=()) if decoding.num_beams > 1 else prompt for prompt, decoding in pairs]
+        answers = ask_steps(chains, ask)
+        last = [
+            (prompt if decoding.num_beams > 1 else next_question(prompt, given), decoding)
+            for (prompt, decoding), given in zip(pairs, answers, strict=True)
+        ]
+        for caption, (prompt, _), given in zip(self._answer(last), pairs, answers, strict=True):
+            yield caption.with_steps(prompt, given)
+
+    def _answer(self, pairs: Sequence[Branch]) -> Iterator[Caption]:
+        """A caption for each branch; only those in beam search may have steps."""
         most = MAX_BRANCHES
 
         def remember(num_branches: int) -> None:
             nonlocal most
             most = num_branches // 2 or 1
 
-        pairs = [(Prompt.of(prompt), decoding) for prompt, decoding in branches]
-        for prompt, decoding in pairs:
-            decoding.check_prefix(prompt.answer_prefix)
         fitting = {
             prompt: self.captioner.tokens_that_fit(self.clip, prompt) for prompt in {prompt for prompt, _ in pairs}
         }
@@ -91,13 +114,17 @@ class SharedVideo:
         started = time.perf_counter()
         model, processor = self.captioner.model, self.captioner.processor
         limits = [min(decoding.max_new_tokens, fitting[prompt]) for prompt, decoding in branches]
-        video_ids = processor.video_ids(self.clip, branches[0][0])
+        prefix = processor.video_ids(self.clip, branches[0][0])
         prompts = list(dict.fromkeys(prompt for prompt, _ in branches))
         prompt_of_branch = [prompts.index(prompt) for prompt, _ in branches]
-        cache = self._video_cache(video_ids)
+        texts = [*map(processor.text_ids, prompts)]
+        if all(prompt.history for prompt in prompts):  # what the texts begin with is read once, and kept with the video
+            num_shared = min(len(os.path.commonprefix(texts)), min(map(len, texts)) - 1)
+            prefix += texts[0][:num_shared]
+            texts = [text[num_shared:] for text in texts]
+        cache = self._kept.read(prefix, self._encoded)
         try:
-            row = SharedRow(model, cache, video_ids)
-            texts = [*map(processor.text_ids, prompts)]
+            row = SharedRow(model, cache, prefix)
             hidden = torch.stack([states[-1] for states in row.prefill(texts)])
             prefilled = time.perf_counter()
             decodings = [replace(branch[1], max_new_tokens=most) for branch, most in zip(branches, limits, strict=True)]
@@ -113,7 +140,7 @@ class SharedVideo:
             else:
                 new_ids, logprobs = _decode_branches(row, hidden[prompt_of_branch], prompt_of_branch, choosers)
         finally:
-            crop(cache, len(video_ids))
+            crop(cache, len(prefix))
         # Prefill time is split evenly; decoding time in proportion to tokens.
         prefill_seconds = (prefilled - started) / len(branches)
         token_seconds = (time.perf_counter() - prefilled) / sum(map(len, new_ids))
@@ -122,16 +149,11 @@ class SharedVideo:
             for branch, most, ids, row_logprobs in zip(branches, limits, new_ids, logprobs, strict=True)
         ]
 
-    def _video_cache(self, video_ids: list[int]) -> PreallocatedCache:
-        """Cache of bos, frames and frame numbers; only the last one is kept."""
+    def _encoded(self) -> torch.Tensor:
+        """The frames' features."""
         if self._features is None:
             self._features = encode_frames(self.captioner, self.clip)
-        if self._cache is None or self._ids != video_ids:
-            self._cache = None  # freed before the next one is allocated
-            cache = PreallocatedCache(self.captioner.model.config)
-            prefill(self.captioner.model, cache, video_ids, self._features)
-            self._ids, self._cache = video_ids, cache
-        return self._cache
+        return self._features
 
 
 @torch.inference_mode()
@@ -146,7 +168,8 @@ class SharedRow:
 
     Args:
         model: the model.
-        cache: keys and values of the video; those of the parts are added, crop it afterwards.
+        cache: keys and values of the video, and of what all texts begin with; those of the parts are added, crop it
+            afterwards.
         video_ids: ids of what the cache holds.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from capkit.text import unknown_name
@@ -33,11 +33,13 @@ class Prompt:
             clip's start in whole "seconds". The two are equal at one frame a second.
         answer_prefix: what the caption begins with, after `Answer:` and a space; the model goes on from there. It
             belongs to the caption's text, not to its tokens and their log probabilities.
+        steps: questions that are asked before, a list or tuple of texts: the model answers each, seeing the earlier
+            questions and its answers as history; its answer to `text` is the caption. Under "chat" and "vqa".
 
     Raises:
         ValueError: unknown template or frame numbers, an empty text, one that is longer than 100,000 characters or not
-            UTF-8, history that is not pairs of texts, an answer prefix that begins or ends with white space, or a
-            setting that has no effect in combination with the others.
+            UTF-8, history that is not pairs of texts, an answer prefix that begins or ends with white space, steps that
+            are no texts, or a setting that has no effect in combination with the others.
     """
 
     text: str = DEFAULT_PROMPT
@@ -45,16 +47,19 @@ class Prompt:
     history: Sequence[tuple[str, str]] = ()
     frame_numbers: str = "index"
     answer_prefix: str = ""
+    steps: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (("template", TEMPLATES), ("frame_numbers", FRAME_NUMBERS)):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-        if problem := _problem(self.text):
-            raise ValueError(f"prompt={reprlib.repr(self.text)}: {problem}")
+        if not isinstance(self.steps, (list, tuple)):
+            raise ValueError(f"steps={reprlib.repr(self.steps)}: must be a list of questions")
         prefix = self.answer_prefix
-        if prefix != "" and (problem := _problem(prefix)):
-            raise ValueError(f"answer_prefix={reprlib.repr(prefix)}: {problem}")
+        texts = [("prompt", self.text), *(("steps", step) for step in self.steps)]
+        for name, text in [*texts, *([("answer_prefix", prefix)] if prefix != "" else [])]:
+            if problem := _problem(text):
+                raise ValueError(f"{name}={reprlib.repr(text)}: {problem}")
         if prefix != prefix.strip():
             raise ValueError(f"answer_prefix={prefix!r}: must not begin or end with white space")
         for turn in self.history if isinstance(self.history, (list, tuple)) else [self.history]:
@@ -62,10 +67,12 @@ class Prompt:
                 raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
         # Strings of NumPy and the like become Python's.
         object.__setattr__(self, "history", tuple((str(question), str(answer)) for question, answer in self.history))
+        object.__setattr__(self, "steps", tuple(map(str, self.steps)))
         for name in ("text", "template", "frame_numbers", "answer_prefix"):
             object.__setattr__(self, name, str(getattr(self, name)))
-        if self.history and self.template == "base":
-            raise ValueError('history: no effect under template "base", which takes the prompt as it is')
+        for name in ("history", "steps"):
+            if getattr(self, name) and self.template == "base":
+                raise ValueError(f'{name}: no effect under template "base", which takes the prompt as it is')
         if self.frame_numbers == "seconds" and self.template != "chat":
             raise ValueError(
                 f'frame_numbers="seconds": no effect under template "{self.template}", which numbers no frames'
@@ -73,7 +80,7 @@ class Prompt:
 
     @classmethod
     def of(cls, prompt: PromptLike) -> Prompt:
-        """A `Prompt` from a `Prompt`, a text, or a dictionary of fields.
+        """A `Prompt` from a `Prompt`, a text, a dictionary of fields, or a list of questions: `steps`, then the text.
 
         Raises:
             ValueError: another type, unknown fields, or as in `Prompt`.
@@ -85,23 +92,45 @@ class Prompt:
             if unknown := sorted(set(prompt) - set(names), key=str):
                 raise ValueError(f"prompt={dict(prompt)!r}: {unknown_name('field', unknown[0], names, 'known')}")
             return cls(**prompt)
+        if isinstance(prompt, (list, tuple)) and prompt:
+            *steps, text = prompt
+            return cls(text, steps=steps)
         return cls(prompt)  # type: ignore[arg-type]  # __post_init__ refuses other types
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prompt:
         """The prompt of a caption record; fields that the record lacks take their defaults."""
-        names = {"prompt": "text"} | {name: name for name in ("template", "history", "frame_numbers", "answer_prefix")}
-        return cls(**{field: record[name] for name, field in names.items() if name in record})
+        names = {"text": "prompt"}
+        names |= {name: name for name in ("template", "history", "frame_numbers", "answer_prefix", "steps")}
+        return cls(**{field: record[name] for field, name in names.items() if name in record})
 
     def to_record(self) -> dict[str, Any]:
-        """The fields as a caption record holds them, in plain JSON values; `answer_prefix` only if there is one."""
+        """The fields as a caption record holds them, in plain JSON values; the last two only where they are given."""
         return {
             "template": self.template,
             "frame_numbers": self.frame_numbers,
             "prompt": self.text,
             "history": [list(turn) for turn in self.history],
             **({"answer_prefix": self.answer_prefix} if self.answer_prefix else {}),
+            **({"steps": list(self.steps)} if self.steps else {}),
         }
+
+    def after(self, answers: Sequence[str]) -> Prompt:
+        """The question that comes after these answers to the first steps: they are its history, and it has no steps.
+
+        Spaces around an answer are left out, as there is one before it in the history already.
+        """
+        if not self.steps:
+            return self
+        turns = zip(self.steps, (answer.strip() for answer in answers), strict=False)
+        question = (*self.steps, self.text)[len(answers)]
+        prefix = self.answer_prefix if len(answers) == len(self.steps) else ""  # of the caption only
+        return replace(self, text=question, history=(*self.history, *turns), answer_prefix=prefix, steps=())
+
+    @property
+    def title(self) -> str:
+        """All questions in a line."""
+        return " → ".join((*self.steps, self.text))
 
     def numbers(self, clip: Clip) -> list[int | None]:
         """The number after each frame of a clip; None under templates without frame numbers."""
@@ -113,7 +142,13 @@ class Prompt:
 
     @property
     def full_text(self) -> str:
-        """The text after the frames, as written by the original's `build_conversation_input_ids`."""
+        """The text after the frames, as written by the original's `build_conversation_input_ids`.
+
+        Raises:
+            ValueError: there are steps, whose answers are not known; see `after`.
+        """
+        if self.steps:
+            raise ValueError("steps: are asked one after another, so that there is no one text; see Prompt.after")
         if self.template == "base":
             return self.text
         answer = _ANSWER[self.template]
@@ -134,5 +169,5 @@ def _problem(text: Any) -> str:
     return ""
 
 
-PromptLike = Prompt | str | dict[str, Any]
+PromptLike = Prompt | str | dict[str, Any] | list[str] | tuple[str, ...]
 """What `Prompt.of` takes."""

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from capkit.runs import CaptionStore, Records, window_name
+from capkit.runs import CaptionStore, Records, setting, window_name
 from capkit.text import plain_text, plural, unknown_name
 
 SETTINGS = (
-    *("prompt", "answer_prefix", "template", "history", "frame_numbers", "decoding", "frame_sampling", "sample"),
+    *("prompt", "answer_prefix", "steps", "template", "history", "frame_numbers", "decoding", "frame_sampling"),
+    "sample",
     *("model", "model_fingerprint", "dtype", "quantization"),
 )
 """Fields of a record in which captions of one clip can differ, and which `choose` may name."""
@@ -174,6 +175,8 @@ def _matches(record: dict[str, Any], choice: Choice) -> bool:
         return "edited_text" in record
     for name, wanted in choice.items():
         value = record.get(name)
+        if wanted == setting(record, name):  # a prompt with its fields
+            continue
         if isinstance(value, Mapping) and isinstance(wanted, Mapping):
             value = {key: value[key] for key in wanted if key in value}
         if value != wanted:

@@ -19,7 +19,7 @@ import pandas as pd
 from capkit.captioning import Decoding
 from capkit.files import append_line, read_lines
 from capkit.playground.controls import button
-from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, is_stopped
+from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, is_stopped, prompt_title
 from capkit.sweep import OUTCOMES, bradley_terry, bradley_terry_pairs
 from capkit.text import escape
 from capkit.video import FrameSampling
@@ -39,7 +39,7 @@ def has_settings(record: dict[str, Any]) -> bool:
 
 def variant_name(record: dict[str, Any]) -> str:
     """What a caption was made with: its prompt and `settings_name`."""
-    return f"{record['prompt']} · {settings_name(record)}"
+    return f"{prompt_title(record)} · {settings_name(record)}"
 
 
 def settings_name(record: dict[str, Any]) -> str:

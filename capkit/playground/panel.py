@@ -19,7 +19,16 @@ from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
 from capkit.playground.blind import has_settings, settings_name
 from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls
-from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, new_record, request_settings
+from capkit.runs import (
+    CaptionStore,
+    CaptionStoreLike,
+    asked_prompt,
+    clip_id,
+    new_record,
+    prompt_title,
+    request_settings,
+    setting,
+)
 from capkit.sweep import PROMPT_PRESETS
 from capkit.text import escape, plain_text
 from capkit.video import Clip, FrameSampling, VideoError, load_clip
@@ -86,19 +95,19 @@ class Playground(widgets.VBox):
         self.picture = widgets.HTML()  # unlike widgets.Image it has an alternative text for screen readers
         self.about_frame = widgets.HTML()
         self.preset = widgets.Dropdown(options=["", *PROMPT_PRESETS], description="preset", layout=WIDE)
-        earlier = dict.fromkeys(record["prompt"] for record in self._stored)
+        earlier = dict.fromkeys(setting(record, "prompt") for record in self._stored)
         self.earlier_prompts = widgets.Dropdown(options=["", *earlier], description="earlier", layout=WIDE)
         # Synchronized with every key: on leaving the box only, the click on Caption could overtake the new text.
         self.prompt = widgets.Textarea(PROMPT_PRESETS["default"][0], description="prompt", rows=3, layout=WIDE)
+        self.steps = widgets.Textarea(description="asked before", placeholder="a question a line", rows=2, layout=WIDE)
         self._prompt_controls, self._frame_controls = prompt_controls(), frame_controls()
         self._decoding_controls = decoding_controls()
         for name, control in (self._prompt_controls | self._frame_controls | self._decoding_controls).items():
             setattr(self, name, control)
-        self.explained = widgets.HTML()
+        self.explained, self.message = widgets.HTML(), widgets.HTML()
         self.caption_button = button("Caption", self.start, button_style="primary", icon="play")
         self.stop_button = button("Stop", self.stop, icon="stop", disabled=True)
         self.words = widgets.HTML()  # of the caption that is being made
-        self.message = widgets.HTML()
         self.cards = widgets.GridBox(layout=_CARDS)
         super().__init__([self._top(), self.cards])
         self._observe()
@@ -111,11 +120,10 @@ class Playground(widgets.VBox):
         add = widgets.HBox([self.upload, self.path])
         clip = [self.video, add, self.picture, self.frame, self.about_frame, *self._frame_controls.values()]
         controls = [*self._prompt_controls.values(), *self._decoding_controls.values()]
-        settings = [self.preset, self.earlier_prompts, self.prompt, widgets.GridBox(controls, layout=_GRID)]
-        settings = widgets.VBox([*settings, self.explained])
+        asked = [self.preset, self.earlier_prompts, self.steps, self.prompt]
         buttons = widgets.HBox([self.caption_button, self.stop_button])
+        right = [*asked, widgets.GridBox(controls, layout=_GRID), self.explained, buttons, self.message, self.words]
         left = widgets.VBox(clip, layout={"flex": "1 1 300px", "min_width": "0"})
-        right = [settings, buttons, self.message, self.words]
         right = widgets.VBox(right, layout={"flex": "2 1 400px", "min_width": "0"})
         return widgets.Box([left, right], layout={"display": "flex", "flex_flow": "row wrap", "grid_gap": "0 16px"})
 
@@ -151,8 +159,9 @@ class Playground(widgets.VBox):
         Raises:
             ValueError: the prompt is empty.
         """
+        steps = [] if self.template.value == "base" else [*filter(None, map(str.strip, self.steps.value.splitlines()))]
         numbers, prefix = self._effective_frame_numbers(), self.answer_prefix.value.strip()
-        return Prompt(self.prompt.value, self.template.value, frame_numbers=numbers, answer_prefix=prefix)
+        return Prompt(self.prompt.value, self.template.value, (), numbers, prefix, steps)
 
     def frame_sampling(self) -> FrameSampling:
         """The frame sampling that the controls describe."""
@@ -183,6 +192,7 @@ class Playground(widgets.VBox):
             control.disabled = name not in effective
         self.frames_per_second.disabled = self.strategy.value != "fps"
         self.frame_numbers.disabled = self.template.value != "chat"
+        self.steps.disabled = self.template.value == "base"
         if self.num_beams.value > 1:
             reason = "beam search does not sample: temperature, top_p, top_k, min_p and seed have no effect"
         elif self.temperature.value == 0:
@@ -256,7 +266,8 @@ class Playground(widgets.VBox):
             self._show_message("there is no clip to caption: choose one above")
             return
         try:
-            prompt, decoding = self.chosen_prompt(), self.decoding()
+            decoding, settings = self.decoding(), self._settings(self.clip)
+            prompt = asked_prompt(settings, self.clip)
             self._stream = self.captioner.stream(self.clip, prompt, decoding) if decoding.num_beams == 1 else None
         except ValueError as error:
             self._show_message(str(error))
@@ -264,7 +275,7 @@ class Playground(widgets.VBox):
         self._show_message("")
         self.words.value = "<i>reading the frames ...</i>"
         self.caption_button.disabled, self.stop_button.disabled = True, self._stream is None
-        self._thread = threading.Thread(target=self._run, args=(self.clip, prompt, decoding), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(self.clip, settings, prompt, decoding), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -277,7 +288,17 @@ class Playground(widgets.VBox):
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, clip: Clip, prompt: Prompt, decoding: Decoding) -> None:
+    def _settings(self, clip: Clip) -> dict[str, Any]:
+        """A record's settings, with the prompt's fields filled for the clip.
+
+        Raises:
+            ValueError: as in `chosen_prompt`, or a field that has no value.
+        """
+        window = (clip.frame_sampling or "chat", clip.start_seconds, clip.end_seconds)
+        video = clip.info.path or "frames in memory"
+        return request_settings(self.captioner, video, self.chosen_prompt(), self.decoding(), *window)
+
+    def _run(self, clip: Clip, settings: dict[str, Any], prompt: Prompt, decoding: Decoding) -> None:
         """Caption a clip and show the words as they come; beam search has them only at the end."""
         stream, text, updated = self._stream, "", 0.0
         try:
@@ -287,24 +308,23 @@ class Playground(widgets.VBox):
                     style = f"white-space:pre-wrap;{_TEXT}"
                     self.words.value = f'<div dir="auto" style="{style}">{escape(text.lstrip())} ▏</div>'
                     updated = time.monotonic()
-            self._add_result(clip, stream.caption if stream else self.captioner.caption(clip, prompt, decoding))
+            self._add_result(
+                clip, settings, stream.caption if stream else self.captioner.caption(clip, prompt, decoding)
+            )
         except Exception as error:  # whatever it is, it is shown in the panel
             self._show_message(f"{type(error).__name__}: {error}")
         finally:
             self.words.value = ""
             self.caption_button.disabled, self.stop_button.disabled = False, True
 
-    def _add_result(self, clip: Clip, caption: Caption) -> None:
-        video = clip.info.path or "frames in memory"
-        window = (clip.frame_sampling or "chat", clip.start_seconds, clip.end_seconds)
-        settings = request_settings(self.captioner, video, caption.prompt, caption.decoding, *window)
+    def _add_result(self, clip: Clip, settings: dict[str, Any], caption: Caption) -> None:
         record = new_record(settings, caption, clip)
         if self.store is not None:
             self.store.save_strip(settings, clip, self.captioner.processor.image_size)
             self.store.append(record)
         self.results.insert(0, (record, caption))
-        if caption.prompt.text not in self.earlier_prompts.options:
-            self.earlier_prompts.options = ["", caption.prompt.text, *self.earlier_prompts.options[1:]]
+        if (prompt := setting(record, "prompt")) not in self.earlier_prompts.options:
+            self.earlier_prompts.options = ["", prompt, *self.earlier_prompts.options[1:]]
             self._select_prompt(self.prompt.value)
         self._show_results()
 
@@ -333,7 +353,7 @@ class Playground(widgets.VBox):
         marked = escape(text) if is_baseline else mark_differences(record_text(baseline), text)[1]
         mark = " · baseline" if is_baseline else ""
         shown = widgets.HTML(
-            f'<div style="{_TEXT}"><b dir="auto">{escape(record["prompt"])}</b>{mark}'
+            f'<div style="{_TEXT}"><b dir="auto">{escape(prompt_title(record))}</b>{mark}'
             f'<div dir="auto" style="white-space:pre-wrap;margin:6px 0">{marked}</div>'
             f'<div style="{MUTED}">{escape(settings_name(record))}; {caption_facts(record)}</div></div>'
         )
@@ -363,10 +383,10 @@ class Playground(widgets.VBox):
 
     def _to_sweep(self, record: dict[str, Any]) -> None:
         """Write the result's settings as axes for notebook 03."""
-        prefixed = {"text": record["prompt"], "answer_prefix": record.get("answer_prefix")}
-        prefixed |= {name: record[name] for name in ("template", "frame_numbers") if name in record}
+        names = ("steps", "answer_prefix", "template", "frame_numbers")
+        asked = {"text": setting(record, "prompt")} | {name: setting(record, name) for name in names}
         axes = {
-            "prompts": [prefixed if record.get("answer_prefix") else record["prompt"]],
+            "prompts": [{name: value for name, value in asked.items() if value}],
             "decodings": [record["decoding"]],
             "frame_samplings": [{name: value for name, value in record["frame_sampling"].items() if value is not None}],
             "templates": [record["template"]],

@@ -5,6 +5,7 @@ from capkit.files import output_folder
 from capkit.runs.caption import caption_clips, check_numbers
 from capkit.runs.clip_ids import clip_id, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
+from capkit.runs.fields import asked_prompt, check_fields, prompt_title, setting
 from capkit.runs.index import Records, is_stopped
 from capkit.runs.manifests import Item, choose_columns, read_rows
 from capkit.runs.merging import merge, unmerged
@@ -33,6 +34,10 @@ __all__ = [
     "DEMO_CLIPS",
     "Item",
     "find_clips",
+    "asked_prompt",
+    "check_fields",
+    "prompt_title",
+    "setting",
     "choose_columns",
     "read_rows",
     "read_ahead",

@@ -10,6 +10,7 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
+from capkit.runs.fields import asked_prompt
 from capkit.runs.index import is_complete, is_row_error
 from capkit.runs.manifests import Item, check_items
 from capkit.runs.prefetch import Quarantine, read_ahead
@@ -47,7 +48,7 @@ def caption_clips(
         captioner: from `load_captioner`.
         items: from `find_clips`; an item's own prompt replaces the text of `prompt`.
         store: where records and picture strips are written; a `CaptionStore` or its path.
-        prompt: a text or a `Prompt`.
+        prompt: a text or a `Prompt`; fields such as `{name}` are filled clip by clip, see `capkit.runs.fields`.
         decoding: a `Decoding` or a dictionary of its fields.
         frame_sampling: as in `load_clip`.
         batch_size: clips that go through the model together.
@@ -59,7 +60,7 @@ def caption_clips(
 
     Raises:
         StoreBusy: another run is captioning into this store.
-        ValueError: settings that are invalid for every clip.
+        ValueError: settings that are invalid for every clip, or a field of a prompt that a clip has no value for.
         TypeError: `items` holds something else than items, such as a file name.
         OSError: the store cannot be written, for example on a full disk; earlier records are kept.
     """
@@ -80,7 +81,7 @@ def plan_clips(
     """The `request_settings` of each item.
 
     Raises:
-        ValueError: settings that are invalid for every clip.
+        ValueError: settings that are invalid for every clip, or a field of a prompt that a clip has no value for.
         TypeError: something else than an item.
     """
     prompt, decoding, frame_sampling = Prompt.of(prompt), Decoding.of(decoding), FrameSampling.of(frame_sampling)
@@ -88,7 +89,8 @@ def plan_clips(
     planned = []
     for item in check_items(items):
         shared = (prompt, decoding, frame_sampling, item.start, item.end)
-        planned.append(request_settings(captioner, item.video, *shared, own_text=item.prompt, error=item.error))
+        own: dict[str, Any] = {"own_text": item.prompt, "error": item.error, "columns": item.values}
+        planned.append(request_settings(captioner, item.video, *shared, **own))
         if item.reference is not None:
             planned[-1]["reference"] = item.reference
     return planned
@@ -237,7 +239,7 @@ def _caption_batch(captioner: Captioner, pairs: Sequence[tuple[dict[str, Any], C
     if not pairs:
         return
     try:
-        prompts = [Prompt.from_record(settings) for settings, _ in pairs]
+        prompts = [asked_prompt(settings, clip) for settings, clip in pairs]
         captions = captioner.caption_batch([clip for _, clip in pairs], prompts, pairs[0][0]["decoding"])
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         if not isinstance(error, (ValueError, TypeError)) and not is_out_of_memory(error):

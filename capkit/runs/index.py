@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 import numpy.typing as npt
 
+from capkit.runs.fields import setting
 from capkit.runs.lines import naming, read_store
 
 TAIL_BYTES = 4096
@@ -23,7 +24,7 @@ SETTINGS = (
 """What makes two requests one, if only the video's file has changed since."""
 SETTINGS_OF_ROWS = tuple(name for name in SETTINGS if name not in ("start_seconds", "end_seconds", "prompt"))
 """What a row that cannot be used shares with what it becomes once it is right."""
-LATER_SETTINGS = ("answer_prefix",)
+LATER_SETTINGS = ("answer_prefix", "steps")
 """Settings that a record has only if they differ from their default."""
 NO_SUBJECT = 0
 
@@ -224,8 +225,10 @@ def _subject(record: dict[str, Any], names: tuple[str, ...]) -> int:
     """A 64-bit number of these settings; NO_SUBJECT if one is missing."""
     if any(name not in record for name in names):
         return NO_SUBJECT
-    later = [record.get(name) for name in LATER_SETTINGS]
-    return hash(tuple(map(str, [*(record[name] for name in names), *later]))) or 1
+    settings = [setting(record, name) for name in (*names, *LATER_SETTINGS)]
+    if "prompt" in names:  # with `{duration}`, which is the file's, unfilled
+        settings.append(record.get("prompt_fields"))
+    return hash(tuple(map(str, settings))) or 1
 
 
 def is_stopped(record: dict[str, Any]) -> bool:

@@ -26,10 +26,16 @@ _TYPES = {
     **dict.fromkeys(("end_seconds", "duration_seconds", "mean_logprob", "seconds"), _NUMBER | _NONE),
     "num_tokens": frozenset((int,)) | _NONE,
     **dict.fromkeys(("frame_sampling", "decoding"), frozenset((dict,))),
-    "history": frozenset((list,)),
+    **dict.fromkeys(("history", "steps", "step_answers", "step_finish_reasons"), frozenset((list,))),
+    **dict.fromkeys(("prompt_pattern", "answer_prefix_pattern"), _TEXT),
+    "prompt_fields": frozenset((dict,)),
+    **dict.fromkeys(("history_pattern", "steps_pattern"), frozenset((list,))),
     **dict.fromkeys(("frame_indices", "timestamps_seconds", "video_notes"), frozenset((list,)) | _NONE),
 }
-_TYPES_IN_LISTS = {"frame_indices": frozenset((int,)), "timestamps_seconds": _NUMBER, "video_notes": _TEXT}
+_TYPES_IN_LISTS = {
+    **{"frame_indices": frozenset((int,)), "timestamps_seconds": _NUMBER},
+    **dict.fromkeys(("video_notes", "steps", "steps_pattern", "step_answers", "step_finish_reasons"), _TEXT),
+}
 _IN_DECODING = {"forbidden_words": frozenset((list,)), "word_bias": frozenset((dict,))}
 _IN_FRAME_SAMPLING = {"strategy": _TEXT, "num_frames": frozenset((int,)), "frames_per_second": _NUMBER | _NONE}
 

@@ -10,7 +10,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from capkit.cogvlm2 import Prompt
 from capkit.files import open_regular, read_regular
 from capkit.runs.lines import MAX_PATH_CHARACTERS, MAX_TEXT_CHARACTERS
+from capkit.text import encodable
 from capkit.video import check_window, finite_float
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Item:
         reference: a caption to compare with; kept in the record, not shown to the model.
         start, end: window in seconds; end None for the end of the video.
         error: why the clip cannot be captioned; its record has this error, and the video is not read.
+        columns: the manifest's other columns, by name, for fields of a prompt such as `{camera}`.
     """
 
     video: str
@@ -55,6 +57,14 @@ class Item:
     start: float = 0.0
     end: float | None = None
     error: str | None = None
+    columns: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All columns, by each of their names, for the fields of a prompt: see `capkit.runs.fields`."""
+        known = {"video": encodable(self.video), "reference": self.reference}
+        known = {name: value for column, value in known.items() for name in COLUMNS[column]}
+        return known | {"start": self.start, "end": self.end} | dict(self.columns or {})
 
     def __post_init__(self) -> None:
         problems = []
@@ -334,8 +344,12 @@ def _describe(columns: Mapping[str, Sequence[str]]) -> str:
 
 def to_items(rows: Sequence[Row], folder: Path, source: str) -> tuple[list[Item], str]:
     """Items of a table's rows, and what to warn of; relative paths begin at `folder`. See `choose_columns`."""
-    rows, _, note = choose_columns(rows, COLUMNS, source)
-    return [_item(row, folder) for row in rows], note
+    chosen, others, note = choose_columns(rows, COLUMNS, source)
+    if not others:
+        return [_item(row, folder) for row in chosen], note
+    note += f"; a prompt may have them as fields, such as {{{others[0]}}}"
+    columns = ({name: row.cells.get(name) for name in others} for row in rows)
+    return [_item(row, folder, own) for row, own in zip(chosen, columns, strict=True)], note
 
 
 def dictionary_to_item(entries: Mapping[str, Any], place: str) -> tuple[Item, str]:
@@ -351,7 +365,7 @@ def dictionary_to_item(entries: Mapping[str, Any], place: str) -> tuple[Item, st
     return _item(row, Path()), note
 
 
-def _item(row: Row, folder: Path) -> Item:
+def _item(row: Row, folder: Path, columns: Mapping[str, Any] | None = None) -> Item:
     cells = {name: cell for name, cell in row.cells.items() if cell is not None and name in COLUMNS}
     error, video = row.error, cells.pop("video", None)
     if isinstance(video, (str, os.PathLike)) and "://" not in str(video):
@@ -359,7 +373,7 @@ def _item(row: Row, folder: Path) -> Item:
     if video is None:
         error, video = error or "column video: is empty", row.place
     cells |= {name: _number(cells[name]) for name in ("start", "end") if name in cells}
-    item = Item(video, **cells)
+    item = Item(video, **cells, columns=columns)
     if error is None and item.error is not None:
         error = f"column {item.error}"
     return item if error is None else replace(item, error=f"{row.place}, {error}")

@@ -30,6 +30,7 @@ from capkit.runs.caption import (
     plan_clips,
     prepare_clip,
 )
+from capkit.runs.fields import check_fields
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
@@ -97,6 +98,7 @@ def caption_on_ray(
     check_numbers(batch_size, timeout_seconds)
     folder = output_folder(output_dir).absolute()
     items = list(dict.fromkeys(items))
+    check_fields(Prompt.of(prompt), items)
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     if gpus_per_captioner is None:

@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.files import atomic_write, now, output_folder, read_regular, unused_name
 from capkit.runs.caption import caption_planned, check_numbers, current_records, plan_clips
+from capkit.runs.fields import check_fields, fields_of, setting
 from capkit.runs.index import LATER_SETTINGS
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine
@@ -162,6 +163,7 @@ def caption_shard(
                 f"{folder}: holds shards of {' and of '.join(counts)}, this is one of {shard.count}: a run of its "
             )
             warn(f"{message}own, whose shards `merge` will all expect", stacklevel=2)
+        check_fields(Prompt.of(prompt), items)  # before a model is loaded
         captioner = load()
         planned = plan_clips(captioner, cut(shard.of(items)), prompt, decoding, frame_sampling)
         write_plan(folder, shard, items, planned, Prompt.of(prompt))
@@ -205,8 +207,8 @@ def write_plan(
     names = [name for name in (*SETTINGS_OF_RUN, *LATER_SETTINGS) if planned and name in planned[0]]
     plan: dict[str, Any] = {
         "num_shards": shard.count,
-        "items": hashlib.sha256(json.dumps([astuple(item) for item in items]).encode()).hexdigest()[:20],
-        "settings": planned and {name: planned[0][name] for name in names} | {"prompt": prompt.text},
+        "items": hashlib.sha256(json.dumps([_identity(item, prompt) for item in items]).encode()).hexdigest()[:20],
+        "settings": planned and {name: setting(planned[0], name) for name in names} | {"prompt": prompt.title},
     }
     others = []
     for path in plan_files(folder):
@@ -220,6 +222,12 @@ def write_plan(
         "clips": [[settings["request"], settings["video"]] for settings in planned],
     }
     atomic_write(folder / f"{shard.name}.plan.json", json.dumps(plan, ensure_ascii=False))
+
+
+def _identity(item: Item, prompt: Prompt) -> list[Any]:
+    """What makes items the same to a run; a manifest's other columns only as far as the prompt has them as fields."""
+    identity: list[Any] = [item.video, item.prompt, item.reference, item.start, item.end, item.error]
+    return identity + [fields for fields in [fields_of(prompt, item)] if fields]
 
 
 def plan_files(folder: Path) -> list[Path]:

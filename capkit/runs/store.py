@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
 from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now
+from capkit.runs.fields import clip_seconds, fill
 from capkit.runs.index import Records, StoreIndex
 from capkit.runs.lines import MAX_LINE_BYTES, MAX_TEXT_CHARACTERS, check_line, read_store
 from capkit.text import encodable
@@ -219,6 +220,7 @@ def request_settings(
     sample: int = 0,
     own_text: str | None = None,
     error: str | None = None,
+    columns: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The first part of a record: all settings of a request and, as `request`, their digest, by which runs resume.
 
@@ -230,6 +232,10 @@ def request_settings(
         sample: number among repeats of the same request.
         own_text: replaces the text of the prompt; checked only when the clip is read, so that only this clip fails.
         error: why the clip is not to be read; its record will have this error.
+        columns: values of the prompt's fields by name, as of `Item.values`, beside those that the video's path gives.
+
+    Raises:
+        ValueError: a field of the prompt cannot be filled, see `capkit.runs.fields`.
     """
     path = Path(os.path.expanduser(video)).absolute()
     is_address = error is not None and "://" in str(video)
@@ -239,8 +245,11 @@ def request_settings(
         "start_seconds": float(start_seconds),
         "end_seconds": None if end_seconds is None else float(end_seconds),
     }
-    settings = Prompt.of(prompt).to_record() | ({} if own_text is None else {"prompt": own_text})
-    settings |= {
+    asked, has_duration = Prompt.of(prompt).to_record() | ({} if own_text is None else {"prompt": own_text}), False
+    patterns: dict[str, Any] = {}
+    if error is None:
+        asked, patterns, has_duration = fill(asked, str(path), columns or {})
+    settings = asked | {
         "decoding": decoding.to_dict(),
         "sample": sample,
         "model_fingerprint": captioner.fingerprint,
@@ -253,9 +262,11 @@ def request_settings(
     except (OSError, ValueError):  # not there, not to be reached, or no file name at all: reading it reports why
         file = None
     names = {"model": captioner.name, "strip": f"{_digest([frames, file])}.webp"}
-    request = _digest([frames, file, settings] + ([] if error is None else [error]))
+    # The prompt as filled, so that it is the same request as with the same words; `{duration}` belongs to the file.
+    more = ([] if error is None else [error]) + ([{"left": "duration"}] if has_duration else [])
+    request = _digest([frames, file, settings, *more])
     wrong = {} if error is None else {"error": error, "is_row_error": True}
-    return {"request": request} | frames | settings | names | wrong
+    return {"request": request} | frames | settings | patterns | names | wrong
 
 
 def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Clip | None = None) -> dict[str, Any]:
@@ -268,7 +279,7 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
     """
     names = ("video_sha256", "duration_seconds", "frame_indices", "timestamps_seconds", "video_notes")
     record = settings | dict.fromkeys(names)
-    if isinstance(outcome, Caption) and not math.isfinite(outcome.mean_logprob):
+    if isinstance(outcome, Caption) and outcome.logprobs and not math.isfinite(outcome.mean_logprob):
         reason = f"log probabilities are not finite; its numbers overflow in {settings['dtype']}, try another dtype"
         outcome = ValueError(f"{settings['video']}: the model's {reason}")
     if isinstance(outcome, Caption) and len(outcome.text) > MAX_TEXT_CHARACTERS:
@@ -276,8 +287,7 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
             f"{settings['video']}: the model wrote {len(outcome.text):,} characters; it repeats itself"
         )
     if clip is not None:
-        end = clip.info.duration_seconds if clip.end_seconds is None else clip.end_seconds
-        record["duration_seconds"] = round(min(end, clip.info.duration_seconds) - clip.start_seconds, 3)
+        record["duration_seconds"] = round(clip_seconds(clip), 3)
         record["frame_indices"] = list(clip.frame_indices)
         record["timestamps_seconds"] = np.asarray(clip.timestamps_seconds).round(6).tolist()
         record["video_notes"] = clip.info.notes
@@ -286,12 +296,15 @@ def new_record(settings: dict[str, Any], outcome: Caption | Exception, clip: Cli
             "video_sha256": settings.get("video_sha256") or sha256_if_there(settings["video"]),
             "text": outcome.text,
             "num_tokens": len(outcome.token_ids),
-            "mean_logprob": round(outcome.mean_logprob, 6),
+            "mean_logprob": round(outcome.mean_logprob, 6) if outcome.logprobs else None,
             "finish_reason": outcome.finish_reason,
             "seconds": round(outcome.seconds, 4),
             "status": "ok",
             "error": None,
         }
+        if outcome.steps:
+            record["step_answers"] = [answer for _, answer in outcome.steps]
+            record["step_finish_reasons"] = list(outcome.step_finish_reasons)
     else:
         empty = ("text", "num_tokens", "mean_logprob", "finish_reason", "seconds")
         record |= dict.fromkeys(empty) | {"status": "error", "error": str(outcome) or repr(outcome)}
@@ -340,4 +353,8 @@ def digest_once() -> Callable[[str], str | None]:
 
 
 RECORD_FIELDS = tuple(new_record(request_settings(ModelIdentity("", "", "", None), os.sep, Prompt()), ValueError()))
-"""The fields of every record. Some have `reference` or `is_row_error` too; in `current`, `edited_text`."""
+"""The fields of every record.
+
+Some have `reference` or `is_row_error` too; of a prompt with fields `prompt_pattern` and `prompt_fields`, see
+`capkit.runs.fields`; of one with steps `steps`, `step_answers` and `step_finish_reasons`; in `current`, `edited_text`.
+"""

@@ -21,7 +21,7 @@ import yaml
 from capkit.captioning import Captioner, Decoding, DecodingLike, SharedVideo
 from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES, Prompt, PromptLike, is_out_of_memory
 from capkit.files import read_regular
-from capkit.runs import Item, read_rows
+from capkit.runs import Item, check_fields, read_rows
 from capkit.text import plain_text, plural, unknown_name
 from capkit.video import Clip, FrameSampling, FrameSamplingLike, VideoError, load_clip
 
@@ -79,7 +79,7 @@ class Cell:
         tokens = [f"{name}={_brief(value)}" for name, value in decoding.items() if (name, value) != ("seed", 0)]
         tokens += [f"max_new_tokens={max_new_tokens}"] if max_new_tokens != Decoding().max_new_tokens else []
         return {
-            "prompt": self.prompt.text,
+            "prompt": self.prompt.title,
             "decoding": " ".join(tokens if self.decoding.samples else ["greedy", *tokens]),
             "frame_sampling": " ".join([self.frame_sampling.strategy, *frames]),
             "template": self.prompt.template,
@@ -89,7 +89,7 @@ class Cell:
 
     def to_parameters(self) -> dict[str, Any]:
         """The settings as parameters of `notebooks/01_caption_clips.ipynb`."""
-        names = ("prompt", "template", "frame_numbers", "answer_prefix")
+        names = ("prompt", "steps", "template", "frame_numbers", "answer_prefix")
         prompt = {name: value for name, value in self.prompt.to_record().items() if name in names}
         return prompt | {"frame_sampling": self.frame_sampling.to_dict(), "decoding": self.decoding.to_dict()}
 
@@ -116,6 +116,11 @@ class Source(Item):
     """A clip of a sweep: a file and a window in it, or frames in memory (`clip`)."""
 
     clip: Clip | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """As of `Item`; frames in memory have no file."""
+        return super().values | (dict.fromkeys(("name", "folder", "video")) if self.is_in_memory_only else {})
 
     @property
     def is_in_memory_only(self) -> bool:
@@ -232,8 +237,9 @@ def plan_sweep(
 
     Args:
         clips: file names, items of `find_clips` (their own prompts are ignored), or `Clip`s; a list, or one of them.
-        prompts: texts, names of PROMPT_PRESETS, or `Prompt`s or dictionaries of their fields, which keep their own
-            template, history, frame numbers and answer prefix.
+        prompts: texts, names of PROMPT_PRESETS, lists of these that are asked one after another (`Prompt.steps`), or
+            `Prompt`s or dictionaries of their fields, which keep their own template, history, frame numbers and answer
+            prefix. They may hold fields such as `{name}`, which are filled clip by clip, see `capkit.runs.fields`.
         decodings: `Decoding`s, dictionaries of their fields, or of generate()'s arguments with `do_sample`.
         frame_samplings: `FrameSampling`s, names of strategies, or dictionaries with `strategy`, `num_frames`, ...
         templates, frame_numbers, history: fields of `Prompt`, for prompts given as texts.
@@ -243,7 +249,7 @@ def plan_sweep(
 
     Raises:
         ValueError: an unknown setting, an empty axis, the same value twice in one, no clips, or more captions than
-            `max_captions`.
+            `max_captions`, or a field of a prompt that a clip has no value for.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(map(repr, MODES))}")
@@ -267,7 +273,8 @@ def plan_sweep(
     for prompt, decoding, frame_sampling, template, numbers in _combinations(values, mode):
         has_no_effect = numbers == "seconds" and template in TEMPLATES and template != "chat"
         if not isinstance(prompt, Prompt):
-            prompt = Prompt(prompt, template, history, "index" if has_no_effect else numbers)
+            *steps, text = [prompt] if isinstance(prompt, str) else prompt
+            prompt = Prompt(text, template, history, "index" if has_no_effect else numbers, steps=steps)
         decoding.check_prefix(prompt.answer_prefix)
         cell = Cell(prompt, decoding, frame_sampling)
         effective = (prompt, str(decoding.to_dict()), frame_sampling)  # no seed is seed 0
@@ -285,6 +292,8 @@ def plan_sweep(
         source.is_in_memory_only for source in sources
     ):
         raise ValueError("frame_samplings: other frames cannot be chosen for frames in memory; give the video file")
+    for prompt in dict.fromkeys(cell.prompt for cell in cells.values()):
+        check_fields(prompt, sources)
     return SweepPlan(sources, tuple(cells.values()), num_samples, tuple(collapsed))
 
 
@@ -306,7 +315,13 @@ def _values(axis: str, given: Any) -> list[Any]:
         return [*map(FrameSampling.of, values)]
     if axis == "prompts":  # texts wait for their template
         presets = {name: text for name, (text, _) in PROMPT_PRESETS.items()}
-        return [Prompt.of(v) if isinstance(v, dict) else presets.get(v, v) if isinstance(v, str) else v for v in values]
+
+        def named(value: Any) -> Any:
+            if isinstance(value, (list, tuple)) and value:
+                return [named(step) for step in value]
+            return presets.get(value, value) if isinstance(value, str) else Prompt.of(value)
+
+        return [*map(named, values)]
     return values
 
 

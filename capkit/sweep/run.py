@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capkit.captioning import Caption, Captioner, Decoding, SharedVideo
-from capkit.cogvlm2 import Prompt, is_out_of_memory
+from capkit.cogvlm2 import is_out_of_memory
 from capkit.runs import (
     CaptionStore,
     Progress,
+    asked_prompt,
     check_numbers,
     choose_columns,
     clip_id,
@@ -37,7 +38,7 @@ CAPTION_COLUMNS = {
     **{"start": ("start",), "end": ("end",)},
 }
 WINDOW = ("start_seconds", "end_seconds")
-Request = tuple[dict[str, Any], Prompt, Decoding]  # settings of a record, and the nouns that they were made from
+Request = tuple[dict[str, Any], Decoding]  # settings of a record, and what they were made from
 
 
 @dataclass
@@ -257,7 +258,7 @@ def run_sweep(
         raise ValueError(f"{', '.join(axes)}: cannot be set beside a SweepPlan; pass them to plan_sweep")
     plan = clips if isinstance(clips, SweepPlan) else plan_sweep(clips, **axes)
     for cell in plan.cells:  # refuse prompts that this tokenizer cannot take
-        captioner.processor.text_ids(cell.prompt)
+        captioner.processor.text_ids(cell.prompt.after([""] * len(cell.prompt.steps)))
     check_numbers(timeout_seconds=timeout_seconds)
     store = None if store is None else CaptionStore.of(store)
     with nullcontext() if store is None else store.hold():
@@ -279,11 +280,12 @@ def _run_plan(
     for source, cell, sample in plan.requests():
         decoding = cell.sampled(sample)
         frames = (cell.frame_sampling, source.start, source.end)
-        settings = request_settings(captioner, source.video, cell.prompt, decoding, *frames, sample, error=source.error)
+        own: dict[str, Any] = {"error": source.error, "columns": source.values}
+        settings = request_settings(captioner, source.video, cell.prompt, decoding, *frames, sample, **own)
         order.append(settings["request"])
         if settings["request"] not in done:
             done.add(settings["request"])  # a clip may be named twice
-            todo.setdefault((source, cell.frame_sampling), []).append((settings, cell.prompt, decoding))
+            todo.setdefault((source, cell.frame_sampling), []).append((settings, decoding))
     todo = dict(sorted(todo.items(), key=lambda group: group[0][0].error is not None))  # as in `runs.caption.missing`
     records = {record["request"]: record for record in store.latest(dict.fromkeys(order))} if store else {}
     num_todo = sum(len(group) for group in todo.values())
@@ -339,19 +341,27 @@ def _caption_group(
         yield from ((settings, clip) for settings, *_ in group)
         return
     remaining = []
-    for request in group:
+    for settings, decoding in group:
         try:
-            captioner.tokens_that_fit(clip, request[1])
-            remaining.append(request)
+            prompt = asked_prompt(settings, clip)
+            captioner.tokens_that_fit(clip, prompt)
+            remaining.append((settings, prompt, decoding))
         except ValueError as error:  # this prompt is too long for this clip; others may not be
-            yield request[0], ValueError(f"{request[0]['video']}: {error}")
+            yield settings, ValueError(f"{settings['video']}: {error}")
     # Sorted by frame numbers, so that the video is prefilled once for each kind of numbers.
     remaining.sort(key=lambda request: (request[1].template, request[1].frame_numbers))
-    try:
-        for caption in SharedVideo(captioner, clip).caption([(prompt, decoding) for _, prompt, decoding in remaining]):
-            yield remaining.pop(0)[0], caption
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, (ValueError, TypeError)) and not is_out_of_memory(error):
-            raise
-        reason = ValueError(f"{group[0][0]['video']}: {error}")
-        yield from ((settings, reason) for settings, *_ in remaining)
+    video, num_together = SharedVideo(captioner, clip), len(remaining)
+    while remaining:
+        together = remaining[:num_together]
+        try:
+            for caption in video.caption([(prompt, decoding) for _, prompt, decoding in together]):
+                yield remaining.pop(0)[0], caption
+        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, (ValueError, TypeError)) and not is_out_of_memory(error):
+                raise
+            num_failed = len(remaining) if is_out_of_memory(error) else 1 if len(together) == 1 else 0
+            yield from (
+                (settings, ValueError(f"{settings['video']}: {error}")) for settings, *_ in remaining[:num_failed]
+            )
+            del remaining[:num_failed]
+            num_together = 1  # one by one, to tell which it is

@@ -30,6 +30,7 @@ from capkit.views.html import (
     note,
     picture,
     record_text,
+    steps_html,
     to_webp,
 )
 
@@ -125,6 +126,8 @@ def as_record(caption: CaptionLike) -> dict[str, Any]:
         return Prompt().to_record() | caption  # of a record that others wrote, fields may be missing
     names = ("text", "decoding", "mean_logprob", "finish_reason", "seconds")
     facts = {name: getattr(caption, name) for name in names}
+    facts |= {"step_answers": [answer for _, answer in caption.steps]}
+    facts |= {"step_finish_reasons": list(caption.step_finish_reasons)}
     return caption.prompt.to_record() | facts | {"num_tokens": len(caption.token_ids)}
 
 
@@ -245,6 +248,7 @@ def heading(record: dict[str, Any], with_prompt: bool = True) -> str:
     name = file_name(record) if "video" in record else ""
     prompt = record.get("prompt", "") if with_prompt else ""
     line = f'{name} <span dir="auto" style="{MUTED}">{escape(prompt)}</span>'
+    line += steps_html(record) if prompt else ""
     return f'<div style="margin-bottom:6px">{line}</div>' if name or prompt else ""
 
 

@@ -95,7 +95,7 @@ def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> 
     return (
         f'<div style="{CARD}">{name} <span dir="auto" style="{MUTED}">{escape(record.get("prompt", ""))}</span><br>'
         f'{strip}<div dir="auto" style="margin:6px 0;white-space:pre-wrap">{escape(record_text(record))}</div>'
-        f'{original}<span style="{MUTED}">{"; ".join(facts)}</span></div>'
+        f'{original}{steps_html(record)}<span style="{MUTED}">{"; ".join(facts)}</span></div>'
     )
 
 
@@ -121,12 +121,23 @@ def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str
     count, mean, seconds = (record.get(name) for name in ("num_tokens", "mean_logprob", "seconds"))
     facts = [] if count is None else [f"{count} tokens"]
     facts += [f"ended by {record['finish_reason']}"] if record.get("finish_reason") is not None else []
+    cut = [
+        str(number) for number, reason in enumerate(record.get("step_finish_reasons") or (), 1) if reason == "length"
+    ]
+    facts += [f"answers cut off at max_new_tokens: of step {', '.join(cut)}"] if cut else []
     if with_probability and mean is not None:
         facts.append(f"{math.exp(mean):.0%} a token (mean, {mean:.2f} nats)")
     facts += [] if seconds is None else [f"{seconds:.3g} s"]
     edited = "<b>✎ edited by hand</b>; the model's own: " if "edited_text" in record else ""
     notes = "".join(f"<br>The video is {escape(note)}." for note in record.get("video_notes") or [])
     return edited + escape(", ".join(facts)) + notes
+
+
+def steps_html(record: dict[str, Any]) -> str:
+    """The questions that were asked before and their answers, folded, as HTML; "" if there are none."""
+    turns = zip(record.get("steps") or (), record.get("step_answers") or (), strict=False)
+    rows = "".join(f'<div dir="auto">{escape(question)} <i>{escape(answer)}</i></div>' for question, answer in turns)
+    return rows and f'<details style="{MUTED}"><summary>asked before</summary>{rows}</details>'
 
 
 def file_name(record: dict[str, Any]) -> str:

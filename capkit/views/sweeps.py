@@ -15,8 +15,8 @@ from capkit.views.captions import CaptionLike, as_record, caption_frames, captio
 from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text, table_html
 
 SETTINGS = (
-    *("model", "prompt", "answer_prefix", "template", "frame_numbers", "frame_sampling", "decoding", "history"),
-    "sample",
+    *("model", "prompt", "answer_prefix", "steps", "template", "frame_numbers", "frame_sampling", "decoding"),
+    *("history", "sample"),
 )
 
 

@@ -95,6 +95,12 @@ def steered_branches(captioner, count):
     return tokens(SharedVideo(captioner, CLIPS[0]).caption([(one, other) for one in prompts for other in decodings]))
 
 
+def chains(captioner, count):
+    prompts = "Why?", ["Who?", "Where?", "What happens?"], ["Who?", "And then?"]
+    together = SharedVideo(captioner, CLIPS[0]).caption([(prompt, Decoding(count)) for prompt in prompts])
+    return tokens([*captioner.caption_batch(CLIPS, prompts, Decoding(count)), *together])
+
+
 def sweep(captioner, count):
     decodings = [{"max_new_tokens": count}, {"max_new_tokens": count, **SAMPLING}]
     records = capkit.run_sweep(captioner, CLIPS[:2], prompts=["What happens?", "Why?"], decodings=decodings).records
@@ -139,6 +145,7 @@ WAYS = {
     "a stream": (stream, True, (7, 19, 0), (0, 0, 1)),
     "branches": (branches, True, (4, 40, 0), (0, 0, 2)),
     "steered branches": (steered_branches, True, (4, 40, 0), (0, 0, 4)),
+    "chains": (chains, True, (30, 144, 0), (0, 0, 6)),
     "a sweep of two clips": (sweep, True, (8, 60, 0), (0, 0, 4)),
     "kept features": (kept_features, True, (25, 70, 1), (0, 0, 1)),
     "a caption without graphs": (caption, False, (11, 13, 0), (1, 0, 0)),

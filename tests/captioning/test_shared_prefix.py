@@ -88,7 +88,7 @@ def test_frames_are_encoded_once_and_cropped_back(captioner, clip, monkeypatch):
     for branches in (greedy, greedy * 5, [(Prompt(text, "vqa"), decoding) for text, decoding in greedy], greedy):
         list(video.caption(branches))
         num_positions = len(captioner.processor.video_ids(clip, Prompt.of(branches[0][0])))
-        assert {layer.keys.shape[-2] for layer in video._cache.layers} == {num_positions}
+        assert {layer.keys.shape[-2] for layer in video._kept.cache.layers} == {num_positions}
     assert counted == [5]
 
 

@@ -27,7 +27,10 @@ def test_of_takes_a_text_a_dictionary_or_itself():
     [
         ("", "prompt='': must be a text that is not empty"),
         (None, "prompt=None: must be a text"),
-        ({"txt": "Why?"}, "unknown field 'txt'; did you mean 'text'? known: text, template, history, frame_numbers"),
+        (
+            {"txt": "Why?"},
+            "unknown field 'txt'; did you mean 'text'? known: text, template, history, frame_numbers, answer_prefix",
+        ),
         ({"template": "poem"}, "template='poem': must be one of 'chat', 'vqa', 'base'"),
         ({"history": ["ab"]}, "history='ab': must be (question, answer) pairs"),
         ({"history": zip(["a"], ["b"], strict=True)}, "must be (question, answer) pairs"),
@@ -50,6 +53,25 @@ def test_the_text_after_the_frames():
     assert Prompt("Why?", "base").full_text == "Why?"
     turns = "Question: What is it? Answer: A harbour.\nQuestion: When? Answer: At dawn.\n"
     assert Prompt("Why?", history=HISTORY).full_text == f"{turns}Question: Why? Answer:"
+
+
+def test_steps_are_asked_one_after_another():
+    prompt = Prompt.of(["Who?", "Where?", "Why?"])
+    assert prompt == Prompt("Why?", steps=("Who?", "Where?")) and Prompt.of(["Why?"]) == Prompt("Why?")
+    assert prompt.title == "Who? → Where? → Why?" and Prompt("Why?").title == "Why?"
+    assert prompt.after([]) == Prompt("Who?")
+    assert prompt.after([" Ann. "]) == Prompt("Where?", history=[("Who?", "Ann.")])
+    assert prompt.after([" Ann.", "Here."]) == Prompt("Why?", history=[("Who?", "Ann."), ("Where?", "Here.")])
+    one = Prompt("Why?", "vqa", HISTORY, steps=["Who?"])
+    assert one.after([""]) == Prompt("Why?", "vqa", [*HISTORY, ("Who?", "")]) and Prompt("Why?").after([]) == Prompt(
+        "Why?"
+    )
+    record = json.loads(json.dumps(one.to_record()))
+    assert (
+        record["steps"] == ["Who?"] and Prompt.from_record(record) == one and "steps" not in Prompt("Why?").to_record()
+    )
+    with pytest.raises(ValueError, match="one after another"):
+        prompt.full_text  # noqa: B018
 
 
 def test_numbers_of_the_frames(random_clip):

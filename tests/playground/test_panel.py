@@ -211,6 +211,25 @@ def test_a_prefix_and_forbidden_words_go_into_captions_and_a_sweep(panel, demo, 
     assert "holds 'see', which forbidden_words forbids" in unescape(panel.message.value)
 
 
+def test_questions_are_asked_before_and_fields_are_filled(panel, demo, tmp_path):
+    panel.steps.value, panel.prompt.value = "What is there?\n\n What does it do? ", "Describe {name} in a sentence."
+    record, made = caption(panel)
+    steps = ("What is there?", "What does it do?")
+    asked = Prompt(f"Describe {Path(CLIPS[0]).stem} in a sentence.", steps=steps)
+    alone = demo.caption(capkit.load_clip(CLIPS[0]), asked, Decoding(max_new_tokens=20))
+    assert made.token_ids == alone.token_ids and record["step_answers"] == [answer for _, answer in alone.steps]
+    assert panel.store.current() == [record] and "Describe {name} in a sentence." in panel.earlier_prompts.options
+    assert "What is there? → What does it do? → Describe {name}" in panel.cards.children[0].children[0].value
+    panel.cards.children[0].children[2].children[2].click()
+    (cell,) = plan_sweep(CLIPS[:1], **read_axes(tmp_path / "sweep_axes.yaml")).cells
+    assert cell.prompt == Prompt("Describe {name} in a sentence.", steps=steps)
+    panel.prompt.value = "By {camera}?"
+    panel.start()
+    assert "unknown field" in panel.message.value and len(panel.results) == 1
+    panel.template.value, panel.prompt.value = "base", "Why?"
+    assert panel.steps.disabled and panel.chosen_prompt() == Prompt("Why?", "base")
+
+
 def test_beam_search_comes_at_once(panel, demo):
     panel.num_beams.value, panel.max_new_tokens.value = 2, 8
     _, made = caption(panel)

@@ -127,7 +127,8 @@ class TestForms:
     def test_other_names_of_columns_are_one_warning(self, tmp_path, video, reference):
         (tmp_path / "a.csv").write_text(f"{video},{reference},fps,id\nx.mp4,A star.,25,7\ny.mp4,,25,8\n")
         items, (said,) = read(tmp_path / "a.csv")
-        assert items == [Item(str(tmp_path / "x.mp4"), None, "A star."), Item(str(tmp_path / "y.mp4"))]
+        first = Item(str(tmp_path / "x.mp4"), None, "A star.", columns={"fps": "25", "id": "7"})
+        assert items == [first, Item(str(tmp_path / "y.mp4"), columns={"fps": "25", "id": "8"})]
         for words in (f"column {video} is read as video", "as reference", "ignored columns ['fps', 'id']", "a.csv"):
             assert words in said
         assert "video (or file_name, filename, path), prompt, reference (or caption, text), start, end" in said
@@ -135,7 +136,9 @@ class TestForms:
     def test_the_first_choice_of_two_names_counts(self, tmp_path):
         (tmp_path / "a.csv").write_text("path,text,video,caption\nno.mp4,no,x.mp4,A star.\nno.mp4,no,y.mp4,\n")
         items, (said,) = read(tmp_path / "a.csv")
-        assert items == [Item(str(tmp_path / "x.mp4"), None, "A star."), Item(str(tmp_path / "y.mp4"))]
+        others = {"columns": {"path": "no.mp4", "text": "no"}}
+        first = Item(str(tmp_path / "x.mp4"), None, "A star.", **others)
+        assert items == [first, Item(str(tmp_path / "y.mp4"), **others)]
         assert "column caption is read as reference; ignored columns ['path', 'text']" in said
 
     def test_file_names_that_are_not_utf_8(self, tmp_path):
