@@ -19,7 +19,7 @@ from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
 from capkit.playground.blind import has_settings, settings_name
 from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls
-from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, new_record, request_settings
+from capkit.runs import MARK_FIELDS, CaptionStore, CaptionStoreLike, clip_id, new_record, request_settings
 from capkit.sweep import PROMPT_PRESETS
 from capkit.text import escape, plain_text
 from capkit.video import Clip, FrameSampling, VideoError, load_clip
@@ -355,6 +355,8 @@ class Playground(widgets.VBox):
         record["edited_text"] = edit.value
         if self.store is not None:
             self.store.edit(record["request"], edit.value)
+            latest = self.store.latest([record["request"]])[0]  # a mark of another text is outdated now
+            record |= {name: latest[name] for name in MARK_FIELDS if name in latest}
         self._show_message("kept" if self.store is not None else "kept in this panel; there is no store")
         self._show_results()
 

@@ -28,7 +28,8 @@ from capkit import CaptionStore, Decoding, Prompt, plan_sweep, run_sweep
 from capkit.export import export_dataset
 from capkit.runs import Item, StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
 from capkit.runs.caption import plan_clips
-from capkit.runs.store import ModelIdentity, digest_once
+from capkit.runs.digests import digest_once
+from capkit.runs.store import ModelIdentity
 from capkit.views import compare_captions, show_caption, show_captions, write_gallery
 
 
