@@ -140,9 +140,9 @@ def write_page(path: str | os.PathLike[str], title: str, body: str) -> Path:
 def append_lines(path: Path, *lines: dict[str, Any]) -> int:
     """Append lines of JSON to a file, wait until they are on disk, and return the file's length.
 
-    Threads and processes may append to one file at the same time. The first begins on its own, whatever a killed process
-    has left at the end of the file. Lone surrogates, as in file names that are not UTF-8, become escapes that JSON
-    readers understand.
+    Threads and processes may append to one file at the same time. The first line begins on its own, whatever a killed
+    process has left at the end of the file. Lone surrogates, as in file names that are not UTF-8, become escapes that
+    JSON readers understand.
 
     Raises:
         ValueError: a line contains a value that JSON cannot represent, such as NaN.

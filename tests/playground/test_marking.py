@@ -1,4 +1,4 @@
-"""The panel for marking: one caption after another, with its frames; what is pressed is in the store, or said to be wrong."""
+"""The panel for marking: one caption after another, beside its frames; what is pressed is in the store."""
 
 import base64
 import re
