@@ -85,7 +85,7 @@ class Audit:
             num_known, num_wrong = marks["right"] + marks["wrong"], marks["wrong"]
             num_unknown = len(of_value) - num_known
             low, high = _interval(num_wrong, num_wrong + num_unknown, len(of_value), size)
-            row = {"num_in_store": size, "num_captions": len(of_value), **counts}
+            row: dict[str, Any] = {"num_in_store": size, "num_captions": len(of_value), **counts}
             row |= {"num_unmarked": num_unknown - marks["unsure"]}
             row |= {"share_wrong": num_wrong / num_known if num_known else float("nan"), "low": low, "high": high}
             rows.append(({} if by is None else {by: value}) | row)

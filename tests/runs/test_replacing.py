@@ -139,7 +139,7 @@ class TestBatch:
         capkit.replace(store, r"(\w+)\.$", r"\1!", where={"video": "*/[23].mp4"}).write()
         assert texts(store)[:4] == ["A green square.", "One red red dot.", "A blue line!", "Nothing!"]
 
-    @pytest@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+    @pytest @ pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
     def test_batches_are_taken_back_in_any_order(self, store, order):
         steps = [texts(store)]
         batches = []
