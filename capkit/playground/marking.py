@@ -53,7 +53,7 @@ class Marking(widgets.VBox):
         self.words = widgets.Text(placeholder="words that are wrong, with commas between", layout=WIDE)
         self.remark = widgets.Text(placeholder="remark", layout=WIDE)
         for control, name in ((self.words, "wrong words"), (self.remark, "remark")):
-            control.description = name
+            control.description, control.style.description_width = name, "initial"
             control.layout.flex = "1 1 260px"
         styles = {"right": "success", "wrong": "danger", "unsure": "warning"}
         marks = [button(name, functools.partial(self.mark, name), button_style=styles[name]) for name in MARKS]
@@ -121,7 +121,9 @@ class Marking(widgets.VBox):
         self.undo_button.disabled = not self._done
         self._say("")
         if self.audit is not None:
-            self.rate.value = table_html(self.audit.error_rate(), float_format="{:.3f}".format, index=False)
+            self.rate.value = table_html(
+                self.audit.error_rate(), float_format="{:.3f}".format, na_rep="", index=False, border=0
+            )
 
     def _say(self, message: str) -> None:
         self.message.value = f'<div role="alert" style="{_TEXT}">{note(escape(message))}</div>' if message else ""
