@@ -81,7 +81,7 @@ class Replacement:
         """The counts, in words."""
         of = f"{self.num_changed:,} of {plural(self.num_captions, 'caption')}"
         places = f", in {plural(self.num_matches, 'place')}" if self.num_changed else ""
-        return f"{self.pattern.pattern!r} would be replaced in {of}{places}"
+        return f"'{self.pattern.pattern}' would be replaced in {of}{places}"
 
     def __str__(self) -> str:
         """Counts, and the first texts with [-what goes-] and {+what comes+}."""

@@ -42,10 +42,11 @@ class StoreBusy(Busy):
 class CaptionStore:
     """A file of caption records (JSON Lines) with picture strips beside it.
 
-    Every line is an attempt at a request: a video with all settings that affect its caption. The latest one counts, an
-    error or a stopped caption only if there is no complete one. Processes and threads of one machine may write at the
-    same time. A killed process may leave part of a line. Readers skip it, as they do any line that is no record, with a
-    warning that names file and line; what is appended begins on a line of its own.
+    Every line is an attempt at a request: a video with all settings that affect its caption; or what a person did by
+    hand: an edit of its text, or a mark. The latest attempt counts, an error or a stopped caption only if there is no
+    complete one. Processes and threads of one machine may write at the same time. A killed process may leave part of a
+    line. Readers skip it, as they do any line that is no record, with a warning that names file and line; what is
+    appended begins on a line of its own.
 
     Records stay in the file; of each request the store keeps where its record is (0.2 GB for a million), and reads only
     what was added since.

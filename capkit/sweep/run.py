@@ -92,6 +92,8 @@ class SweepResult:
                 row["reference"] = references[clip] = source.reference
             is_edited = "edited_text" in record  # then its mark is of another text than the model's
             marks = {name: record[name] for name in MARK_FIELDS if name in record and not is_edited}
+            if marks:
+                marks["wrong_words"] = ", ".join(marks["wrong_words"])
             rows.append(row | {name: record.get(name) for name in [*names, "request"]} | marks)
         for label, records in self.elsewhere.items():
             for record in records:

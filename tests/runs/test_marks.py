@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from store_records import an_error, make_record
 
 import capkit.__main__
-from capkit import CaptionStore, Prompt
+from capkit import CaptionStore, Prompt, find_clips, run_sweep
 from capkit.runs import Shard, merge, select, unmerged
 from capkit.runs.shards import write_plan
 from capkit.views import captions_table, show_captions, write_gallery
@@ -172,6 +173,21 @@ def test_every_view_shows_marks_and_filters_by_them(store, monkeypatch, capsys):
     code, text = printed("--mark", "wrong", "--where", "status=error")
     assert code == 0 and text == f"{store.path}: no captions where {{'status': 'error', 'mark': 'wrong'}}\n"
     assert printed("--mark", "rihgt")[0] == 2
+
+
+def test_a_sweeps_table_has_the_marks_of_the_models_texts(captioner, tmp_path):
+    store = CaptionStore(tmp_path / "captions.jsonl")
+    axes = {"prompts": ["Why?", "What?", "Who?"], "decodings": [{"max_new_tokens": 3}]}
+    sweep = partial(run_sweep, captioner, find_clips("demo", limit=1), store=store, **axes)
+    first, second, _ = sweep().records
+    assert "mark" not in sweep().to_frame()
+    for record in (first, second):
+        store.mark(record, "wrong", remark="no")
+    store.edit(second["request"], "By hand.")
+    store.mark(second["request"], "right")  # of the text by hand, which the table does not have
+    table = sweep().to_frame()
+    assert list(table["mark"].fillna("")) == ["wrong", "", ""] and table["remark"][0] == "no"
+    assert table["wrong_words"][0] == "" and len(table.drop_duplicates()) == 3
 
 
 # ---- several at once, and killed -------------------------------------------------------------------------------------

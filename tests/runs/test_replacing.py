@@ -45,7 +45,7 @@ class TestPreview:
         before = store.path.read_bytes()
         preview = capkit.replace(store.path, r"\bred (?=\w)", "blue ")
         assert (preview.num_captions, preview.num_changed, preview.num_matches) == (4, 2, 3)
-        assert preview.summary == "'\\\\bred (?=\\\\w)' would be replaced in 2 of 4 captions, in 3 places"
+        assert preview.summary == r"'\bred (?=\w)' would be replaced in 2 of 4 captions, in 3 places"
         assert "0.mp4\n  A [-red -]{+blue +}square." in str(preview) and "2.mp4" not in str(preview)
         assert "A [-red -]{+blue +}[-red -]{+blue +}dot." in repr(preview)
         html = show_replacement(preview).html
@@ -139,7 +139,7 @@ class TestBatch:
         capkit.replace(store, r"(\w+)\.$", r"\1!", where={"video": "*/[23].mp4"}).write()
         assert texts(store)[:4] == ["A green square.", "One red red dot.", "A blue line!", "Nothing!"]
 
-    @pytest @ pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
     def test_batches_are_taken_back_in_any_order(self, store, order):
         steps = [texts(store)]
         batches = []
