@@ -361,7 +361,7 @@ def test_a_file_is_hashed_once_for_all_threads_and_again_once_it_changes(tmp_pat
             raise fails.pop()
         return hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
-    monkeypatch.setattr("capkit.runs.store.file_sha256", slow)
+    monkeypatch.setattr("capkit.runs.digests.file_sha256", slow)
     digest = digest_once()
     with pytest.raises(MemoryError):
         digest(str(path))
