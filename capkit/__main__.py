@@ -129,6 +129,7 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--prompt", help="for clips without a prompt in the manifest")
     add("--template", default="chat", choices=["chat", "vqa", "base"])
     add("--frame-numbers", default="index", choices=["index", "seconds"])
+    add("--answer-prefix", default="", help="what every caption begins with")
     add("--frame-sampling", default="chat", help="chat, base, uniform or fps")
     add("--num-frames", type=int, default=24, help="maximum number of sampled frames")
     add("--frames-per-second", type=float, help="for --frame-sampling fps")
@@ -243,7 +244,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     from capkit.video import FrameSampling
 
     text = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt
-    prompt = Prompt(text, arguments.template, frame_numbers=arguments.frame_numbers)
+    named = {"frame_numbers": arguments.frame_numbers, "answer_prefix": arguments.answer_prefix}
+    prompt = Prompt(text, arguments.template, **named)
     sampling = FrameSampling(arguments.frame_sampling, arguments.num_frames, arguments.frames_per_second)
     return {"prompt": prompt, "frame_sampling": sampling, "decoding": Decoding.of(arguments.decoding)}
 

@@ -228,6 +228,16 @@ class TestCaptionShard:
         code, printed = main("caption-shard", CLIPS[0], "--output", tmp_path)
         assert code == 1 and str(error) in printed and ("the same command continues" in printed) == advises
 
+    def test_a_prefix_and_forbidden_words(self, main, tmp_path):
+        settings = ("--output", tmp_path, "--device", "cpu", "--answer-prefix", "I see")
+        assert main("caption-shard", CLIPS[0], *settings, "--decoding", '{"forbidden_words": ["a", "red"]}')[0] == 0
+        assert main("merge", tmp_path)[0] == 0
+        (record,) = capkit.CaptionStore(tmp_path).current()
+        assert record["text"].startswith("I see") and not {"a", "red"} & {*record["text"].lower().split()}
+        assert record["answer_prefix"] == "I see" and record["text"].strip() in main("show", tmp_path)[1]
+        code, printed = main("caption-shard", CLIPS[0], *settings, "--decoding", '{"forbidden_words": ["see"]}')
+        assert code == 2 and "answer_prefix='I see': holds 'see'" in printed
+
     def test_a_file_where_the_strips_go_is_named(self, main, tmp_path):
         (tmp_path / "captions_strips").touch()
         code, printed = main("caption-shard", CLIPS[0], "--output", tmp_path, "--model", GOLDEN, "--device", "cpu")

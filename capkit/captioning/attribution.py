@@ -44,7 +44,7 @@ class Grounding:
     """Log probabilities of a caption's tokens with the video, and with all or single frames grey.
 
     Attributes:
-        token_ids: the N tokens.
+        token_ids: the N tokens; those after the answer prefix.
         tokens: each token as text; a character split over several tokens belongs to the last of them.
         logprobs: float64 (N,), log P(token | video, prompt, tokens before), in nats.
         grey_logprobs: float64 (N,), the same with a grey video of the same frames and numbers.
@@ -164,7 +164,8 @@ def _prompt_and_tokens(
             raise ValueError(f"text={caption.text!r}: there is no text to score")
     else:
         prompt = Prompt.from_record(caption) if isinstance(caption, dict) else default
-        ids = processor.continuation_ids(caption["text"] if isinstance(caption, dict) else caption)
+        text = caption["text"] if isinstance(caption, dict) else caption
+        ids = processor.continuation_ids(text, prompt.answer_prefix)
     check_fits(model, processor, clip, prompt, ids)
     return prompt, ids
 

@@ -242,19 +242,22 @@ class Captioner:
         Args:
             clip: as in `caption`.
             caption: a `Caption`, whose `token_ids` are scored, so that the sum equals that of its `logprobs`; or a
-                text, scored as a continuation of the prompt without an end token.
+                text, scored as a continuation of the prompt without an end token. If the prompt has an answer prefix,
+                the text begins with it, and what follows is scored.
             prompt: None is the `Caption`'s prompt, and for a text the default prompt. A text replaces only the text of
                 the `Caption`'s prompt.
 
         Raises:
-            ValueError: an empty text, one that is beyond the model's context length, or as in `caption`.
+            ValueError: an empty text, one that lacks the answer prefix or ends with it, one that is beyond the model's
+                context length, or as in `caption`.
         """
-        if isinstance(caption, Caption):
-            token_ids, own_prompt = caption.token_ids, caption.prompt
-        else:
-            token_ids, own_prompt = self.processor.continuation_ids(caption), Prompt()
+        own_prompt = caption.prompt if isinstance(caption, Caption) else Prompt()
         if prompt is not None:
             own_prompt = replace(own_prompt, text=prompt) if isinstance(prompt, str) else Prompt.of(prompt)
+        if isinstance(caption, Caption):
+            token_ids = caption.token_ids
+        else:
+            token_ids = self.processor.continuation_ids(caption, own_prompt.answer_prefix)
         check_fits(self.model, self.processor, clip, own_prompt, token_ids)
         inputs = self.processor([clip], own_prompt).to(self.model.device)
         logprobs = continuation_logprobs(self.model, inputs, [token_ids])[0]
@@ -269,6 +272,7 @@ class Captioner:
         return tokens_that_fit(self.model, self.processor, clip, Prompt.of(prompt))
 
     def _limit(self, clip: Clip, prompt: Prompt, decoding: Decoding) -> int:
+        decoding.check_prefix(prompt.answer_prefix)
         return min(decoding.max_new_tokens, self.tokens_that_fit(clip, prompt))
 
     def _request(self, rows: Sequence[tuple[Clip, Prompt, int]], decoding: Decoding) -> Request:

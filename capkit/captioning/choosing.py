@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers.generation import (
 )
 
 from capkit.captioning.decoding import Decoding
+from capkit.captioning.steering import SteerRows
 from capkit.video import Clip
 
 
@@ -40,12 +42,24 @@ class Chooser(LogitsProcessor):
         decodings: one for each row; they may differ only in the settings of `_PER_ROW`.
         draw_keys: `draw_key` of each row's clip.
         prompt_length: length of the prompts that come before the new tokens in generate()'s `input_ids`.
+        tokenizer: the model's; needed for forbidden words and word biases only.
+        prefixes: token ids of each row's answer prefix; none for no prefixes.
     """
 
-    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int], prompt_length: int = 0) -> None:
+    def __init__(
+        self,
+        decodings: Sequence[Decoding],
+        draw_keys: Sequence[int],
+        prompt_length: int = 0,
+        tokenizer: Any = None,
+        prefixes: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.logprobs: list[torch.Tensor] = []  # a (B,) tensor a step
         self.prompt_length = prompt_length
         decoding = decodings[0]
+        self.steering: SteerRows | None = None
+        if decoding.is_steered:
+            self.steering = SteerRows(tokenizer, decoding, prefixes or [()] * len(decodings), prompt_length)
         self.penalties: list[Callable[..., torch.Tensor]] = []
         self.warpers: list[Callable[..., torch.Tensor]] = []
         if decoding.repetition_penalty != 1:
@@ -66,10 +80,21 @@ class Chooser(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
 
     def choose(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, step: int, rows: Sequence[int] = ()
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        step: int,
+        rows: Sequence[int] = (),
+        new_ids: Sequence[Sequence[int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token number `step` of these rows (all if empty) and its log probability: int64 and float32 (B,)."""
+        """Token number `step` of these rows (all if empty) and its log probability: int64 and float32 (B,).
+
+        `new_ids` are the new tokens in `input_ids`, where the CPU has them.
+        """
         adjusted = scores
+        if self.steering is not None:
+            known = input_ids[:, self.prompt_length :].tolist() if new_ids is None else new_ids
+            adjusted = self.steering.steer(known, scores, rows)
         for process in [*self.penalties, *self.warpers]:
             adjusted = process(input_ids, adjusted)
         if self.samples:
@@ -87,24 +112,46 @@ class RowChoosers:
     """Choose tokens for rows whose decodings may differ: rows with the same settings share a `Chooser`.
 
     Args:
-        decodings, draw_keys: as for `Chooser`, but decodings may differ in all settings.
+        decodings, draw_keys, tokenizer, prefixes: as for `Chooser`, but decodings may differ in all settings.
+
+    Attributes:
+        max_new_tokens: of each row.
+        is_steered: whether `choose` needs `new_ids`, on the CPU.
     """
 
-    def __init__(self, decodings: Sequence[Decoding], draw_keys: Sequence[int]) -> None:
+    def __init__(
+        self,
+        decodings: Sequence[Decoding],
+        draw_keys: Sequence[int],
+        tokenizer: Any = None,
+        prefixes: Sequence[Sequence[int]] = (),
+    ) -> None:
         groups: dict[str, list[int]] = {}
         for row, decoding in enumerate(decodings):
             shared = {name: value for name, value in decoding.to_dict().items() if name not in _PER_ROW}
             groups.setdefault(str(shared), []).append(row)
         self.max_new_tokens = [decoding.max_new_tokens for decoding in decodings]
+        self.is_steered = any(decoding.is_steered for decoding in decodings)
+        prefixes = prefixes or [()] * len(decodings)
+
+        def of(rows: list[int], values: Sequence[Any]) -> list[Any]:
+            return [values[row] for row in rows]
+
         self._choosers = [
-            (Chooser([decodings[row] for row in members], [draw_keys[row] for row in members]), members)
-            for members in groups.values()
+            (Chooser(of(rows, decodings), of(rows, draw_keys), 0, tokenizer, of(rows, prefixes)), rows)
+            for rows in groups.values()
         ]
         self._rows: list[int] = []  # of the last call
-        self._parts: list[tuple[Chooser, list[int], torch.Tensor]] = []  # their choosers, rows in these, places in rows
+        # Their choosers, rows in these, places in rows as a list and as a tensor.
+        self._parts: list[tuple[Chooser, list[int], list[int], torch.Tensor]] = []
 
     def choose(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, step: int, rows: Sequence[int]
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        step: int,
+        rows: Sequence[int],
+        new_ids: Sequence[Sequence[int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Chooser.choose`; `input_ids` are new tokens only."""
         if self._rows != list(rows):
@@ -112,13 +159,14 @@ class RowChoosers:
             for chooser, members in self._choosers:
                 places = [place for place, row in enumerate(rows) if row in members]
                 own = [members.index(rows[place]) for place in places]
-                self._parts += [(chooser, own, torch.tensor(places, device=scores.device))] if places else []
+                self._parts += [(chooser, own, places, torch.tensor(places, device=scores.device))] if places else []
         if len(self._parts) == 1:
-            chooser, own, _ = self._parts[0]
-            return chooser.choose(input_ids, scores, step, own)
+            chooser, own, *_ = self._parts[0]
+            return chooser.choose(input_ids, scores, step, own, new_ids)
         chosen, logprobs = input_ids.new_zeros(len(scores)), scores.new_zeros(len(scores))
-        for chooser, own, at in self._parts:
-            chosen[at], logprobs[at] = chooser.choose(input_ids[at], scores[at], step, own)
+        for chooser, own, places, at in self._parts:
+            known = None if new_ids is None else [new_ids[place] for place in places]
+            chosen[at], logprobs[at] = chooser.choose(input_ids[at], scores[at], step, own, known)
         return chosen, logprobs
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
+from capkit.captioning.words import check_bias, check_words, first_word_in, fold
 from capkit.text import unknown_name
 from capkit.video import finite_float
 
@@ -38,6 +39,14 @@ class Decoding:
         no_repeat_ngram_size: forbid any run of this many generated tokens to come twice; 0 forbids nothing.
         seed: of the draw, when temperature is above 0; None means 0, so that every result can be repeated. The same
             seed draws differently for another clip.
+        forbidden_words: words and phrases that the caption never holds as whole words, in any case, with any white
+            space and however tokens spell them. Give each form, such as plurals. A token that completes one at the end
+            of the text is never chosen, though a longer word might go on from there ("cat" before "egory"): in one
+            token, or in tokens that split it elsewhere, it can still be said. The end token is always allowed.
+        word_bias: numbers by word or phrase; above 0 makes it likelier. The number is added to the logit of each token
+            that begins it or, where it is begun, continues it. These are the tokens in which the tokenizer writes it as
+            given, in lower case and with a capital, after a space, or without one where no word is being written. Other
+            words that begin with these tokens change too.
         dropped: what `from_generate_kwargs` left out because it has no effect. Not a setting, not compared.
 
     Raises:
@@ -53,6 +62,8 @@ class Decoding:
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     seed: int | None = None
+    forbidden_words: Sequence[str] = ()
+    word_bias: Mapping[str, float] | Sequence[tuple[str, float]] = ()
     dropped: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +82,8 @@ class Decoding:
             if number is None or not is_allowed(number):
                 raise ValueError(f"{name}={value!r}: must be a number {allowed}")
             object.__setattr__(self, name, number)
+        object.__setattr__(self, "forbidden_words", check_words("forbidden_words", self.forbidden_words))
+        object.__setattr__(self, "word_bias", check_bias("word_bias", self.word_bias))
         self._refuse_ineffective_settings()
 
     def _set_integer(self, name: str, low: int, high: float = math.inf) -> None:
@@ -91,10 +104,23 @@ class Decoding:
             reason = "top_k=1 leaves one token to draw, which is greedy: leave both out, or raise top_k"
             names = ["temperature"]
         else:
-            return
+            names = []
         if names:
             settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
             raise ValueError(f"{settings}: no effect, because {reason}")
+        for word in dict(self.word_bias):
+            if fold(word) in map(fold, self.forbidden_words):
+                raise ValueError(f"word_bias: {word!r} has no effect, because forbidden_words forbids it")
+
+    def check_prefix(self, answer_prefix: str) -> None:
+        """Raise ValueError if a caption that begins so would hold one of the `forbidden_words`."""
+        if (word := first_word_in(answer_prefix, self.forbidden_words)) is not None:
+            raise ValueError(f"answer_prefix={answer_prefix!r}: holds {word!r}, which forbidden_words forbids")
+
+    @property
+    def is_steered(self) -> bool:
+        """True where words are forbidden, or made more or less likely."""
+        return bool(self.forbidden_words or self.word_bias)
 
     @property
     def samples(self) -> bool:
@@ -108,6 +134,8 @@ class Decoding:
         """
         values = {name: getattr(self, name) for name in _DEFAULTS}
         changed = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
+        for name, plain in (("forbidden_words", list), ("word_bias", dict)):
+            changed |= {name: plain(changed[name])} if name in changed else {}
         settings = {"max_new_tokens": self.max_new_tokens} | changed
         return settings | ({"seed": self.seed or 0} if self.samples else {})
 

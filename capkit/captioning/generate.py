@@ -37,8 +37,9 @@ class Caption:
     """A generated caption, with its log probabilities and the settings it was generated with.
 
     Attributes:
-        text: decoded without special tokens. As in the original, a leading space of the first word is kept.
-        token_ids: the new tokens, including the end token if there is one.
+        text: the prompt's answer prefix and the tokens, decoded without special ones. As in the original, a leading
+            space of the first word is kept.
+        token_ids: the new tokens, those after the answer prefix, including the end token if there is one.
         logprobs: log P(token | clip, prompt, tokens before) of each, in nats, under the model itself: before
             temperature, top-k, top-p and penalties.
         finish_reason: "eos", "length" (max_new_tokens reached, or the model's context length) or "stopped".
@@ -83,6 +84,7 @@ class Request:
         self.decoding = decoding
         self.inputs = processor(clips, self.prompts)
         self.draw_keys = [*map(draw_key, clips)]
+        self.prefixes = [*map(processor.prefix_ids, self.prompts)]
         self.stop = threading.Event()
 
     @torch.inference_mode()
@@ -94,7 +96,7 @@ class Request:
         if decoding.num_beams == 1 and graphs.is_useful and graphs.lock.acquire(blocking=False):
             try:
                 limited = [replace(decoding, max_new_tokens=limit) for limit in self.limits]
-                choosers = RowChoosers(limited, self.draw_keys)
+                choosers = RowChoosers(limited, self.draw_keys, self.processor.tokenizer, self.prefixes)
                 ends = partial(is_end, config=self.model.config)
                 rows, logprobs = graphs.caption(inputs, choosers, ends, self.stop, streamer)
             finally:
@@ -118,7 +120,9 @@ class Request:
         model.generation_config, model.config = GenerationConfig(), copy.copy(config)
         model.config.max_position_embeddings = sys.maxsize
         prompt_length, beams = inputs["input_ids"].shape[1], decoding.num_beams > 1
-        chooser = Chooser([decoding] * num_rows, self.draw_keys, prompt_length)
+        tokenizer = self.processor.tokenizer
+        chooser = Chooser([decoding] * num_rows, self.draw_keys, prompt_length, tokenizer, self.prefixes)
+        of_beams = [*filter(None, [chooser.steering]), *chooser.penalties]
         cache, pixels = PreallocatedCache(config), inputs["pixel_values_videos"]
         if num_rows > 1 and not beams:
             cache, pixels = prefill_batch(model, inputs), None
@@ -135,7 +139,7 @@ class Request:
                 eos_token_id=config.eos_token_id,
                 pad_token_id=config.pad_token_id,
             ),
-            logits_processor=LogitsProcessorList(chooser.penalties if beams else [chooser]),
+            logits_processor=LogitsProcessorList(of_beams if beams else [chooser]),
             stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
             streamer=streamer,
         )[:, prompt_length:].tolist()
@@ -166,7 +170,7 @@ def make_caption(
             f"(max_position_embeddings), before max_new_tokens={decoding.max_new_tokens}",
             stacklevel=2,
         )
-    text = processor.decode(ids, skip_special_tokens=True)
+    text = prompt.answer_prefix + processor.decode(ids, skip_special_tokens=True)
     return Caption(text, ids, logprobs[: len(ids)], finish_reason, prompt, decoding, seconds)
 
 
@@ -260,7 +264,8 @@ class CaptionStream:
         self._request, self._tokens = request, _TokenQueue()
         self._result: dict[str, Any] = {}
         self._decoder = TextDecoder(request.processor, skip_special_tokens=True)
-        self._num_shown = 0  # characters
+        self._prefix = request.prompts[0].answer_prefix  # until it is shown
+        self._num_shown = len(self._prefix)  # characters
         # The thread holds no reference to this object, so that deleting it stops the generation.
         arguments = (request, self._tokens, self._result)
         self._thread = threading.Thread(target=_generate_into, args=arguments, daemon=True)
@@ -270,6 +275,9 @@ class CaptionStream:
         return self
 
     def __next__(self) -> str:
+        if prefix := self._prefix:
+            self._prefix = ""
+            return prefix
         while (ids := self._tokens.items.get()) is not None:
             if piece := self._decoder.add(ids):
                 self._num_shown += len(piece)

@@ -333,7 +333,9 @@ class GraphDecoder:
                 larger.move(step, going)
                 step, rows, history = larger, [rows[place] for place in going], history[going]
             scores = step()[: len(rows)]
-            chosen, sure = choosers.choose(history[:, :count], scores, count, rows)
+            if choosers.is_steered:  # by the text so far; the GPU is at work on the step meanwhile
+                receive(0)
+            chosen, sure = choosers.choose(history[:, :count], scores, count, rows, [new_ids[row] for row in rows])
             step.ids[: len(rows), 0] = chosen
             history[:, count] = chosen
             numbers = torch.stack([chosen.double(), sure.double()]).to("cpu", non_blocking=True)

@@ -71,6 +71,8 @@ class SharedVideo:
             most = num_branches // 2 or 1
 
         pairs = [(Prompt.of(prompt), decoding) for prompt, decoding in branches]
+        for prompt, decoding in pairs:
+            decoding.check_prefix(prompt.answer_prefix)
         fitting = {
             prompt: self.captioner.tokens_that_fit(self.clip, prompt) for prompt in {prompt for prompt, _ in pairs}
         }
@@ -99,7 +101,9 @@ class SharedVideo:
             hidden = torch.stack([states[-1] for states in row.prefill(texts)])
             prefilled = time.perf_counter()
             decodings = [replace(branch[1], max_new_tokens=most) for branch, most in zip(branches, limits, strict=True)]
-            choosers = RowChoosers(decodings, [draw_key(self.clip)] * len(branches))
+            prefixes = [processor.prefix_ids(prompt) for prompt, _ in branches]
+            keys = [draw_key(self.clip)] * len(branches)
+            choosers = RowChoosers(decodings, keys, processor.tokenizer, prefixes)
             graphs = self.captioner._graph_decoder
             if graphs.is_useful and graphs.lock.acquire(blocking=False):
                 try:
@@ -262,8 +266,9 @@ def _decode_branches(
     live, step, config = list(range(len(prompt_of_branch))), 0, row.model.config
     while live:
         scores = row.model.lm_head(hidden).float()
-        history = torch.tensor([new_ids[branch] for branch in live], dtype=torch.long, device=scores.device)
-        chosen = torch.stack([tensor.double() for tensor in choosers.choose(history, scores, step, live)])
+        known = [new_ids[branch] for branch in live]
+        history = torch.tensor(known, dtype=torch.long, device=scores.device)
+        chosen = torch.stack([tensor.double() for tensor in choosers.choose(history, scores, step, live, known)])
         for branch, token, logprob in zip(live, *chosen.tolist(), strict=True):
             new_ids[branch].append(int(token))
             logprobs[branch].append(logprob)

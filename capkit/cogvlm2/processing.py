@@ -122,24 +122,39 @@ class CogVLM2VideoProcessor(ProcessorMixin):
         return ids
 
     def text_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids after the frames: the prompt's text.
+        """Token ids after the frames: the prompt's text, and `prefix_ids`.
 
         Raises:
             ValueError: the text contains the token that marks image positions.
         """
-        ids = self._encode(prompt.full_text)
+        ids = self._encode(prompt.full_text) + self.prefix_ids(prompt)
         if self.tokenizer.pad_token_id in ids:
             raise ValueError(f"the prompt contains {self.tokenizer.pad_token}, which marks the frames' positions")
         return ids
 
-    def continuation_ids(self, text: str) -> list[int]:
+    def prefix_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of the prompt's `answer_prefix`, as `continuation_ids`; none without one."""
+        return self.continuation_ids(prompt.answer_prefix) if prompt.answer_prefix else []
+
+    def continuation_ids(self, text: str, answer_prefix: str = "") -> list[int]:
         """Token ids of a text as the continuation of a prompt: with a space after `Answer:`.
 
+        Args:
+            text: the answer.
+            answer_prefix: of the prompt, with which the text begins; the ids are of what follows.
+
         Raises:
-            ValueError: no text, an empty one, or one that is not UTF-8.
+            ValueError: no text, an empty one, one that is not UTF-8, or one that lacks the prefix or ends with it.
         """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text={reprlib.repr(text)}: there is no text to score")
+        if answer_prefix:
+            if not text.lstrip().startswith(answer_prefix):
+                reason = f"does not begin with answer_prefix={answer_prefix!r}; score it with a prompt without one"
+                raise ValueError(f"text={reprlib.repr(text)}: {reason}")
+            if not (rest := text.lstrip().removeprefix(answer_prefix)):
+                raise ValueError(f"text={reprlib.repr(text)}: there is no text behind answer_prefix to score")
+            return self._encode(rest)
         return self._encode(text if text[:1].isspace() else " " + text)
 
     def _encode(self, text: str) -> list[int]:

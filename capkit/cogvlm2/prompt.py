@@ -31,16 +31,20 @@ class Prompt:
             and "vqa".
         frame_numbers: the number after each frame under "chat": its "index", as in the original, or its time since the
             clip's start in whole "seconds". The two are equal at one frame a second.
+        answer_prefix: what the caption begins with, after `Answer:` and a space; the model goes on from there. It
+            belongs to the caption's text, not to its tokens and their log probabilities.
 
     Raises:
         ValueError: unknown template or frame numbers, an empty text, one that is longer than 100,000 characters or not
-            UTF-8, history that is not pairs of texts, or a setting that has no effect in combination with the others.
+            UTF-8, history that is not pairs of texts, an answer prefix that begins or ends with white space, or a
+            setting that has no effect in combination with the others.
     """
 
     text: str = DEFAULT_PROMPT
     template: str = "chat"
     history: Sequence[tuple[str, str]] = ()
     frame_numbers: str = "index"
+    answer_prefix: str = ""
 
     def __post_init__(self) -> None:
         for name, allowed in (("template", TEMPLATES), ("frame_numbers", FRAME_NUMBERS)):
@@ -48,12 +52,17 @@ class Prompt:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
         if problem := _problem(self.text):
             raise ValueError(f"prompt={reprlib.repr(self.text)}: {problem}")
+        prefix = self.answer_prefix
+        if prefix != "" and (problem := _problem(prefix)):
+            raise ValueError(f"answer_prefix={reprlib.repr(prefix)}: {problem}")
+        if prefix != prefix.strip():
+            raise ValueError(f"answer_prefix={prefix!r}: must not begin or end with white space")
         for turn in self.history if isinstance(self.history, (list, tuple)) else [self.history]:
             if not isinstance(turn, (list, tuple)) or [isinstance(part, str) for part in turn] != [True, True]:
                 raise ValueError(f"history={turn!r}: must be (question, answer) pairs of texts")
         # Strings of NumPy and the like become Python's.
         object.__setattr__(self, "history", tuple((str(question), str(answer)) for question, answer in self.history))
-        for name in ("text", "template", "frame_numbers"):
+        for name in ("text", "template", "frame_numbers", "answer_prefix"):
             object.__setattr__(self, name, str(getattr(self, name)))
         if self.history and self.template == "base":
             raise ValueError('history: no effect under template "base", which takes the prompt as it is')
@@ -81,16 +90,17 @@ class Prompt:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Prompt:
         """The prompt of a caption record; fields that the record lacks take their defaults."""
-        names = {"prompt": "text", "template": "template", "history": "history", "frame_numbers": "frame_numbers"}
+        names = {"prompt": "text"} | {name: name for name in ("template", "history", "frame_numbers", "answer_prefix")}
         return cls(**{field: record[name] for name, field in names.items() if name in record})
 
     def to_record(self) -> dict[str, Any]:
-        """The fields as a caption record holds them, in plain JSON values."""
+        """The fields as a caption record holds them, in plain JSON values; `answer_prefix` only if there is one."""
         return {
             "template": self.template,
             "frame_numbers": self.frame_numbers,
             "prompt": self.text,
             "history": [list(turn) for turn in self.history],
+            **({"answer_prefix": self.answer_prefix} if self.answer_prefix else {}),
         }
 
     def numbers(self, clip: Clip) -> list[int | None]:

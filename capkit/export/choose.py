@@ -17,7 +17,7 @@ from capkit.runs import MARKS, CaptionStore, Records, mark_text, window_name
 from capkit.text import plain_text, plural, unknown_name
 
 SETTINGS = (
-    *("prompt", "template", "history", "frame_numbers", "decoding", "frame_sampling", "sample"),
+    *("prompt", "answer_prefix", "template", "history", "frame_numbers", "decoding", "frame_sampling", "sample"),
     *("model", "model_fingerprint", "dtype", "quantization"),
 )
 """Fields of a record in which captions of one clip can differ, and which `choose` may name."""

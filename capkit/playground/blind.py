@@ -43,10 +43,11 @@ def variant_name(record: dict[str, Any]) -> str:
 
 
 def settings_name(record: dict[str, Any]) -> str:
-    """A record's template, frame sampling, frame numbers and decoding, in short."""
+    """A record's template, frame sampling, frame numbers, answer prefix and decoding, in short."""
     sampling = FrameSampling.of(record["frame_sampling"])
     settings = [f"template {record['template']}", f"frames {sampling.strategy} {sampling.num_frames}"]
     settings += ["true seconds"] if record.get("frame_numbers") == "seconds" else []
+    settings += [f"begins {record['answer_prefix']!r}"] if record.get("answer_prefix") else []
     return " · ".join([*settings, str(Decoding.of(record["decoding"]))])
 
 

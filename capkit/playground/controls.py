@@ -21,6 +21,7 @@ def prompt_controls() -> dict[str, widgets.Widget]:
     return {
         "template": _control(widgets.Dropdown, "template", templates, options=TEMPLATES),
         "frame_numbers": _control(widgets.Dropdown, "frame numbers", numbers, options=FRAME_NUMBERS),
+        "answer_prefix": _text("answer prefix", "what the caption begins with, such as: The video shows"),
     }
 
 
@@ -49,7 +50,10 @@ def decoding_controls() -> dict[str, widgets.Widget]:
         (_INTEGER, 0, 0, 20, "no_repeat_ngram_size", "no sequence of this many tokens twice; 0: allowed"),
         (_INTEGER, 2048, 1, 2048, "max_new_tokens", "the caption is cut off after this many tokens"),
     )
-    return {name: _number(kind, value, low, high, name, tooltip) for kind, value, low, high, name, tooltip in controls}
+    made = {name: _number(kind, value, low, high, name, tooltip) for kind, value, low, high, name, tooltip in controls}
+    words = "words and phrases that the caption never holds, with commas between"
+    made["forbidden_words"] = _text("forbidden_words", words)
+    return made
 
 
 def button(name: str, action: Callable[[], None], **settings: Any) -> widgets.Button:
@@ -62,6 +66,10 @@ def button(name: str, action: Callable[[], None], **settings: Any) -> widgets.Bu
 def _number(kind: Callable[..., Any], value: float, low: float, high: float, name: str, tooltip: str) -> widgets.Widget:
     step = {"step": 0.05} if kind is _SLIDER else {}
     return _control(kind, name, tooltip, value=value, min=low, max=high, continuous_update=False, **step)
+
+
+def _text(name: str, tooltip: str) -> widgets.Widget:
+    return _control(widgets.Text, name, tooltip, continuous_update=False)
 
 
 def _control(kind: Callable[..., Any], name: str, tooltip: str, **settings: Any) -> widgets.Widget:

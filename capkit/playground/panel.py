@@ -151,7 +151,8 @@ class Playground(widgets.VBox):
         Raises:
             ValueError: the prompt is empty.
         """
-        return Prompt(self.prompt.value, self.template.value, frame_numbers=self._effective_frame_numbers())
+        numbers, prefix = self._effective_frame_numbers(), self.answer_prefix.value.strip()
+        return Prompt(self.prompt.value, self.template.value, frame_numbers=numbers, answer_prefix=prefix)
 
     def frame_sampling(self) -> FrameSampling:
         """The frame sampling that the controls describe."""
@@ -160,13 +161,15 @@ class Playground(widgets.VBox):
 
     def decoding(self) -> Decoding:
         """The decoding that the controls describe, without those that have no effect."""
-        return Decoding(**{name: self._decoding_controls[name].value for name in self._effective_decoding()})
+        settings = {name: self._decoding_controls[name].value for name in self._effective_decoding()}
+        words = [word for word in settings["forbidden_words"].split(",") if word.strip()]
+        return Decoding(**settings | {"forbidden_words": words})
 
     def _effective_frame_numbers(self) -> str:
         return self.frame_numbers.value if self.template.value == "chat" else "index"
 
     def _effective_decoding(self) -> list[str]:
-        names = ["max_new_tokens", "num_beams", "repetition_penalty", "no_repeat_ngram_size"]
+        names = ["max_new_tokens", "num_beams", "repetition_penalty", "no_repeat_ngram_size", "forbidden_words"]
         if self.num_beams.value == 1:
             names.append("temperature")
             if self.temperature.value > 0:
@@ -362,8 +365,10 @@ class Playground(widgets.VBox):
 
     def _to_sweep(self, record: dict[str, Any]) -> None:
         """Write the result's settings as axes for notebook 03."""
+        prefixed = {"text": record["prompt"], "answer_prefix": record.get("answer_prefix")}
+        prefixed |= {name: record[name] for name in ("template", "frame_numbers") if name in record}
         axes = {
-            "prompts": [record["prompt"]],
+            "prompts": [prefixed if record.get("answer_prefix") else record["prompt"]],
             "decodings": [record["decoding"]],
             "frame_samplings": [{name: value for name, value in record["frame_sampling"].items() if value is not None}],
             "templates": [record["template"]],

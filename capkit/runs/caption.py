@@ -84,6 +84,7 @@ def plan_clips(
         TypeError: something else than an item.
     """
     prompt, decoding, frame_sampling = Prompt.of(prompt), Decoding.of(decoding), FrameSampling.of(frame_sampling)
+    decoding.check_prefix(prompt.answer_prefix)
     planned = []
     for item in check_items(items):
         shared = (prompt, decoding, frame_sampling, item.start, item.end)

@@ -23,6 +23,8 @@ SETTINGS = (
 """What makes two requests one, if only the video's file has changed since."""
 SETTINGS_OF_ROWS = tuple(name for name in SETTINGS if name not in ("start_seconds", "end_seconds", "prompt"))
 """What a row that cannot be used shares with what it becomes once it is right."""
+LATER_SETTINGS = ("answer_prefix",)
+"""Settings that a record has only if they differ from their default."""
 NO_SUBJECT = 0
 NO_EDIT = -1
 
@@ -294,7 +296,8 @@ def _subject(record: dict[str, Any], names: tuple[str, ...]) -> int:
     """A 64-bit number of these settings; NO_SUBJECT if one is missing."""
     if any(name not in record for name in names):
         return NO_SUBJECT
-    return hash(tuple(str(record[name]) for name in names)) or 1
+    later = [record.get(name) for name in LATER_SETTINGS]
+    return hash(tuple(map(str, [*(record[name] for name in names), *later]))) or 1
 
 
 def record_text(record: dict[str, Any]) -> str:

@@ -18,7 +18,9 @@ MOST_WARNINGS = 20  # of one reading; the rest are counted
 MAX_NUMBER = 1e20  # seeds have up to 63 bits
 _NUMBER, _TEXT, _NONE = frozenset((int, float)), frozenset((str,)), frozenset((type(None),))
 _TYPES = {
-    **dict.fromkeys(("template", "frame_numbers", "model", "model_fingerprint", "dtype", "strip", "created"), _TEXT),
+    **dict.fromkeys(
+        ("template", "frame_numbers", "answer_prefix", "model", "model_fingerprint", "dtype", "strip", "created"), _TEXT
+    ),
     **dict.fromkeys(("edited_text", "mark", "remark"), _TEXT),  # of a record that was copied from another store
     **dict.fromkeys(("text", "error", "quantization", "finish_reason", "video_sha256"), _TEXT | _NONE),
     **dict.fromkeys(("start_seconds", "sample"), _NUMBER),
@@ -30,6 +32,7 @@ _TYPES = {
 }
 _TYPES_IN_LISTS = {"frame_indices": frozenset((int,)), "timestamps_seconds": _NUMBER}
 _TYPES_IN_LISTS |= {"video_notes": _TEXT, "wrong_words": _TEXT}
+_IN_DECODING = {"forbidden_words": frozenset((list,)), "word_bias": frozenset((dict,))}
 _IN_FRAME_SAMPLING = {"strategy": _TEXT, "num_frames": frozenset((int,)), "frames_per_second": _NUMBER | _NONE}
 MARKS = ("right", "wrong", "unsure")
 """What a person may find of a caption."""
@@ -163,7 +166,11 @@ def check_line(line: Any) -> None:
         if not (type(turn) is list and [*map(type, turn)] == [str, str]):
             raise ValueError(f"history has {_shorten(turn)} in it: must be a question and an answer")
     for name, value in line.get("decoding", {}).items():
-        _check_value(f"decoding: {name}", value, _NUMBER | _NONE)
+        _check_value(f"decoding: {name}", value, _IN_DECODING.get(name, _NUMBER | _NONE))
+    for word in line.get("decoding", {}).get("forbidden_words", ()):
+        _check_value("an item of forbidden_words", word, _TEXT)
+    for number in line.get("decoding", {}).get("word_bias", {}).values():
+        _check_value("a number of word_bias", number, _NUMBER)
     for name, value in line.get("frame_sampling", {}).items():
         _check_value(f"frame_sampling: {name}", value, _IN_FRAME_SAMPLING.get(name, _NUMBER | _TEXT | _NONE))
 

@@ -28,6 +28,7 @@ from capkit.captioning import GREEDY, Captioner, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.files import atomic_write, now, output_folder, read_regular, unused_name
 from capkit.runs.caption import caption_planned, check_numbers, current_records, plan_clips
+from capkit.runs.index import LATER_SETTINGS
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine
 from capkit.runs.store import CaptionStore, StoreBusy
@@ -201,10 +202,11 @@ def write_plan(
     Runs are counted, because the clocks of hosts differ: a shard that belongs to a run in the folder has its number,
     any other the next one.
     """
+    names = [name for name in (*SETTINGS_OF_RUN, *LATER_SETTINGS) if planned and name in planned[0]]
     plan: dict[str, Any] = {
         "num_shards": shard.count,
         "items": hashlib.sha256(json.dumps([astuple(item) for item in items]).encode()).hexdigest()[:20],
-        "settings": planned and {name: planned[0][name] for name in SETTINGS_OF_RUN} | {"prompt": prompt.text},
+        "settings": planned and {name: planned[0][name] for name in names} | {"prompt": prompt.text},
     }
     others = []
     for path in plan_files(folder):
@@ -258,7 +260,8 @@ def plan_differences(plan: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """The names of what keeps two plans from being of one run: num_shards, items, or settings by name."""
     names = [name for name in ("num_shards", "items") if plan[name] != other[name]]
     if plan["settings"] and other["settings"]:  # a shard without clips has none
-        names += [name for name, value in plan["settings"].items() if other["settings"][name] != value]
+        settings, others = plan["settings"], other["settings"]
+        names += [name for name in settings | others if settings.get(name) != others.get(name)]
     return names
 
 

@@ -50,6 +50,7 @@ PROMPT_PRESETS = {
 AXES = ("prompts", "decodings", "frame_samplings", "templates", "frame_numbers")
 MODES = ("grid", "one_at_a_time")
 _FRAMES = {"num_frames": FrameSampling("chat").num_frames, "frames_per_second": None}  # defaults of FrameSampling
+_WIDTHS = {"prompt": 40, "answer_prefix": 40}  # of labels, in characters; other axes have 100
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Cell:
         decoding, sampling = self.decoding.to_dict(), self.frame_sampling.to_dict()
         frames = [f"{name}={sampling[name]}" for name, default in _FRAMES.items() if sampling[name] != default]
         max_new_tokens = decoding.pop("max_new_tokens")
-        tokens = [f"{name}={value}" for name, value in decoding.items() if (name, value) != ("seed", 0)]
+        tokens = [f"{name}={_brief(value)}" for name, value in decoding.items() if (name, value) != ("seed", 0)]
         tokens += [f"max_new_tokens={max_new_tokens}"] if max_new_tokens != Decoding().max_new_tokens else []
         return {
             "prompt": self.prompt.text,
@@ -83,13 +84,31 @@ class Cell:
             "frame_sampling": " ".join([self.frame_sampling.strategy, *frames]),
             "template": self.prompt.template,
             "frame_numbers": self.prompt.frame_numbers,
+            "answer_prefix": self.prompt.answer_prefix,
         }
 
     def to_parameters(self) -> dict[str, Any]:
         """The settings as parameters of `notebooks/01_caption_clips.ipynb`."""
-        names = ("prompt", "template", "frame_numbers")
+        names = ("prompt", "template", "frame_numbers", "answer_prefix")
         prompt = {name: value for name, value in self.prompt.to_record().items() if name in names}
         return prompt | {"frame_sampling": self.frame_sampling.to_dict(), "decoding": self.decoding.to_dict()}
+
+
+def _brief(value: Any) -> str:
+    """A setting of a decoding, words in quotes without brackets around them."""
+    if isinstance(value, dict):
+        return ", ".join(f"{word!r}:{number:+g}" for word, number in value.items())
+    return ", ".join(map(repr, value)) if isinstance(value, list) else str(value)
+
+
+def _short_names(values: Sequence[str], names: dict[str, str], width: int) -> dict[str, str]:
+    """The name of each value, or else its beginning; those that would look alike are numbered."""
+    short = {value: names.get(value) or textwrap.shorten(value, width, placeholder=" ...") for value in values}
+    count = Counter(short.values())
+    return {
+        value: f"{name} ({number})" if count[name] > 1 else name
+        for number, (value, name) in enumerate(short.items(), 1)
+    }
 
 
 @dataclass(frozen=True)
@@ -139,30 +158,26 @@ class SweepPlan:
     def labels(self) -> dict[Cell, str]:
         """A short unique name for each cell, of the axes that differ between cells."""
         strings = {cell: cell.to_strings() for cell in self.cells}
-        presets = {prompt: name for name, (prompt, _) in PROMPT_PRESETS.items()}
-        prompts = dict.fromkeys(cell.prompt.text for cell in self.cells)
-        short = {text: presets.get(text) or textwrap.shorten(text, 40, placeholder=" ...") for text in prompts}
-        count = Counter(short.values())
-        for number, (text, name) in enumerate(short.items(), 1):
-            if count[name] > 1:
-                short[text] = f"{name} ({number})"
-        values = {axis: {axes[axis] for axes in strings.values()} for axis in self.baseline.to_strings()}
-        varying = [axis for axis in values if len(values[axis]) > 1] or ["prompt"]
-        return {
-            cell: " · ".join(short[axes[axis]] if axis == "prompt" else axes[axis] for axis in varying)
-            for cell, axes in strings.items()
+        names = {"prompt": {prompt: name for name, (prompt, _) in PROMPT_PRESETS.items()}}
+        names["answer_prefix"] = {"": "no prefix"}
+        values = {
+            axis: [*dict.fromkeys(axes[axis] for axes in strings.values())] for axis in self.baseline.to_strings()
         }
+        varying = [axis for axis in values if len(values[axis]) > 1] or ["prompt"]
+        short = {axis: _short_names(values[axis], names.get(axis, {}), _WIDTHS.get(axis, 100)) for axis in varying}
+        return {cell: " · ".join(short[axis][axes[axis]] for axis in varying) for cell, axes in strings.items()}
 
     def label(self, cell: Cell) -> str:
         """A cell's short name, from `labels`."""
         return self.labels[cell]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per cell: its axes, and its number of captions."""
+        """One row per cell: its axes, and its number of captions; `answer_prefix` only where cells have one."""
         import pandas as pd
 
         rows = [cell.to_strings() | {"captions": self._num_samples(cell) * len(self.sources)} for cell in self.cells]
-        return pd.DataFrame(rows).rename_axis("cell")
+        unused = [] if any(cell.prompt.answer_prefix for cell in self.cells) else ["answer_prefix"]
+        return pd.DataFrame(rows).drop(columns=unused).rename_axis("cell")
 
     def __str__(self) -> str:
         counts = f"{plural(len(self.cells), 'cell')} x {plural(len(self.sources), 'clip')}: "
@@ -217,7 +232,8 @@ def plan_sweep(
 
     Args:
         clips: file names, items of `find_clips` (their own prompts are ignored), or `Clip`s; a list, or one of them.
-        prompts: texts, names of PROMPT_PRESETS, or `Prompt`s, which keep their own template, history and frame numbers.
+        prompts: texts, names of PROMPT_PRESETS, or `Prompt`s or dictionaries of their fields, which keep their own
+            template, history, frame numbers and answer prefix.
         decodings: `Decoding`s, dictionaries of their fields, or of generate()'s arguments with `do_sample`.
         frame_samplings: `FrameSampling`s, names of strategies, or dictionaries with `strategy`, `num_frames`, ...
         templates, frame_numbers, history: fields of `Prompt`, for prompts given as texts.
@@ -252,6 +268,7 @@ def plan_sweep(
         has_no_effect = numbers == "seconds" and template in TEMPLATES and template != "chat"
         if not isinstance(prompt, Prompt):
             prompt = Prompt(prompt, template, history, "index" if has_no_effect else numbers)
+        decoding.check_prefix(prompt.answer_prefix)
         cell = Cell(prompt, decoding, frame_sampling)
         effective = (prompt, str(decoding.to_dict()), frame_sampling)  # no seed is seed 0
         if cells.setdefault(effective, cell) is cell:
@@ -259,7 +276,7 @@ def plan_sweep(
         if has_no_effect:
             collapsed[f'frame_numbers="seconds" under template "{template}", which numbers no frames'] = None
         else:
-            collapsed[f"{' · '.join(cell.to_strings().values())}, equivalent to another cell"] = None
+            collapsed[f"{' · '.join(filter(None, cell.to_strings().values()))}, equivalent to another cell"] = None
     if len({cell.prompt.history for cell in cells.values()}) > 1:
         raise ValueError("prompts: differ in history, which no axis shows; make a sweep for each history")
     if num_samples > 1 and any(not cell.decoding.samples for cell in cells.values()):

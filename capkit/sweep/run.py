@@ -72,8 +72,8 @@ class SweepResult:
         Columns: `cell` (its label), `cell_number`, `clip` (see `clip_id`: windows of a video are clips of their own,
         and of `copies` the first one's name stands, so that they count once),
         `video` (path), `start_seconds`, `end_seconds`, the axes `prompt`, `decoding`, `frame_sampling`, `template`,
-        `frame_numbers`, `sample`; then `text`, `num_tokens`, `mean_logprob`, `finish_reason`, `seconds`,
-        `duration_seconds`, `status`, `error`, `request`, `reference` where clips have one, and `mark`,
+        `frame_numbers`, `answer_prefix`, `sample`; then `text`, `num_tokens`, `mean_logprob`, `finish_reason`,
+        `seconds`, `duration_seconds`, `status`, `error`, `request`, `reference` where clips have one, and `mark`,
         `wrong_words` and `remark` where captions were marked (none of an edited one: `text` is the model's). Captions
         made elsewhere have their cell's name, and no axes.
         """
@@ -125,7 +125,8 @@ class SweepResult:
     def with_captions(self, name: str, path: str | Path) -> SweepResult:
         """Add captions made elsewhere as one more cell, to compare and score them without running a model.
 
-        Their records are those of the baseline with another text, so that support is computed with its prompt.
+        Their records are those of the baseline with another text, so that support is computed with its prompt, without
+        its answer prefix.
 
         Args:
             name: of the cell.
@@ -146,7 +147,7 @@ class SweepResult:
         baseline = [record for (_, cell, sample), record in requests if cell == self.plan.baseline and not sample]
         empty = dict.fromkeys(("num_tokens", "mean_logprob", "finish_reason", "seconds", "request", "error"))
         added = [
-            baseline[number] | empty | {"text": text, "status": "ok"}
+            baseline[number] | empty | {"text": text, "status": "ok", "answer_prefix": ""}
             for number, text in _match_captions(self.plan, name, path)
         ]
         return replace(self, elsewhere={**self.elsewhere, name: added})

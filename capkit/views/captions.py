@@ -81,19 +81,20 @@ def show_caption(
     """
     record = as_record(caption)
     pieces, logprobs, ids = [record_text(record)], None, []
+    prefix = record.get("answer_prefix", "")  # no tokens of the model's
     if isinstance(caption, Caption):
         ids = caption.token_ids[: len(caption.token_ids) - (caption.finish_reason == "eos")]  # without the end token
     if grounding is not None:
-        if ids != grounding.token_ids and "".join(grounding.tokens).strip() != record_text(record):
+        if ids != grounding.token_ids and (prefix + "".join(grounding.tokens)).strip() != record_text(record):
             raise ValueError("the grounding is of another text: ground the text that is shown")
         pieces, logprobs = grounding.tokens, grounding.logprobs
     elif processor is not None and isinstance(caption, Caption):
         pieces, logprobs = token_texts(processor, ids), np.array(caption.logprobs[: len(ids)])
-    text = "".join(pieces)
+    text = "".join(pieces) if logprobs is None else prefix + "".join(pieces)
     kept = t5_kept(text, t5_tokenizer, t5_limit)
     spans = [(0, escape(text[:kept])), (kept, escape(text[kept:]))]
     if logprobs is not None:
-        spans = _token_spans(pieces, logprobs)
+        spans = [(0, escape(prefix)), *_token_spans(pieces, logprobs, len(prefix))]
     parts = [caption_paragraph(record, _strike(spans, kept))]
     if logprobs is not None:
         parts.append(_legend("Chance of each token:", _BY_PROBABILITY))
@@ -101,7 +102,8 @@ def show_caption(
         parts.append(_cut_note(text[kept:], t5_tokenizer is None, t5_limit))
     if grounding is not None and grounding.words:
         leans = _leaned_on(grounding, record, clip)
-        parts += ["<hr>", paragraph(_word_spans(grounding, leans)), _legend("Each word with the video:", _BY_SUPPORT)]
+        parts += ["<hr>", paragraph(escape(prefix) + _word_spans(grounding, leans))]
+        parts.append(_legend("Each word with the video:", _BY_SUPPORT))
         parts.append(_words_table(grounding, leans))
     parts.append(facts_line(record))
     frames = warning = ""
@@ -137,9 +139,9 @@ def t5_kept(text: str, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LI
 # ---- tokens and words ----------------------------------------------------------------------------------------------
 
 
-def _token_spans(pieces: Sequence[str], logprobs: np.ndarray) -> list[tuple[int, str]]:
+def _token_spans(pieces: Sequence[str], logprobs: np.ndarray, start: int = 0) -> list[tuple[int, str]]:
     """(start in the text, HTML) of each token; the parts of a split character count as one token."""
-    spans, start, total = [], 0, 0.0
+    spans, total = [], 0.0
     for piece, logprob in zip(pieces, logprobs, strict=True):
         total += logprob
         if piece:

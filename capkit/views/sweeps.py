@@ -14,7 +14,10 @@ from capkit.video import Clip
 from capkit.views.captions import CaptionLike, as_record, caption_frames, caption_paragraph, facts_line, heading
 from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text, table_html
 
-SETTINGS = ("model", "prompt", "template", "frame_numbers", "frame_sampling", "decoding", "history", "sample")
+SETTINGS = (
+    *("model", "prompt", "answer_prefix", "template", "frame_numbers", "frame_sampling", "decoding", "history"),
+    "sample",
+)
 
 
 def compare_captions(
@@ -92,7 +95,7 @@ def show_sweep(result: SweepResult, num_clips: int = 2, num_cells: int = 6) -> H
 
 def _differing_settings(records: Sequence[dict[str, Any]]) -> list[str]:
     """Names for captions: the settings in which they differ, or their numbers where nothing differs."""
-    rows = [[str(record.get(name)) for name in SETTINGS] for record in records]
+    rows = [[str(record.get(name, "")) for name in SETTINGS] for record in records]
     differing = [column for column in range(len(SETTINGS)) if len({row[column] for row in rows}) > 1]
     names = [", ".join(row[column] for column in differing) for row in rows]
     if len(set(names)) < len(names) or not differing:

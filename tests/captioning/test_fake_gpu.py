@@ -13,7 +13,7 @@ from paths import GOLDEN
 from torch.nn import functional as F
 
 import capkit
-from capkit import Captioner, Clip, Decoding
+from capkit import Captioner, Clip, Decoding, Prompt
 from capkit.captioning import FrameFeatures, SharedVideo, generate, ground
 from capkit.captioning.graphs import DecodingStep
 
@@ -23,6 +23,7 @@ CLIPS = [
 ]
 SAMPLING = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 3}
 PENALTIES = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
+STEERING = {"forbidden_words": ["e", "in the", "("], "word_bias": {"zebra": 9, "in": -3.0}}
 
 
 def load():
@@ -88,6 +89,12 @@ def branches(captioner, count):
     return tokens(SharedVideo(captioner, CLIPS[0]).caption([(one, other) for one in prompts for other in decodings]))
 
 
+def steered_branches(captioner, count):
+    decodings = Decoding(count), Decoding(count, **STEERING), Decoding(count, **SAMPLING, **STEERING)
+    prompts = Prompt("What happens?", answer_prefix="A zeb"), "Who?"
+    return tokens(SharedVideo(captioner, CLIPS[0]).caption([(one, other) for one in prompts for other in decodings]))
+
+
 def sweep(captioner, count):
     decodings = [{"max_new_tokens": count}, {"max_new_tokens": count, **SAMPLING}]
     records = capkit.run_sweep(captioner, CLIPS[:2], prompts=["What happens?", "Why?"], decodings=decodings).records
@@ -128,16 +135,21 @@ WAYS = {
     "a caption": (caption, True, (7, 19, 0), (0, 0, 1)),
     "a batch": (batch, True, (19, 49, 0), (0, 0, 1)),
     "a noisy batch": (partial(batch, **NOISY), True, (19, 49, 0), (0, 0, 2)),
+    "a steered batch": (partial(batch, **SAMPLING, **STEERING), True, (19, 49, 0), (0, 0, 3)),
     "a stream": (stream, True, (7, 19, 0), (0, 0, 1)),
     "branches": (branches, True, (4, 40, 0), (0, 0, 2)),
+    "steered branches": (steered_branches, True, (4, 40, 0), (0, 0, 4)),
     "a sweep of two clips": (sweep, True, (8, 60, 0), (0, 0, 4)),
     "kept features": (kept_features, True, (25, 70, 1), (0, 0, 1)),
     "a caption without graphs": (caption, False, (11, 13, 0), (1, 0, 0)),
     "a batch without graphs": (batch, False, (27, 36, 0), (2, 0, 0)),
     "a noisy batch without graphs": (partial(batch, **NOISY), False, (27, 36, 0), (2, 0, 1)),
+    "a steered batch without graphs": (partial(batch, **STEERING), False, (27, 36, 0), (3, 0, 1)),
     "a stream without graphs": (stream, False, (12, 13, 0), (2, 0, 0)),
     "branches without graphs": (branches, False, (4, 13, 0), (1, 2, 1)),
+    "steered branches without graphs": (steered_branches, False, (4, 13, 0), (1, 2, 3)),
     "beam search": (partial(batch, num_beams=3, repetition_penalty=1.1), False, (23, 23, 0), (2, 0, 0)),
+    "steered beam search": (partial(batch, num_beams=3, **STEERING), False, (23, 23, 0), (3, 0, 1)),
     "a score": (score, False, (5, 5, 0), (0, 0, 0)),
     "grounding": (grounding, False, (21, 36, 0), (0, 0, 0)),
     "frames on the GPU": (frames_on_the_gpu, False, (2, 1, 0), (0, 0, 0)),

@@ -195,6 +195,24 @@ def test_settings_go_to_a_sweep(panel, tmp_path):
     assert cell.decoding.to_dict() == record["decoding"] and cell.frame_sampling.strategy == "base"
 
 
+def test_a_prefix_and_forbidden_words_go_into_captions_and_a_sweep(panel, demo, tmp_path):
+    free = caption(panel)[0]["text"].split()
+    panel.answer_prefix.value, panel.forbidden_words.value = " I see ", f"{free[0]}, {free[1]} {free[2]},,"
+    record, made = caption(panel)
+    decoding = Decoding(max_new_tokens=20, forbidden_words=[free[0], f"{free[1]} {free[2]}"])
+    alone = demo.caption(capkit.load_clip(CLIPS[0]), Prompt(answer_prefix="I see"), decoding)
+    assert (made.text, made.decoding, made.prompt) == (alone.text, alone.decoding, alone.prompt)
+    assert record["text"].startswith("I see") and free[0] not in record["text"].split()
+    shown = unescape(panel.cards.children[0].children[0].value)
+    assert "begins 'I see'" in shown and repr(free[0]) in shown
+    panel.cards.children[0].children[2].children[2].click()
+    (cell,) = plan_sweep(CLIPS[:1], **read_axes(tmp_path / "sweep_axes.yaml")).cells
+    assert (cell.prompt, cell.decoding) == (made.prompt, made.decoding)
+    panel.forbidden_words.value = "see"
+    panel.start()
+    assert "holds 'see', which forbidden_words forbids" in unescape(panel.message.value)
+
+
 def test_beam_search_comes_at_once(panel, demo):
     panel.num_beams.value, panel.max_new_tokens.value = 2, 8
     _, made = caption(panel)

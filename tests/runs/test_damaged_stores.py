@@ -42,16 +42,17 @@ def without(record, name):
     return encode({key: value for key, value in record.items() if key != name})
 
 
+WORDS = [{"forbidden_words": "a"}, {"word_bias": {"a": "b"}}, {"forbidden_words": [5]}, {"word_bias": ["a"]}]
 WRONG = {
     **dict.fromkeys(("request", "video", "strip", "model", "created", "dtype"), [5, None, [], {"a": 1}, True]),
-    **dict.fromkeys(("prompt", "template", "frame_numbers"), [5, None, {}, [""]]),
+    **dict.fromkeys(("prompt", "template", "frame_numbers", "answer_prefix"), [5, None, {}, [""]]),
     **dict.fromkeys(("text", "status"), [5, None, ["ok"], {}]),
     **dict.fromkeys(("finish_reason", "video_sha256", "quantization"), [5, [], {"a": 1}, 0.5]),
     **dict.fromkeys(("start_seconds", "sample"), ["0", None, [], {}, True, 10**400]),
     **dict.fromkeys(("end_seconds", "duration_seconds", "seconds"), ["1.5", [], True, 1e300]),
     "mean_logprob": ["x", [], 900.0, False],
     "num_tokens": ["20", 2.5, [20], True, -(10**30)],
-    "decoding": [5, None, [1], {"temperature": "warm"}, {"temperature": [0.5]}, {"seed": 10**400}],
+    "decoding": [5, None, [1], {"temperature": "warm"}, {"temperature": [0.5]}, {"seed": 10**400}, *WORDS],
     "frame_sampling": ["chat", 5, None, {"strategy": 5}, {"strategy": "chat", "num_frames": "x"}],
     "history": [5, "ab", [5], [["a"]], [["a", 5]], {"a": "b"}],
     "frame_indices": [5, "0", {}, ["0"], [0.5], [None], [True], [10**400]],

@@ -396,6 +396,8 @@ class TestCaptionShard:
         in_shards(captioner, items, tmp_path, "2/3", prompt={"text": "Why?", "template": "vqa"})
         problems = "\n".join(merge(tmp_path).problems)
         assert "another list of clips" in problems and "differ in template, prompt from" in problems
+        in_shards(captioner, items, tmp_path, "2/3", prompt={"text": "Why?", "answer_prefix": "It is"})
+        assert "differ in answer_prefix, prompt from" in "\n".join(merge(tmp_path).problems)
         for name in ("shard-00000-of-00003.jsonl", "captions.jsonl"):
             (tmp_path / name).unlink()
         assert f"no record of {items[0].video}" in str(merge(tmp_path))

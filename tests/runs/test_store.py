@@ -205,8 +205,12 @@ class TestRequests:
             {"prompt": Prompt("What?", "vqa")},
             {"prompt": Prompt("What?", history=[("q", "a")])},
             {"prompt": Prompt("What?", frame_numbers="seconds")},
+            {"prompt": Prompt("What?", answer_prefix="The")},
             {"own_text": "Who?"},
             {"decoding": capkit.Decoding(num_beams=2)},
+            {"decoding": capkit.Decoding(forbidden_words=["a"])},
+            {"decoding": capkit.Decoding(word_bias={"a": 1})},
+            {"decoding": capkit.Decoding(word_bias={"a": 2})},
             {"frame_sampling": "base"},
             {"frame_sampling": capkit.FrameSampling("chat", 12)},
             {"start_seconds": 1.0},
@@ -230,6 +234,20 @@ class TestRequests:
         after = request_settings(captioner, video, "What?")["request"]
         monkeypatch.setattr(captioner, "fingerprint", "retrained")
         assert len({before, after, request_settings(captioner, video, "What?")["request"]}) == 3
+
+
+def test_steered_captions_are_kept_and_supersede_no_others(captioner, video, random_clip, store):
+    prompt, words = Prompt("What?", answer_prefix="It is"), {"forbidden_words": ["a"], "word_bias": {"b": 1.5}}
+    for one, decoding in ((prompt, {}), (prompt, words), ("What?", words), ("What?", {})):
+        decoding = capkit.Decoding(max_new_tokens=3, **decoding)
+        caption = captioner.caption(random_clip(), one, decoding)
+        store.append(new_record(request_settings(captioner, video, one, decoding), caption))
+    records = store.current()
+    assert len(records) == 4
+    assert [record.get("answer_prefix") for record in records] == ["It is", "It is", None, None]
+    assert [record["text"].startswith("It is") for record in records] == [True, True, False, False]
+    assert capkit.Decoding.of(records[1]["decoding"]) == capkit.Decoding(max_new_tokens=3, **words)
+    assert Prompt.from_record(records[1]) == prompt
 
 
 class TestStoresWrittenBefore:

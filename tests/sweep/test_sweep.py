@@ -99,6 +99,34 @@ def test_labels_are_short_and_tell_cells_apart():
     assert plan_sweep(CLIPS[:1]).label(plan_sweep(CLIPS[:1]).baseline) == "default"
 
 
+def test_labels_and_tables_show_prefixes_and_words(demo, tmp_path):
+    axes = {
+        "prompts": ["default", {"text": "Why?", "answer_prefix": "I see"}, {"text": "Why?"}],
+        "decodings": [
+            {"max_new_tokens": 5},
+            {"max_new_tokens": 5, "forbidden_words": ["a b", "c"]},
+            {"max_new_tokens": 5, "forbidden_words": ["a b, c"], "word_bias": {"d": 2}},
+            {"max_new_tokens": 5, "forbidden_words": [f"word {number}" for number in range(50)]},
+            {"max_new_tokens": 5, "forbidden_words": [f"word {number}" for number in range(51)]},
+        ],
+    }
+    plan = plan_sweep(CLIPS[:1], **axes)
+    labels = [plan.label(cell) for cell in plan.cells]
+    assert len(set(labels)) == 15 and max(map(len, labels)) < 200
+    assert labels[6] == "Why? · greedy forbidden_words='a b', 'c' max_new_tokens=5 · I see"
+    assert labels[0].endswith("· no prefix") and "word_bias='d':+2" in labels[2]
+    assert "answer_prefix" in plan.to_frame() and "answer_prefix" not in plan_sweep(CLIPS[:1]).to_frame()
+    assert plan.cells[6].to_parameters()["answer_prefix"] == "I see"
+    store = tmp_path / "sweep.jsonl"
+    result = run_sweep(demo, plan, store=store)
+    table = result.to_frame()
+    assert (table["text"].str.startswith("I see") == (table["answer_prefix"] == "I see")).all()
+    for record, cell in zip(result.records, plan.cells, strict=True):
+        alone = demo.caption(capkit.load_clip(CLIPS[0]), cell.prompt, cell.decoding)
+        assert (record["text"], record["num_tokens"]) == (alone.text, len(alone.token_ids))
+    assert len(capkit.CaptionStore(store).current()) == 15
+
+
 @pytest.mark.parametrize(
     "axes, message",
     [

@@ -206,6 +206,19 @@ class TestCaption:
         spoken |= dict.fromkeys(("num_tokens", "mean_logprob", "finish_reason", "seconds"))
         assert "not seconds" not in show_caption(spoken, clip).html
 
+    def test_a_prefix_is_shown_before_the_tokens(self, captioner, random_clip):
+        clip, prompt = random_clip(), capkit.Prompt(answer_prefix="A <b> zeb")
+        caption = captioner.caption(clip, prompt, capkit.Decoding(max_new_tokens=6))
+        found = ground(captioner, clip, caption)
+        views = [
+            show_caption(caption),
+            show_caption(caption, processor=captioner.processor),
+            show_caption(caption, clip, found),
+            show_caption({"text": caption.text, "status": "ok", **prompt.to_record()}, grounding=found),
+        ]
+        assert [text_of(view.html).count("A <b> zeb") for view in views] == [1, 1, 2, 2]
+        assert "<span title" in views[1].html.split("A &lt;b&gt; zeb")[1]
+
     def test_what_is_unusual_about_the_video_is_told(self, random_clip):
         clip = random_clip(2)
         notes = clip.info.notes, replace(clip.info, hdr="PQ").notes
