@@ -35,8 +35,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from capkit.cogvlm2 import CheckpointError as CheckpointError
     from capkit.cogvlm2 import Prompt as Prompt
     from capkit.runs import CaptionStore as CaptionStore
+    from capkit.runs import audit as audit
     from capkit.runs import caption_clips as caption_clips
     from capkit.runs import find_clips as find_clips
+    from capkit.runs import replace as replace
+    from capkit.runs import undo as undo
     from capkit.sweep import SweepPlan as SweepPlan
     from capkit.sweep import SweepResult as SweepResult
     from capkit.sweep import plan_sweep as plan_sweep
@@ -51,7 +54,7 @@ _NAMES = {
     "video": ("Clip", "FrameSampling", "VideoError", "VideoInfo", "load_clip"),
     "cogvlm2": ("DEFAULT_PROMPT", "CheckpointError", "Prompt"),
     "captioning": ("Caption", "CaptionStream", "Captioner", "Decoding", "Score", "load_captioner"),
-    "runs": ("CaptionStore", "caption_clips", "find_clips"),
+    "runs": ("CaptionStore", "audit", "caption_clips", "find_clips", "replace", "undo"),
     "sweep": ("SweepPlan", "SweepResult", "plan_sweep", "run_sweep"),
 }
 _ROOMS = (*_NAMES, "views", "export", "playground", "batch", "benchmark", "demo")
@@ -73,9 +76,9 @@ def __dir__() -> list[str]:
 
 
 def _prepare_notebook() -> None:
-    """Have IPython show capkit's warnings in a plain line, and clips, captions and sweeps as `capkit.views` draws them.
+    """Have IPython show capkit's warnings in a plain line, and clips, captions, sweeps and replacements as views.
 
-    The views are imported with the first of these.
+    `capkit.views` draws them; the views are imported with the first of these.
     """
     shell = sys.modules["IPython"].get_ipython()
     if shell is None:
@@ -89,6 +92,7 @@ def _prepare_notebook() -> None:
     formatter.for_type_by_name("capkit.video.clip", "Clip", draw_with("show_clip"))
     formatter.for_type_by_name("capkit.captioning.generate", "Caption", draw_with("show_caption"))
     formatter.for_type_by_name("capkit.sweep.run", "SweepResult", draw_with("show_sweep"))
+    formatter.for_type_by_name("capkit.runs.replacing", "Replacement", draw_with("show_replacement"))
 
 
 if sys.modules.get("IPython"):

@@ -1,24 +1,20 @@
-"""The command line, `python -m capkit`: caption-shard, merge, show, batch and doctor."""
+"""The command line, `python -m capkit`: caption-shard, merge, show, replace, batch and doctor."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import glob
 import json
-import mmap
 import os
 import reprlib
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +23,7 @@ from capkit.text import plain_text, plural, show_warnings_plainly
 
 if TYPE_CHECKING:
     from capkit.captioning import Captioner
-    from capkit.runs import CaptionStore, Item, Shard
+    from capkit.runs import Item, Shard
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -43,7 +39,6 @@ exit codes, of all commands:
 STOPPED = "capkit: stopped; all that is written is kept, and the same command continues"
 ONE_OF_SEVERAL = "CAPKIT_ONE_OF_SEVERAL"  # set for the processes of `--devices`: the one that started them speaks
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-SEARCHED_LEVELS = 3  # below a folder without captions, for the stores to name
 GRACE_SECONDS = 1.5  # from Ctrl-C to the end of the process, even if a library does not return
 
 
@@ -57,7 +52,11 @@ def main() -> None:
     merge.set_defaults(run=_merge)
     show = _with_exit_codes(commands.add_parser, "Print captions.", name="show", help="print the captions in a store")
     show.add_argument("store", type=_path, help="captions.jsonl, or the folder that it is in")
+    marks = ["right", "wrong", "unsure", "outdated"]
+    show.add_argument("--mark", choices=marks, help="only those with this mark; outdated: the text has changed since")
+    _add_where(show)
     show.set_defaults(run=_show)
+    _add_replace(commands)
     _add_batch(commands)
     about = "Check the installation: package versions, decord, CUDA."
     doctor = _with_exit_codes(commands.add_parser, about, name="doctor", help="check the installation")
@@ -151,6 +150,24 @@ def _add_caption_shard(commands: Subparsers) -> None:
     parser.set_defaults(run=_caption_shard)
 
 
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    about = "only captions whose column has this value; * stands for anything; may be given several times"
+    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help=about)
+
+
+def _add_replace(commands: Subparsers) -> None:
+    about = "Find and replace in the captions of a store. Prints what would change; with --write it is kept."
+    names = {"name": "replace", "help": "find and replace in the captions of a store"}
+    parser = _with_exit_codes(commands.add_parser, about, **names)
+    parser.add_argument("store", type=_path, help="captions.jsonl, or the folder that it is in")
+    parser.add_argument("pattern", nargs="?", help="regular expression, as of Python's re")
+    parser.add_argument("replacement", nargs="?", help="text; \\1 stands for what the first group matched")
+    _add_where(parser)
+    parser.add_argument("--write", action="store_true", help="keep the new texts, as hand edits in one batch")
+    parser.add_argument("--undo", type=_text, metavar="BATCH", help="take a batch back")
+    parser.set_defaults(run=_replace)
+
+
 def _add_batch(commands: Subparsers) -> None:
     about = "Run what is left to do of a table of notebooks."
     batch = _with_exit_codes(commands.add_parser, about, name="batch", help="run a table of notebooks")
@@ -171,56 +188,22 @@ def _batch(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from capkit.runs import CaptionStore, unmerged
+    from capkit.store_commands import show
 
-    path = arguments.store
-    found = [(store, store.current()) for store in map(CaptionStore, _stores(path))]
-    new = unmerged(path) if found[0][0].path == path / "captions.jsonl" else []
-    if not any(records for _, records in [*found, *new]):
-        raise ValueError(f"{path}: there are no captions in it")
-    for store, records in found:
-        _print_captions(store, records)
-    for store, records in new:
-        command = f"python -m capkit merge {shlex.quote(str(path))}"
-        print("\n" + plain_text(f"captions.jsonl lacks these; `{command}` takes over those of the run started last:"))
-        _print_captions(store, records)
-    return 0
+    return show(arguments.store, [*arguments.where, *([f"mark={arguments.mark}"] if arguments.mark else [])])
 
 
-def _stores(path: Path) -> list[Path]:
-    """The caption stores that a path stands for; ValueError if it is or holds none."""
-    from capkit.runs import shard_stores
+def _replace(arguments: argparse.Namespace) -> int:
+    from capkit.runs import StoreBusy
+    from capkit.store_commands import replace, undo
 
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file or folder")
-    if path.is_dir():
-        stores = shard_stores(path)
-        if (merged := path / "captions.jsonl") in stores:
-            return [merged]
-        if not stores:
-            patterns = ("*/" * level + "captions.jsonl" for level in range(1, SEARCHED_LEVELS + 1))
-            found = chain.from_iterable(glob.iglob(pattern, root_dir=path) for pattern in patterns)
-            below = [str(path / store) for store in islice(found, 5)]
-            hint = f"; give one of {', '.join(below)}" if below else "; notebook 01 and caption-shard write some"
-            raise ValueError(f"{path}: there are no captions in this folder{hint}")
-        return stores
-    if path.is_file() and path.stat().st_size:  # a pipe may never end
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(b'"request"') >= 0:
-                return [path]
-    raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
-
-
-def _print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> None:
-    for record in records:
-        start, end = record.get("start_seconds"), record.get("end_seconds")
-        is_window = bool(start) or end is not None
-        window = f" ({start or 0:g} s to {'the end' if end is None else f'{end:g} s'})" if is_window else ""
-        print("\n" + plain_text(f"{record['video']}{window}"))
-        text = f"error: {record['error']}" if record["status"] != "ok" else record["text"].strip()
-        text = record.get("edited_text", text)
-        print(plain_text(f"  {' '.join(text.split())}"))
-    print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
+    a = arguments
+    if (a.undo is None) == (a.replacement is None) or a.undo and (a.pattern or a.where or a.write):
+        raise ValueError("give a pattern and a replacement, or --undo with a batch alone")
+    try:
+        return undo(a.store, a.undo) if a.undo else replace(a.store, a.pattern, a.replacement, a.where, a.write)
+    except StoreBusy as error:
+        return _fail(3, error)
 
 
 def _caption_shard(arguments: argparse.Namespace) -> int:

@@ -137,25 +137,26 @@ def write_page(path: str | os.PathLike[str], title: str, body: str) -> Path:
     return atomic_write(path, _PAGE.format(title=escape(title), body=body))
 
 
-def append_line(path: Path, line: dict[str, Any]) -> int:
-    """Append a line of JSON to a file, wait until it is on disk, and return the file's length.
+def append_lines(path: Path, *lines: dict[str, Any]) -> int:
+    """Append lines of JSON to a file, wait until they are on disk, and return the file's length.
 
-    Threads and processes may append to one file at the same time. The line begins on its own, whatever a killed process
-    has left at the end of the file. Lone surrogates, as in file names that are not UTF-8, become escapes that JSON
-    readers understand.
+    Threads and processes may append to one file at the same time. The first line begins on its own, whatever a killed
+    process has left at the end of the file. Lone surrogates, as in file names that are not UTF-8, become escapes that
+    JSON readers understand.
 
     Raises:
-        ValueError: the line contains a value that JSON cannot represent, such as NaN.
-        OSError: with the path, for example when the disk is full; part of the line may be in the file.
+        ValueError: a line contains a value that JSON cannot represent, such as NaN.
+        OSError: with the path, for example when the disk is full; part of the lines may be in the file.
     """
-    content = encodable(json.dumps(line, ensure_ascii=False, allow_nan=False)).encode() + b"\n"
+    texts = (encodable(json.dumps(line, ensure_ascii=False, allow_nan=False)) for line in lines)
+    content = "".join(f"{text}\n" for text in texts).encode()
     try:
         with open(path, "ab+", buffering=0) as file:
             is_begun = False
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 is_begun = file.read(1) != b"\n"  # or another writes right now: then an empty line comes between
-            # In one write, so that no other line comes between. A line of which only a part fits is begun once more.
+            # In one write, so that no other line comes between. What fits only in part is begun once more.
             while file.write(b"\n" * is_begun + content) < is_begun + len(content):
                 is_begun = True
             os.fsync(file.fileno())
@@ -309,6 +310,6 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def now() -> str:
-    """The current time in UTC as ISO 8601, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def now(precision: str = "seconds") -> str:
+    """The current time in UTC as ISO 8601; `precision` is a `timespec` of `datetime.isoformat`."""
+    return datetime.now(timezone.utc).isoformat(timespec=precision)

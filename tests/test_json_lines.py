@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from capkit.files import append_line, read_lines
+from capkit.files import append_lines, read_lines
 from capkit.runs.prefetch import Quarantine
 from capkit.video import VideoError
 
@@ -23,7 +23,7 @@ def test_a_line_after_one_that_a_crash_cut_short_is_a_line_of_its_own(tmp_path):
     path, whole = tmp_path / "lines.jsonl", b'{"a": 1}\n'
     for length in range(1, len(whole) + 1):
         path.write_bytes(whole + whole[:length])
-        append_line(path, {"a": 2})
+        append_lines(path, {"a": 2})
         lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.endswith(b"}")]
         assert lines[0] == {"a": 1} and lines[-1] == {"a": 2}
         assert lines[1:-1] in ([], [{"a": 1}]) and path.read_bytes().startswith(whole + whole[:length])

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from chance import seeded_random
 from paths import GOLDEN, NOTEBOOKS
+from store_records import make_record
 from video_factory import encode_clip
 
 import capkit
@@ -119,6 +120,66 @@ def test_merge_killed(tmp_path):
         seconds = seconds_of(lambda: merge(tmp_path))
         assert merged_generation(tmp_path) == generation
     print(f"{NUM_KILLS} kills of merge: {kept} times the file was the old one, {NUM_KILLS - kept} times the new one")
+
+
+# ---- what is done by hand --------------------------------------------------------------------------------------------
+
+
+def write_captions(path, num_captions):
+    lines = (make_record(number, path.with_name(f"{number}.mp4"), text="A red dot.") for number in range(num_captions))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return capkit.CaptionStore(path)
+
+
+def test_marking_killed(tmp_path):
+    """What was marked is there once, however often the process is killed; each next one goes on."""
+    random, journal = seeded_random(), tmp_path / "journal"
+    store, num_kills = write_captions(tmp_path / "captions.jsonl", 100 * NUM_KILLS), 0
+
+    def mark_all():
+        with open(journal, "a", buffering=1) as file:
+            for record in capkit.CaptionStore(store.path).current():
+                if "mark" not in record:
+                    capkit.CaptionStore(store.path).mark(record, "wrong", "red", record["request"])
+                    file.write(record["request"] + "\n")
+
+    for _ in range(NUM_KILLS):
+        num_kills += killed(mark_all, random.uniform(0.05, 1.0))
+        done = set(journal.read_text().split()) if journal.exists() else set()
+        marked = {record["request"] for record in store.current() if record.get("mark") == "wrong"}
+        assert done <= marked and len(marked) <= len(done) + num_kills
+    mark_all()
+    records, made = store.current(), [line["marks"] for line in store.lines() if "marks" in line]
+    assert len(made) == len(set(made)) == len(records) == 100 * NUM_KILLS
+    assert all(record["mark"] == "wrong" and record["remark"] == record["request"] for record in records)
+    print(f"{num_kills} kills while {len(made)} captions were marked: each has its one mark")
+
+
+def test_replacing_and_taking_back_killed(tmp_path):
+    """After a kill all captions are replaced or none; the next run replaces once, and a batch goes back as a whole."""
+    random = seeded_random()
+    seconds = seconds_of(lambda: capkit.replace(write_captions(tmp_path / "0.jsonl", 3000), "red", "red red").write())
+    num_before = num_after = 0
+    for number in range(1, NUM_KILLS + 1):
+        store = write_captions(tmp_path / f"{number}.jsonl", 3000)
+
+        def replace(path=store.path):
+            capkit.replace(path, "red", "red red").write()
+
+        killed(replace, random.uniform(0, 1.1 * seconds))
+        (text,) = {record.get("edited_text", record["text"]) for record in store.current()}
+        num_before, num_after = num_before + (text == "A red dot."), num_after + (text == "A red red dot.")
+        if text == "A red dot.":
+            replace()
+        assert {record["edited_text"] for record in store.current()} == {"A red red dot."}
+        (batch,) = [line["completes"] for line in store.lines() if "completes" in line]
+        killed(lambda path=store.path, batch=batch: capkit.undo(path, batch), random.uniform(0, 0.2 * seconds))
+        (text,) = {record.get("edited_text", record["text"]) for record in store.current()}
+        if text == "A red red dot.":
+            capkit.undo(store, batch)
+        assert not any("edited_text" in record for record in store.current()) and len(store.current()) == 3000
+    assert num_before + num_after == NUM_KILLS
+    print(f"{NUM_KILLS} kills of a replacement: {num_before} times nothing was replaced, {num_after} times all")
 
 
 # ---- export --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def store(tmp_path):
     return store
 
 
-@pytest.mark.parametrize("command", ["caption-shard", "merge", "show", "batch", "doctor"])
+@pytest.mark.parametrize("command", ["caption-shard", "merge", "show", "replace", "batch", "doctor"])
 def test_exit_codes_are_one_table_in_every_help(main, command):
     code, printed = main(command, "--help")
     assert code == 0 and capkit.__main__.EXIT_CODES in printed
@@ -95,6 +96,74 @@ class TestShow:
         moved = store.path.rename(tmp_path / "runs" / "mine" / "captions.jsonl")
         code, printed = main("show", tmp_path / "runs")
         assert code == 2 and str(moved) in printed  # says what to give
+
+
+class TestReplace:
+    @pytest.fixture
+    def words(self, tmp_path):
+        store = CaptionStore(tmp_path / "my captions.jsonl")
+        for number, text in enumerate(["A red square.", "A red dot.", "Nothing."]):
+            store.append({"request": f"{number}", "video": f"/{number}.mp4", "status": "ok", "text": text})
+        return store
+
+    def texts(self, store):
+        return [record.get("edited_text", record["text"]) for record in store.current()]
+
+    def test_preview_write_and_undo(self, main, words):
+        before = words.path.read_bytes()
+        code, printed = main("replace", words.path, "red", "blue")
+        assert code == 0 and "'red' would be replaced in 2 of 3 captions, in 2 places" in printed
+        assert "/0.mp4\n  A [-red-]{+blue+} square." in printed and "Nothing is written yet" in printed
+        assert words.path.read_bytes() == before
+        code, printed = main("replace", words.path, r"(\w+) dot", r"\1 spot", "--where", "video=*1.mp4", "--write")
+        assert code == 0 and "1 caption replaced, in batch" in printed
+        assert self.texts(words) == ["A red square.", "A red spot.", "Nothing."]
+        (command,) = [line for line in printed.splitlines() if line.startswith("  python -m capkit")]
+        code, printed = main(*shlex.split(command)[3:])  # as it is printed, though the name has a space in it
+        assert code == 0 and printed.startswith("1 caption as before batch ")
+        assert self.texts(words) == ["A red square.", "A red dot.", "Nothing."]
+        assert main(*shlex.split(command)[3:])[0] == 2
+
+    def test_an_edit_made_since_stays(self, main, words):
+        batch = main("replace", words.path, "red", "blue", "--write")[1].split()[-1]
+        words.edit("1", "By hand.")
+        code, printed = main("replace", words.path, "--undo", batch)
+        assert code == 0 and printed == f"1 caption as before batch {batch}; 1 edited since stay as they are\n"
+        assert self.texts(words) == ["A red square.", "By hand.", "Nothing."]
+
+    def test_nothing_to_replace_is_no_failure(self, main, words):
+        for more in ((), ("--write",)):
+            code, printed = main("replace", words.path, "green", "blue", *more)
+            assert code == 0 and printed == "'green' would be replaced in 0 of 3 captions\n"
+
+    def test_wrong_arguments_are_an_error_of_one_line(self, main, words, tmp_path):
+        for arguments, message in (
+            ((words.path, "(red", "x"), "is no regular expression"),
+            ((words.path, "x*", "y"), "matches where there is no character"),
+            ((words.path, ".+", " "), "/0.mp4: nothing would be left of 'A red square.'"),
+            ((words.path, "red"), "give a pattern and a replacement, or --undo with a batch alone"),
+            ((words.path,), "give a pattern and a replacement, or --undo with a batch alone"),
+            ((words.path, "red", "x", "--undo", "abc"), "or --undo with a batch alone"),
+            ((words.path, "--undo", "abc", "--write"), "or --undo with a batch alone"),
+            ((words.path, "--undo", "abc"), "unknown batch 'abc'"),
+            ((words.path, "red", "x", "--where", "promt=x"), "unknown column 'promt'; did you mean 'prompt'?"),
+            ((words.path, "red", "x", "--where", "prompt"), "'prompt' is not of the form column=value"),
+            ((words.path, "red", "x", "--where", "mark=wrong"), "holds no captions where"),
+            ((tmp_path / "nowhere", "red", "x"), "no such file or folder"),
+        ):
+            code, printed = main("replace", *arguments)
+            assert code == 2 and message in printed and printed.count("\n") == 1, printed
+
+    def test_a_run_at_work_and_several_shards(self, main, words, tmp_path):
+        with CaptionStore(words.path).hold():
+            code, printed = main("replace", words.path, "red", "blue", "--write")
+        assert code == 3 and "is captioning into this store" in printed
+        for number in range(2):
+            name = tmp_path / "shards" / f"shard-{number:05}-of-00002.jsonl"
+            name.parent.mkdir(exist_ok=True)
+            name.write_bytes(words.path.read_bytes())
+        code, printed = main("replace", tmp_path / "shards", "red", "blue")
+        assert code == 2 and "holds 2 stores; merge them first" in printed
 
 
 class TestCaptionShard:

@@ -163,9 +163,10 @@ def _prompt_and_tokens(
         if not ids:
             raise ValueError(f"text={caption.text!r}: there is no text to score")
     else:
-        prompt, text = default, caption
+        prompt = default
         if isinstance(caption, dict):
-            prompt, text = Prompt.from_record(caption).after(caption.get("step_answers", ())), caption["text"]
+            prompt = Prompt.from_record(caption).after(caption.get("step_answers", ()))
+        text = caption["text"] if isinstance(caption, dict) else caption
         ids = processor.continuation_ids(text, prompt.answer_prefix)
     check_fits(model, processor, clip, prompt, ids)
     return prompt, ids

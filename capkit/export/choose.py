@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from capkit.runs import CaptionStore, Records, setting, window_name
+from capkit.runs import MARKS, CaptionStore, Records, mark_text, setting, window_name
 from capkit.text import plain_text, plural, unknown_name
 
 SETTINGS = (
@@ -52,6 +52,7 @@ class ChosenRecords(Sequence[Chosen]):
         for _, records in stores:
             self._first.append(self._first[-1] + len(records))
         self._numbers, self._reasons = array("q"), dict[int, str]()
+        self.num_left_out = 0  # captions, because of their marks
 
     @property
     def num_records(self) -> int:
@@ -81,7 +82,9 @@ class ChosenRecords(Sequence[Chosen]):
         return Chosen(Path(_resolved(record["video"])), store, {} if reason else record, reason)
 
 
-def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> ChosenRecords:
+def choose_records(
+    stores: Any, choose: Choice | Sequence[Choice] = (), leave_out: Sequence[str] = ("wrong",)
+) -> ChosenRecords:
     """Choose a current, successful record of the entire file for each clip, in the order of the stores.
 
     Of captions with the same settings the one edited by hand is preferred, else the latest. Captions of parts of a clip
@@ -93,11 +96,12 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> Chose
             (by hand), "latest", or fields with their values, such as {"prompt": "...", "decoding": {"temperature": 0}};
             of a field that is a dictionary, only the named items must be equal. A clip without a match is left out,
             with the reason.
+        leave_out: marks; captions with one of them are not chosen, as if they were not there.
 
     Raises:
-        ValueError: no such file, an unknown choice, or a clip with several captions and no choice between them.
+        ValueError: no such file, an unknown choice or mark, or a clip with several captions and no choice between them.
     """
-    choices = check_choices(choose)
+    choices = check_choices(choose, leave_out)
     sources = []
     for source in [stores] if isinstance(stores, (str, os.PathLike, CaptionStore)) else stores:
         store = CaptionStore.of(source)
@@ -114,7 +118,13 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> Chose
     chosen, ambiguous = ChosenRecords(sources), []
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         attempts = {number: chosen.record(number)[1] for number in order[start:end].tolist()}
-        numbers, reason = _candidates(attempts, choices)
+        left_out = [number for number, record in attempts.items() if record.get("mark") in leave_out]
+        chosen.num_left_out += len(left_out)
+        kept = {number: record for number, record in attempts.items() if number not in left_out}
+        if kept:
+            numbers, reason = _candidates(kept, choices)
+        else:
+            numbers, reason = left_out[-1:], f"left out: {mark_text(attempts[left_out[-1]])}"
         chosen.append(numbers[0], reason)
         if len(numbers) > 1:
             ambiguous.append(numbers)
@@ -131,8 +141,10 @@ def _resolved(video: str) -> str:
         return video
 
 
-def check_choices(choose: Choice | Sequence[Choice]) -> list[Choice]:
-    """The argument of `choose_records` as a list. Raises ValueError for an unknown choice."""
+def check_choices(choose: Choice | Sequence[Choice], leave_out: Sequence[str] = ()) -> list[Choice]:
+    """The choices of `choose_records` as a list. Raises ValueError for an unknown choice or mark."""
+    if isinstance(leave_out, str) or set(leave_out) - set(MARKS):
+        raise ValueError(f"leave_out={leave_out!r}: must be a list of {', '.join(map(repr, MARKS))}")
     choices = [choose] if isinstance(choose, (Mapping, str)) else list(choose)
     for choice in choices:
         if not isinstance(choice, Mapping):

@@ -32,6 +32,7 @@ def export_dataset(
     output_dir: str | os.PathLike[str],
     *,
     choose: Choice | Sequence[Choice] = (),
+    leave_out: Sequence[str] = ("wrong",),
     cleaning: str | Sequence[str] = (),
     token_limit: int = COGVIDEOX_1_5_T5_LIMIT,
     trigger_word: str = "",
@@ -52,6 +53,7 @@ def export_dataset(
         layout: a name of LAYOUTS.
         output_dir: the trainer's root; must be new, empty, or hold the same export.
         choose: which of several captions of a clip, see `choose_records`.
+        leave_out: marks of captions that are not exported, see `CaptionStore.mark`; () exports them, too.
         cleaning: a name of CLEANING, or several; none by default. White space around a caption is always stripped.
         token_limit: T5 tokens that the trainer keeps, `</s>` included; 224 is safe for every CogVideoX.
         trigger_word: goes before every caption and is counted; written only if the trainer cannot add it itself.
@@ -73,7 +75,7 @@ def export_dataset(
         "on_too_long": on_too_long,
         "clips": clips,
     }
-    check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
+    check_export(layout, output_dir, choose=choose, leave_out=leave_out, tokenizer=tokenizer, **options)
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     is_estimate = tokenizer is None or tokenizer == ""
@@ -83,7 +85,8 @@ def export_dataset(
     limit = _TokenLimit(threshold, on_too_long, prefix, t5_counter(tokenizer), is_estimate)
     with hold_folder(root):
         export = _Export(kind, root)
-        for chosen in choose_records(stores, choose):
+        records = choose_records(stores, choose, leave_out)
+        for chosen in records:
             row = _row(chosen, rules)
             row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
             export.add(row)
@@ -103,7 +106,9 @@ def export_dataset(
             threshold=threshold,
             read_back=f"read back as {kind.trainer} reads it: all {len(export.pairs)} pairs are right",
             command=kind.command(root, trigger_word),
-            options={"cleaning": rules, "on_too_long": on_too_long, "trigger_word": trigger_word, "clips": clips},
+            options={"cleaning": rules, "on_too_long": on_too_long, "trigger_word": trigger_word, "clips": clips}
+            | {"leave_out": list(leave_out)},
+            num_left_out=records.num_left_out,
         )
         report.save(export.report_rows(limit))
     return report
@@ -114,6 +119,7 @@ def check_export(
     output_dir: str | os.PathLike[str],
     *,
     choose: Choice | Sequence[Choice] = (),
+    leave_out: Sequence[str] = ("wrong",),
     cleaning: str | Sequence[str] = (),
     token_limit: int = COGVIDEOX_1_5_T5_LIMIT,
     on_too_long: str = "report",
@@ -129,7 +135,7 @@ def check_export(
         raise ValueError(f"cleaning={rules!r}: must be of {', '.join(map(repr, CLEANING))}")
     if token_limit < 2:
         raise ValueError(f"token_limit={token_limit!r}: must be at least 2, one of them for </s>")
-    check_choices(choose)
+    check_choices(choose, leave_out)
     t5_counter(tokenizer)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     if reason := kind.unfit_root(root):
@@ -219,6 +225,7 @@ def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
         "text": text,
         "original": original,
         "edited": "edited_text" in record,
+        "mark": record.get("mark", ""),
         "changed_by": changed_by,
         "sha256": "",
         "store": encodable(str(chosen.store)),

@@ -22,7 +22,7 @@ OPENING_WORDS = 4
 _TEXT, _NUMBER, _FLAG = "str", "Int64", "boolean"
 COLUMNS = {
     **{"video": _TEXT, "file": _TEXT, "status": _TEXT, "reason": _TEXT, "text": _TEXT, "original": _TEXT},
-    **{"edited": "bool", "changed_by": _TEXT, "num_words": _NUMBER, "num_t5_tokens": _NUMBER},
+    **{"edited": "bool", "mark": _TEXT, "changed_by": _TEXT, "num_words": _NUMBER, "num_t5_tokens": _NUMBER},
     **{"t5_is_estimate": _FLAG, "over_limit": _FLAG, "boilerplate_opening": _TEXT, "near_duplicate": _FLAG},
     **{"same_file_as": _TEXT, "store": _TEXT, "request": _TEXT},
 }
@@ -48,6 +48,7 @@ class ExportReport:
         read_back: result of reading the folder as the trainer does.
         command: how to start the trainer.
         options: the other arguments of the export.
+        num_left_out: captions that were left out because of their marks; another one of the clip may be there instead.
         counts: how many clips were "exported" and "refused" and, of the former, for how many each column of `COUNTED`
             holds, how many are "over_limit", and the "most_tokens" of one.
     """
@@ -60,6 +61,7 @@ class ExportReport:
     read_back: str
     command: str
     options: dict[str, Any]
+    num_left_out: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -76,6 +78,7 @@ class ExportReport:
         status, reason: "exported" or "refused", and why;
         original, text: the caption before and after cleaning; with the trigger word unless the trainer adds it;
         edited: it was edited by hand;
+        mark: "right", "unsure" ..., see `CaptionStore.mark`, or "";
         changed_by: cleaning rules that changed it, and "trimmed";
         num_words, num_t5_tokens, t5_is_estimate, boilerplate_opening: as in `describe`, with the trigger word counted
             as tokens; of exported clips only, like all that follows;
@@ -139,11 +142,14 @@ class ExportReport:
             tokens = f"the longest caption has {self.counts['most_tokens']} T5 tokens "
             tokens += f"({'estimated' if is_estimate else 'counted'}); {self.token_limit} are kept"
         num_exported, num_refused = self.counts["exported"], self.counts["refused"]
+        marks = " or ".join(self.options["leave_out"])
+        left_out = f"{plural(self.num_left_out, 'caption')} left out, marked {marks}; leave_out=[] exports them, too"
         return [
             f"{plural(num_exported, 'clip')} exported for {self.layout} to {self.output_dir}, {num_refused} refused",
             self.read_back,
             tokens,
             *(f"{plural(num, noun)} {rest}" for name, (noun, rest) in COUNTED.items() if (num := self.counts[name])),
+            *([left_out] if self.num_left_out else []),
         ]
 
     def _repr_html_(self) -> str:

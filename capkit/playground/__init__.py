@@ -1,11 +1,13 @@
-"""Live widgets for notebook 04: try prompts, rate captions blind. ipywidgets live here only."""
+"""Live widgets: try prompts, rate captions blind, mark them. ipywidgets live here only."""
 
 from capkit.playground.blind import BlindRating
+from capkit.playground.marking import Marking
 from capkit.playground.panel import Playground
 from capkit.playground.table import browse
 
 __all__ = [
     "BlindRating",
+    "Marking",
     "Playground",
     "browse",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from capkit.captioning import Decoding
-from capkit.files import append_line, read_lines
+from capkit.files import append_lines, read_lines
 from capkit.playground.controls import button
 from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, is_stopped, prompt_title
 from capkit.sweep import OUTCOMES, bradley_terry, bradley_terry_pairs
@@ -113,7 +113,7 @@ class BlindRating(widgets.VBox):
         clip, first, second = self.pairs.pop(0)
         self.ratings.parent.mkdir(parents=True, exist_ok=True)
         rating = {"clip": clip, "first": first, "second": second, "outcome": outcome, "seed": self.seed}
-        append_line(self.ratings, rating)
+        append_lines(self.ratings, rating)
         self._show()
 
     def static(self) -> HTML:

@@ -8,6 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from capkit.cogvlm2 import FRAME_NUMBERS, TEMPLATES
+from capkit.runs import setting
 from capkit.video import STRATEGIES
 
 WIDE = {"width": "auto"}
@@ -74,3 +75,16 @@ def _text(name: str, tooltip: str) -> widgets.Widget:
 
 def _control(kind: Callable[..., Any], name: str, tooltip: str, **settings: Any) -> widgets.Widget:
     return kind(**settings, description=name, tooltip=tooltip, layout=WIDE, style={"description_width": "150px"})
+
+
+def sweep_axes(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's settings as axes of a sweep."""
+    names = ("steps", "answer_prefix", "template", "frame_numbers")
+    asked = {"text": setting(record, "prompt")} | {name: setting(record, name) for name in names}
+    return {
+        "prompts": [{name: value for name, value in asked.items() if value}],
+        "decodings": [record["decoding"]],
+        "frame_samplings": [{name: value for name, value in record["frame_sampling"].items() if value is not None}],
+        "templates": [record["template"]],
+        "frame_numbers": [record.get("frame_numbers", "index")],
+    }

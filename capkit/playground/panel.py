@@ -18,8 +18,9 @@ from capkit.captioning import Caption, Captioner, CaptionStream, Decoding
 from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
 from capkit.playground.blind import has_settings, settings_name
-from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls
+from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls, sweep_axes
 from capkit.runs import (
+    MARK_FIELDS,
     CaptionStore,
     CaptionStoreLike,
     asked_prompt,
@@ -378,22 +379,15 @@ class Playground(widgets.VBox):
         record["edited_text"] = edit.value
         if self.store is not None:
             self.store.edit(record["request"], edit.value)
+            latest = self.store.latest([record["request"]])[0]  # a mark of another text is outdated now
+            record |= {name: latest[name] for name in MARK_FIELDS if name in latest}
         self._show_message("kept" if self.store is not None else "kept in this panel; there is no store")
         self._show_results()
 
     def _to_sweep(self, record: dict[str, Any]) -> None:
         """Write the result's settings as axes for notebook 03."""
-        names = ("steps", "answer_prefix", "template", "frame_numbers")
-        asked = {"text": setting(record, "prompt")} | {name: setting(record, name) for name in names}
-        axes = {
-            "prompts": [{name: value for name, value in asked.items() if value}],
-            "decodings": [record["decoding"]],
-            "frame_samplings": [{name: value for name, value in record["frame_sampling"].items() if value is not None}],
-            "templates": [record["template"]],
-            "frame_numbers": [record.get("frame_numbers", "index")],
-        }
         path = self.output_dir / "sweep_axes.yaml"
-        atomic_write(path, yaml.safe_dump(axes, sort_keys=False, allow_unicode=True))
+        atomic_write(path, yaml.safe_dump(sweep_axes(record), sort_keys=False, allow_unicode=True))
         self._show_message(f"sweep axes written to {path}")
 
     def _show_message(self, message: str) -> None:

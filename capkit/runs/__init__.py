@@ -2,24 +2,28 @@
 
 from capkit.console import is_interactive
 from capkit.files import output_folder
+from capkit.runs.auditing import Audit, audit
 from capkit.runs.caption import caption_clips, check_numbers
 from capkit.runs.clip_ids import clip_id, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
+from capkit.runs.digests import digest_once
 from capkit.runs.fields import asked_prompt, check_fields, prompt_title, setting
-from capkit.runs.index import Records, is_stopped
+from capkit.runs.filters import Where, column_text, parse_where, select
+from capkit.runs.index import Records, is_stopped, mark_text, record_text
+from capkit.runs.lines import MARK_FIELDS, MARKS, OUTDATED
 from capkit.runs.manifests import Item, choose_columns, read_rows
 from capkit.runs.merging import merge, unmerged
 from capkit.runs.prefetch import read_ahead
 from capkit.runs.progress import Progress
 from capkit.runs.project_root import enter_project_root
 from capkit.runs.ray_engine import caption_on_ray
+from capkit.runs.replacing import Batch, Replacement, replace, undo
 from capkit.runs.shards import Shard, ShardBusy, caption_shard, shard_stores
 from capkit.runs.store import (
     RECORD_FIELDS,
     CaptionStore,
     CaptionStoreLike,
     StoreBusy,
-    digest_once,
     new_record,
     request_settings,
     to_frame,
@@ -27,6 +31,8 @@ from capkit.runs.store import (
 from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
 
 __all__ = [
+    "Audit",
+    "audit",
     "caption_clips",
     "check_numbers",
     "clip_id",
@@ -58,6 +64,19 @@ __all__ = [
     "StoreBusy",
     "Records",
     "is_stopped",
+    "mark_text",
+    "record_text",
+    "Where",
+    "column_text",
+    "parse_where",
+    "select",
+    "MARK_FIELDS",
+    "MARKS",
+    "OUTDATED",
+    "Batch",
+    "Replacement",
+    "replace",
+    "undo",
     "new_record",
     "request_settings",
     "digest_once",

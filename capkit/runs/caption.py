@@ -10,6 +10,7 @@ from typing import Any
 
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
+from capkit.runs.digests import digest_once
 from capkit.runs.fields import asked_prompt
 from capkit.runs.index import is_complete, is_row_error
 from capkit.runs.manifests import Item, check_items
@@ -19,7 +20,6 @@ from capkit.runs.store import (
     CaptionStore,
     CaptionStoreLike,
     ModelIdentity,
-    digest_once,
     new_record,
     request_settings,
 )

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capkit.runs.fields import setting
-from capkit.runs.lines import naming, read_store
+from capkit.runs.lines import MARK_FIELDS, OUTDATED, is_by_hand, naming, read_store
 
 TAIL_BYTES = 4096
 SETTINGS = (
@@ -27,6 +27,7 @@ SETTINGS_OF_ROWS = tuple(name for name in SETTINGS if name not in ("start_second
 LATER_SETTINGS = ("answer_prefix", "steps")
 """Settings that a record has only if they differ from their default."""
 NO_SUBJECT = 0
+NO_EDIT = -1
 
 
 class Records(Sequence[dict[str, Any]]):
@@ -38,15 +39,23 @@ class Records(Sequence[dict[str, Any]]):
         OSError: on reading, if the file was taken away or replaced since.
     """
 
-    def __init__(self, path: Path, starts: npt.NDArray[np.int64], edits: dict[int, int], file_id: tuple[int, ...]):
+    def __init__(
+        self,
+        path: Path,
+        starts: npt.NDArray[np.int64],
+        edits: dict[int, int],
+        marks: dict[int, int],
+        file_id: tuple[int, ...],
+    ):
         """
         Args:
             path: the store.
             starts: int64 (N,), where the records begin in it.
-            edits: where their hand edits begin, by where the records do.
+            edits, marks: where their hand edits and their marks begin, by where the records do.
             file_id: device and inode of the file that they were found in.
         """
-        self._path, self._starts, self.edits, self._file_id = path, starts, edits, file_id
+        self._path, self._starts, self._file_id = path, starts, file_id
+        self.edits, self.marks = edits, marks
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -62,6 +71,8 @@ class Records(Sequence[dict[str, Any]]):
                 record = self._read(file, start)
                 if (edit := self.edits.get(start)) is not None:
                     record["edited_text"] = self._read(file, edit)["text"]
+                if (mark := self.marks.get(start)) is not None:
+                    record |= _mark_fields(self._read(file, mark), record)
                 yield record
 
     @overload
@@ -78,7 +89,7 @@ class Records(Sequence[dict[str, Any]]):
 
     def at(self, places: Any) -> Records:
         """The records at some places, in this order; places as NumPy takes them."""
-        return Records(self._path, self._starts[places], self.edits, self._file_id)
+        return Records(self._path, self._starts[places], self.edits, self.marks, self._file_id)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -114,7 +125,12 @@ class StoreIndex:
         self._places: dict[str, int] = {}  # of a request in the following, in the order of first attempts
         self._starts, self._subjects = array("q"), array("q")
         self._is_complete, self._is_stopped = bytearray(), bytearray()
-        self._edits: dict[str, int] = {}
+        self._edits: dict[str, int] = {}  # where the one that counts begins, by request
+        self._marks: dict[str, int] = {}
+        self._batches: dict[str, dict[str, int]] = {}  # where a batch's edits begin, by request
+        self._complete: dict[str, None] = {}  # batches, in order
+        self._undone: set[str] = set()
+        self._before: dict[int, int] = {}  # where the edit begins that one of a batch replaced, or NO_EDIT
         self._row_errors: dict[int, set[int]] = {}  # places, by subject
         self._mended: set[int] = set()  # those with a complete caption after them
 
@@ -153,8 +169,8 @@ class StoreIndex:
             return file.read(min(self._end, TAIL_BYTES))
 
     def _add(self, record: dict[str, Any], start: int) -> None:
-        if "edits" in record:
-            self._edits[record["edits"]] = start
+        if is_by_hand(record):
+            self._add_by_hand(record, start)
             return
         place = self._places.setdefault(record["request"], len(self._starts))
         complete = is_complete(record)
@@ -171,6 +187,57 @@ class StoreIndex:
         elif complete or not self._is_complete[place]:
             self._starts[place], self._is_complete[place] = start, complete
             self._is_stopped[place] = is_stopped(record)
+
+    def _add_by_hand(self, line: dict[str, Any], start: int) -> None:
+        if "edits" in line:
+            of = self._batches.setdefault(line["batch"], {}) if "batch" in line else self._edits
+            of[line["edits"]] = start
+        elif "marks" in line:
+            if line["mark"] is None:
+                self._marks.pop(line["marks"], None)
+            else:
+                self._marks[line["marks"]] = start
+        elif "completes" in line:
+            self._complete_batch(line["completes"], set(line["leaves_out"]))
+        else:
+            self._undo_batch(line["undoes"])
+
+    def _complete_batch(self, batch: str, leaves_out: set[str]) -> None:
+        """Let the edits of a batch count from here on, but for texts that someone has edited since they were read."""
+        self._complete[batch] = None
+        for request, start in self._batches.get(batch, {}).items():
+            before = self._edits.get(request, NO_EDIT)
+            if before < start and request not in leaves_out:
+                self._before[start], self._edits[request] = before, start
+        if batch in self._undone:  # as in a merged store, where clocks decide the order
+            self._undo_batch(batch)
+
+    def _undo_batch(self, batch: str) -> None:
+        """Go back to what was before a batch; an edit made after it stays."""
+        self._undone.add(batch)
+        undone = {start for name in self._undone for start in self._batches.get(name, {}).values()}
+        for request in self._batches.get(batch, {}):
+            while self._edits.get(request) in undone:
+                before = self._before[self._edits.pop(request)]
+                if before != NO_EDIT:
+                    self._edits[request] = before
+
+    def edits(self) -> dict[str, int]:
+        """Where the hand edit of each request begins."""
+        with self._lock:
+            self.refresh()
+            return dict(self._edits)
+
+    def batches(self) -> dict[str, tuple[int, int] | None]:
+        """Of each batch of edits: how many of them count, and how many were edited again; None if it was undone."""
+        with self._lock:
+            self.refresh()
+            found: dict[str, tuple[int, int] | None] = {}
+            for batch in self._complete:
+                edits = [item for item in self._batches.get(batch, {}).items() if item[1] in self._before]
+                num_current = sum(self._edits.get(request) == start for request, start in edits)
+                found[batch] = None if batch in self._undone else (num_current, len(edits) - num_current)
+            return found
 
     def __contains__(self, request: str) -> bool:
         with self._lock:
@@ -195,19 +262,24 @@ class StoreIndex:
         with self._lock:
             self.refresh()
             records, heirs = self._records(), self._heirs()
-            for request, edit in self._edits.items():  # go over to the heir, if it is of the same content
+            for request in self._edits | self._marks:  # go over to the heir, if it is of the same content
                 place = self._places.get(request, 0)
                 if request in self._places and (heir := int(heirs[place])) != place:
                     old, new = records.at([place, heir])
                     if old.get("video_sha256") and old["video_sha256"] == new.get("video_sha256"):
-                        records.edits.setdefault(self._starts[heir], edit)
+                        for by_hand in (records.edits, records.marks):
+                            if (start := by_hand.get(self._starts[place])) is not None:
+                                by_hand.setdefault(self._starts[heir], start)
             is_current = heirs == np.arange(len(heirs))
             is_current[list(self._mended)] = False
             return records.at(np.flatnonzero(is_current))
 
     def _records(self) -> Records:
-        edits = {self._starts[self._places[name]]: edit for name, edit in self._edits.items() if name in self._places}
-        return Records(self.path, np.array(self._starts, np.int64), edits, self._file_state[:2])
+        def by_start(by_hand: dict[str, int]) -> dict[int, int]:
+            return {self._starts[self._places[name]]: at for name, at in by_hand.items() if name in self._places}
+
+        starts = np.array(self._starts, np.int64)
+        return Records(self.path, starts, by_start(self._edits), by_start(self._marks), self._file_state[:2])
 
     def _heirs(self) -> npt.NDArray[np.int64]:
         """For each place the one shown instead: of those with equal subjects the last complete one, else the last."""
@@ -229,6 +301,26 @@ def _subject(record: dict[str, Any], names: tuple[str, ...]) -> int:
     if "prompt" in names:  # with `{duration}`, which is the file's, unfilled
         settings.append(record.get("prompt_fields"))
     return hash(tuple(map(str, settings))) or 1
+
+
+def record_text(record: dict[str, Any]) -> str:
+    """The text of a record, stripped: the hand-edited one if there is one, else the model's; "" after an error."""
+    return (record.get("edited_text", record.get("text")) or "").strip()
+
+
+def _mark_fields(line: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What a mark adds to its record. Once the text is another one, it reads OUTDATED."""
+    is_of_text = line["text"].strip() == record_text(record)
+    return {name: line[name] for name in MARK_FIELDS} | ({} if is_of_text else {"mark": OUTDATED})
+
+
+def mark_text(record: dict[str, Any]) -> str:
+    """A record's mark in words, such as "marked wrong (red): it is blue"; "" if it has none."""
+    if "mark" not in record:
+        return ""
+    text = "marked before the text changed" if record["mark"] == OUTDATED else f"marked {record['mark']}"
+    text += f" ({', '.join(words)})" if (words := record.get("wrong_words")) else ""
+    return text + (f": {remark}" if (remark := record.get("remark")) else "")
 
 
 def is_stopped(record: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Read and check the lines of a caption store, one at a time; what is no record is skipped with a warning."""
+"""Read and check the lines of a caption store, one at a time; what is no line of one is skipped with a warning."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _TYPES = {
     **dict.fromkeys(
         ("template", "frame_numbers", "answer_prefix", "model", "model_fingerprint", "dtype", "strip", "created"), _TEXT
     ),
+    **dict.fromkeys(("edited_text", "mark", "remark"), _TEXT),  # of a record that was copied from another store
     **dict.fromkeys(("text", "error", "quantization", "finish_reason", "video_sha256"), _TEXT | _NONE),
     **dict.fromkeys(("start_seconds", "sample"), _NUMBER),
     **dict.fromkeys(("end_seconds", "duration_seconds", "mean_logprob", "seconds"), _NUMBER | _NONE),
@@ -29,19 +30,26 @@ _TYPES = {
     **dict.fromkeys(("history", "steps", "step_answers", "step_finish_reasons"), frozenset((list,))),
     **dict.fromkeys(("prompt_pattern", "answer_prefix_pattern"), _TEXT),
     "prompt_fields": frozenset((dict,)),
-    **dict.fromkeys(("history_pattern", "steps_pattern"), frozenset((list,))),
+    **dict.fromkeys(("history_pattern", "steps_pattern", "wrong_words"), frozenset((list,))),
     **dict.fromkeys(("frame_indices", "timestamps_seconds", "video_notes"), frozenset((list,)) | _NONE),
 }
 _TYPES_IN_LISTS = {
-    **{"frame_indices": frozenset((int,)), "timestamps_seconds": _NUMBER},
+    **{"frame_indices": frozenset((int,)), "timestamps_seconds": _NUMBER, "wrong_words": _TEXT},
     **dict.fromkeys(("video_notes", "steps", "steps_pattern", "step_answers", "step_finish_reasons"), _TEXT),
 }
 _IN_DECODING = {"forbidden_words": frozenset((list,)), "word_bias": frozenset((dict,))}
 _IN_FRAME_SAMPLING = {"strategy": _TEXT, "num_frames": frozenset((int,)), "frames_per_second": _NUMBER | _NONE}
+MARKS = ("right", "wrong", "unsure")
+"""What a person may find of a caption."""
+MARK_FIELDS = ("mark", "wrong_words", "remark")
+OUTDATED = "outdated"  # a mark of a text that has changed since; it is shown, and counts nowhere
+BY_HAND = ("edits", "marks", "completes", "undoes")
+"""Keys by which lines are known that are no records: a text written by hand; what a person finds of a caption; that a
+batch of edits is complete, from where on it counts; and that one counts no longer."""
 
 
 class Line(NamedTuple):
-    """A line of a store: its number from 1, where it begins and ends in bytes, and its record or hand edit."""
+    """A line of a store: its number from 1, where it begins and ends in bytes, and its record or line by hand."""
 
     number: int
     start: int
@@ -107,7 +115,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def parse_line(content: bytes) -> dict[str, Any]:
-    """The record or hand edit in a line.
+    """The record or line by hand in a line of the file.
 
     Raises:
         ValueError: why it is none.
@@ -125,7 +133,7 @@ def parse_line(content: bytes) -> dict[str, Any]:
 
 
 def check_line(line: Any) -> None:
-    """Check a caption record or a hand edit.
+    """Check a caption record or one of the lines `BY_HAND`.
 
     A record needs `request`, `video`, `status`, and `text` or `error`; other fields may be missing, but not of another
     type than capkit writes.
@@ -135,8 +143,8 @@ def check_line(line: Any) -> None:
     """
     if not isinstance(line, dict):
         raise ValueError(f"no record, but {_shorten(line)}")
-    if "edits" in line:
-        _check_texts(line, "edits", "text", *({"created"} & line.keys()))
+    if is_by_hand(line):
+        _check_by_hand(line)
         return
     if "request" not in line:
         raise ValueError("a record needs its `request`: make it with new_record()")
@@ -172,18 +180,49 @@ def check_line(line: Any) -> None:
         _check_value(f"frame_sampling: {name}", value, _IN_FRAME_SAMPLING.get(name, _NUMBER | _TEXT | _NONE))
 
 
+def is_by_hand(line: dict[str, Any]) -> bool:
+    """Whether a line is no record, but one of `BY_HAND`."""
+    return "request" not in line and any(key in line for key in BY_HAND)
+
+
+def _check_by_hand(line: dict[str, Any]) -> None:
+    key = next(key for key in BY_HAND if key in line)
+    _check_texts(line, key, *({"created", "batch"} & line.keys()))
+    if key == "edits":
+        _check_texts(line, "text")
+    elif key == "marks":
+        _check_texts(line, "text", "remark")
+        if line.get("mark", "") not in (None, *MARKS):
+            raise ValueError(f"mark is {_shorten(line.get('mark'))}: must be one of {', '.join(MARKS)}, or null")
+        _check_list(line, "wrong_words")
+    elif key == "completes":
+        _check_list(line, "leaves_out")
+
+
+def _check_list(line: dict[str, Any], name: str) -> None:
+    _check_value(name, line.get(name), frozenset((list,)))
+    for value in line[name]:
+        _check_value(f"an item of {name}", value, _TEXT)
+        _check_characters(f"an item of {name}", value)
+
+
 def _check_texts(line: dict[str, Any], *names: str) -> None:
     for name in names:
         if name not in line:
             raise ValueError(f"has no `{name}`")
         _check_value(name, line[name], _TEXT)
-        if name == "text" and len(line[name]) > MAX_TEXT_CHARACTERS:
-            raise ValueError(f"the text has more than {MAX_TEXT_CHARACTERS:,} characters, which no caption has")
-        if name == "text" and not line[name].isascii():
-            try:
-                line[name].encode()
-            except UnicodeEncodeError:
-                raise ValueError("the text has half a character in it (a lone surrogate)") from None
+        if name in ("text", "remark"):
+            _check_characters(f"the {name}", line[name])
+
+
+def _check_characters(name: str, text: str) -> None:
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise ValueError(f"{name} has more than {MAX_TEXT_CHARACTERS:,} characters, which no caption has")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} has half a character in it (a lone surrogate)") from None
 
 
 def _check_value(name: str, value: Any, types: frozenset[type]) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 from capkit.files import atomic_writer, unused_name
 from capkit.runs.index import Records, is_complete, is_row_error
-from capkit.runs.lines import read_store
+from capkit.runs.lines import MARK_FIELDS, OUTDATED, is_by_hand, read_store
 from capkit.runs.shards import MERGED, plan_differences, plan_files, read_plan, shard_stores
 from capkit.runs.store import CaptionStore
 from capkit.text import plain_text, plural, warn
 
 MOST_OPEN_FILES = 500
 NOWHERE = -1
+FIELDS_BY_HAND = {"edited_text", *MARK_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
 
     Of several runs in the folder the one started last counts, by the number in its plans. Of several records of a
     request complete captions go before errors; then, in one file, the last one counts, and of several files the one
-    made last by its `created`. Idempotent; can run while shards are at work. Hand edits and lines of other requests in
-    `captions.jsonl` are kept; of a clip that was replaced since, `CaptionStore.current` shows the new caption only.
+    made last by its `created`. Idempotent; can run while shards are at work. Hand edits, marks and lines of other
+    requests in `captions.jsonl` are kept; of a clip that was replaced since, `CaptionStore.current` shows the new
+    caption only.
 
     Lines of `captions.jsonl` that are no records go to `captions.jsonl.damaged`, or a file with the next free number.
 
@@ -74,14 +76,14 @@ def merge(output_dir: str | os.PathLike[str]) -> Merged:
 
 
 def unmerged(folder: Path) -> list[tuple[CaptionStore, Records]]:
-    """What the shards in a folder hold that its merged store lacks: newer captions and hand edits, by store."""
+    """What the shards in a folder hold that its merged store lacks: newer captions, hand edits and marks, by store."""
     merged, found = CaptionStore(folder / MERGED), []
     for store in map(CaptionStore, shard_stores(folder)):
         if store.path == merged.path:
             continue
         records = store.current()
-        there = {  # with None for the many to which only a hand edit can be news
-            record["request"]: None if is_complete(record) and "edited_text" not in record else record
+        there = {  # with None for the many to which only what is done by hand can be news
+            record["request"]: record if FIELDS_BY_HAND & record.keys() or not is_complete(record) else None
             for record in merged.latest(record["request"] for record in records)
         }
         if places := [place for place, record in enumerate(records) if _is_news(record, there)]:
@@ -95,13 +97,14 @@ def _is_news(record: dict[str, Any], there: dict[str, dict[str, Any] | None]) ->
     before = there[record["request"]]
     if before is not None and not is_complete(before) and record != before:
         return True
-    return record.get("edited_text") not in (None, before and before.get("edited_text"))
+    news = ((record.get(name), (before or {}).get(name)) for name in FIELDS_BY_HAND)
+    return any(own not in (None, old) and old != OUTDATED for own, old in news)
 
 
 def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str]) -> Merged:
     places = _planned(plans)
     best = _Best(len(places))
-    kept, bad, others, edits = array("q"), array("q"), set[str](), dict[str, str]()
+    kept, bad, others, by_hand = array("q"), array("q"), set[str](), dict[str, str]()
     stores = sorted(shard_stores(merged.path.parent), key=lambda path: path == merged.path)  # the merged one last
     for number, path in enumerate(stores):
         is_merged = path == merged.path
@@ -109,8 +112,8 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
             if line.record is None:
                 if is_merged:
                     bad.append(line.start)
-            elif "edits" in line.record:
-                edits[json.dumps(line.record, ensure_ascii=False)] = line.record.get("created", "")
+            elif is_by_hand(line.record):
+                by_hand[json.dumps(line.record, ensure_ascii=False)] = line.record.get("created", "")
             elif (place := places.get(line.record["request"])) is not None:
                 best.offer(place, line.record, number, line.start, may_be_older=is_merged)
             elif is_merged:
@@ -125,7 +128,7 @@ def _merge_into(merged: CaptionStore, plans: dict[int, Path], problems: list[str
     with atomic_writer(merged.path) as target:
         target.writelines(_lines([merged.path], ((0, start) for start in kept)))
         target.writelines(
-            edit.encode(errors="backslashreplace") + b"\n" for edit in sorted(edits, key=edits.__getitem__)
+            line.encode(errors="backslashreplace") + b"\n" for line in sorted(by_hand, key=by_hand.__getitem__)
         )
         order = chain((place for place in places.values() if place not in best.row_errors), sorted(best.row_errors))
         target.writelines(_lines(stores, ((best.files[place], best.starts[place]) for place in order)))

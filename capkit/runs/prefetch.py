@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capkit.cogvlm2 import Prompt
-from capkit.files import append_line, now, read_lines
+from capkit.files import append_lines, now, read_lines
 from capkit.runs.store import CaptionStore
 from capkit.text import warn
 from capkit.video import Clip, ClipReader, ReaderHung, ReaderLost, VideoError, load_clip, memory_budget
@@ -169,7 +169,7 @@ class Quarantine:
         line = dict(zip(("video", "size", "mtime_ns"), key, strict=True)) | {"reason": reason, "added": now()}
         with self._lock:
             self._reasons[key] = reason
-            append_line(self.path, line)
+            append_lines(self.path, line)
 
     @staticmethod
     def _key(video: str) -> tuple[str, int | None, int | None]:

@@ -30,12 +30,13 @@ from capkit.runs.caption import (
     plan_clips,
     prepare_clip,
 )
+from capkit.runs.digests import digest_once
 from capkit.runs.fields import check_fields
 from capkit.runs.manifests import Item
 from capkit.runs.prefetch import Quarantine, read_clip
 from capkit.runs.progress import Progress
 from capkit.runs.shards import Shard, ShardBusy, heartbeat_path, shard_store, shard_stores, write_plan
-from capkit.runs.store import CaptionStore, ModelIdentity, digest_once
+from capkit.runs.store import CaptionStore, ModelIdentity
 from capkit.text import encodable
 from capkit.video import Clip, ClipReader, FrameSamplingLike
 

@@ -1,4 +1,4 @@
-"""Append-only JSONL store of captions: latest record per request, resume, hand edits, picture strips."""
+"""Append-only JSONL store of captions: latest record per request, resume, hand edits, marks, picture strips."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import math
 import os
 import re
 import stat
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ import numpy as np
 from capkit import __version__
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
-from capkit.files import Busy, append_line, atomic_write, file_sha256, hold_lock, now
+from capkit.files import Busy, append_lines, atomic_write, hold_lock, now
+from capkit.runs.digests import sha256_if_there
 from capkit.runs.fields import clip_seconds, fill
-from capkit.runs.index import Records, StoreIndex
-from capkit.runs.lines import MAX_LINE_BYTES, MAX_TEXT_CHARACTERS, check_line, read_store
+from capkit.runs.index import Records, StoreIndex, record_text
+from capkit.runs.lines import MARKS, MAX_LINE_BYTES, MAX_TEXT_CHARACTERS, check_line, read_store
 from capkit.text import encodable
 from capkit.video import Clip, FrameSampling, FrameSamplingLike, draw_strip
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OF_A_SHARD = re.compile(r"shard-\d+-of-\d+|ray-[0-9a-f]{32}")  # names of stores that share the merged one's strips
-DIGESTS_KEPT = 1000  # a video's windows follow one another
 MOST_STRIP_BYTES, MOST_STRIP_PIXELS = 2**24, 2**26  # that are shown: of some 5,000 frames
 
 
@@ -44,10 +43,11 @@ class StoreBusy(Busy):
 class CaptionStore:
     """A file of caption records (JSON Lines) with picture strips beside it.
 
-    Every line is an attempt at a request: a video with all settings that affect its caption. The latest one counts, an
-    error or a stopped caption only if there is no complete one. Processes and threads of one machine may write at the
-    same time. A killed process may leave part of a line. Readers skip it, as they do any line that is no record, with a
-    warning that names file and line; what is appended begins on a line of its own.
+    Every line is an attempt at a request: a video with all settings that affect its caption; or what a person did by
+    hand: an edit of its text, or a mark. The latest attempt counts, an error or a stopped caption only if there is no
+    complete one. Processes and threads of one machine may write at the same time. A killed process may leave part of a
+    line. Readers skip it, as they do any line that is no record, with a warning that names file and line; what is
+    appended begins on a line of its own.
 
     Records stay in the file; of each request the store keeps where its record is (0.2 GB for a million), and reads only
     what was added since.
@@ -57,6 +57,9 @@ class CaptionStore:
             `captions.jsonl` in it.
         strips: folder of the picture strips; None: `<name>_strips/` beside the file, or of a shard's store
             `captions_strips/`. Several stores may share one.
+
+    Attributes:
+        index: where each record, hand edit and mark is in the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], strips: str | os.PathLike[str] | None = None):
@@ -67,7 +70,7 @@ class CaptionStore:
             raise ValueError(f"store={os.fspath(path)!r}: names no file; give one, such as runs/captions.jsonl")
         name = "captions" if OF_A_SHARD.fullmatch(self.path.stem) else self.path.stem
         self.strips = self.path.with_name(f"{name}_strips") if strips is None else Path(strips).expanduser()
-        self._index = StoreIndex(self.path)
+        self.index = StoreIndex(self.path)
         self._num_bytes = 0  # of the file after the last `append`
 
     @classmethod
@@ -91,30 +94,31 @@ class CaptionStore:
         with hold_lock(Path(os.path.realpath(self.path)), error):
             yield
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a line, flushed to disk.
+    def append(self, record: dict[str, Any], *more: dict[str, Any]) -> None:
+        """Add lines, flushed to disk.
 
         Raises:
             ValueError: the record has no `request`, or holds what readers would refuse.
             OSError: the file cannot be written, or was deleted or replaced by a shorter one since it was last read or
                 written here.
         """
-        check_line(record)
-        if len(json.dumps(record)) > MAX_LINE_BYTES:
-            raise ValueError(f"a record must have less than {MAX_LINE_BYTES:,} bytes")
-        if num_bytes := max(self._num_bytes, self._index.size):
+        for line in (record, *more):
+            check_line(line)
+            if len(json.dumps(line)) > MAX_LINE_BYTES:
+                raise ValueError(f"a record must have less than {MAX_LINE_BYTES:,} bytes")
+        if num_bytes := max(self._num_bytes, self.index.size):
             now_there = self.path.stat().st_size if self.path.exists() else 0
             if now_there < num_bytes:
                 self._num_bytes = 0
-                self._index.refresh()
+                self.index.refresh()
                 change = "was replaced by a shorter file" if now_there else "was deleted or moved"
                 raise OSError(f"{self.path}: {change} while it was in use; what it held is no longer there")
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._num_bytes = append_line(self.path, record)
+        self._num_bytes = append_lines(self.path, record, *more)
 
     def lines(self) -> list[dict[str, Any]]:
-        """All attempts and edits, in file order; `current` needs less memory."""
+        """All attempts, and what was done by hand, in file order; `current` needs less memory."""
         try:
             return [line.record for line in read_store(self.path) if line.record is not None]
         except FileNotFoundError:
@@ -127,20 +131,21 @@ class CaptionStore:
         kept, or else the last: the file was replaced since. The error of a manifest's row that cannot be used is left
         out once a later run has captioned its video with the same settings: the row was mended. A hand edit of a
         request is in `edited_text`, also when the file was written again with the same content; `text` stays the
-        model's.
+        model's. A mark is in `mark` ("right", "wrong", "unsure"), `wrong_words` and `remark`; once the text has changed
+        since, `mark` is "outdated": it is of another text, and counts no longer.
         """
         self._num_bytes = 0
-        return self._index.current()
+        return self.index.current()
 
     def latest(self, requests: Iterable[str]) -> Records:
         """The current record of each of these requests that the store has, also of videos that were replaced since."""
         self._num_bytes = 0
-        return self._index.latest(requests)
+        return self.index.latest(requests)
 
     def done(self, retry_errors: bool = False) -> set[str]:
         """Requests with a complete caption or, unless `retry_errors`, with an error."""
         self._num_bytes = 0
-        return self._index.done(retry_errors)
+        return self.index.done(retry_errors)
 
     def edit(self, request: str, text: str) -> None:
         """Store a text written by hand for a request. No rerun overwrites it.
@@ -148,9 +153,41 @@ class CaptionStore:
         Raises:
             ValueError: the store has no such request.
         """
-        if request not in self._index:
+        if request not in self.index:
             raise ValueError(f"{self.path} has no request {request!r} to edit")
-        self.append({"edits": request, "text": text, "created": now()})
+        self.append({"edits": request, "text": text, "created": now("microseconds")})
+
+    def mark(
+        self, caption: str | dict[str, Any], mark: str | None, words: str | Iterable[str] = (), remark: str = ""
+    ) -> None:
+        """Store what a person finds of a caption. The latest mark of a request counts, as long as its text stays.
+
+        Args:
+            caption: the record, whose text is the one that is marked; or its request, for the current text.
+            mark: "right", "wrong" or "unsure"; None takes the mark away.
+            words: words or phrases of the text that are wrong, or one of them.
+            remark: any text.
+
+        Raises:
+            ValueError: an unknown mark, words that are not in the text, no such request, or no caption to mark.
+        """
+        record = caption if isinstance(caption, dict) else next(iter(self.latest([caption])), {})
+        request = record.get("request", caption)
+        if request not in self.index:
+            raise ValueError(f"{self.path} has no request {request!r} to mark")
+        if not (text := record_text(record)):
+            reason = record.get("error") or "its text is empty"
+            raise ValueError(f"{self.path}: request {request!r} has no caption to mark: {reason}")
+        if mark not in (None, *MARKS):
+            raise ValueError(f"mark={mark!r}: must be one of {', '.join(map(repr, MARKS))}, or None for no mark")
+        words = [" ".join(word.split()) for word in ([words] if isinstance(words, str) else words) if word.strip()]
+        if words and mark in (None, "right"):
+            raise ValueError(f"words={words!r}: are for captions that are wrong, and mark={mark!r}")
+        for word in words:
+            if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", " ".join(text.split()), re.IGNORECASE):
+                raise ValueError(f"words: {word!r} is not in the caption")
+        line = {"marks": request, "mark": mark, "wrong_words": words, "remark": remark.strip(), "text": text}
+        self.append(line | {"created": now("microseconds")})
 
     def strip_path(self, record: dict[str, Any]) -> Path:
         """Path of a record's picture strip; captions of the same frames share one."""
@@ -323,38 +360,10 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def sha256_if_there(path: str) -> str | None:
-    """The file's SHA-256, or None if it is gone since it was read: its caption is still worth keeping."""
-    try:
-        return file_sha256(path)
-    except OSError:
-        return None
-
-
-def digest_once() -> Callable[[str], str | None]:
-    """`sha256_if_there` for several threads: once for each file, though many windows of it are captioned."""
-    lock, latest = threading.Lock(), dict[tuple[str, int, int], tuple[threading.Lock, list[str | None]]]()
-
-    def digest(path: str) -> str | None:
-        try:
-            status = os.stat(path)
-        except OSError:
-            return None
-        with lock:
-            own_lock, known = latest.setdefault((path, status.st_size, status.st_mtime_ns), (threading.Lock(), []))
-            if len(latest) > DIGESTS_KEPT:
-                del latest[next(iter(latest))]
-        with own_lock:
-            if not known:
-                known.append(sha256_if_there(path))
-            return known[0]
-
-    return digest
-
-
 RECORD_FIELDS = tuple(new_record(request_settings(ModelIdentity("", "", "", None), os.sep, Prompt()), ValueError()))
 """The fields of every record.
 
 Some have `reference` or `is_row_error` too; of a prompt with fields `prompt_pattern` and `prompt_fields`, see
-`capkit.runs.fields`; of one with steps `steps`, `step_answers` and `step_finish_reasons`; in `current`, `edited_text`.
+`capkit.runs.fields`; of one with steps `steps`, `step_answers` and `step_finish_reasons`; in `current`, `edited_text`
+and the fields of a mark.
 """

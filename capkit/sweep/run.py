@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from capkit.captioning import Caption, Captioner, Decoding, SharedVideo
 from capkit.cogvlm2 import is_out_of_memory
 from capkit.runs import (
+    MARK_FIELDS,
     CaptionStore,
     Progress,
     asked_prompt,
@@ -73,8 +74,9 @@ class SweepResult:
         and of `copies` the first one's name stands, so that they count once),
         `video` (path), `start_seconds`, `end_seconds`, the axes `prompt`, `decoding`, `frame_sampling`, `template`,
         `frame_numbers`, `answer_prefix`, `sample`; then `text`, `num_tokens`, `mean_logprob`, `finish_reason`,
-        `seconds`, `duration_seconds`, `status`, `error`, `request`, and `reference` where clips have one. Captions made
-        elsewhere have their cell's name, and no axes.
+        `seconds`, `duration_seconds`, `status`, `error`, `request`, `reference` where clips have one, and `mark`,
+        `wrong_words` and `remark` where captions were marked (none of an edited one: `text` is the model's). Captions
+        made elsewhere have their cell's name, and no axes.
         """
         where = ("video", *WINDOW)
         names = "text num_tokens mean_logprob finish_reason seconds duration_seconds status error".split()
@@ -89,7 +91,11 @@ class SweepResult:
             row |= {name: record[name] for name in where} | axes[cell] | {"sample": sample}
             if source.reference is not None:
                 row["reference"] = references[clip] = source.reference
-            rows.append(row | {name: record.get(name) for name in [*names, "request"]})
+            is_edited = "edited_text" in record  # then its mark is of another text than the model's
+            marks = {name: record[name] for name in MARK_FIELDS if name in record and not is_edited}
+            if marks:
+                marks["wrong_words"] = ", ".join(marks["wrong_words"])
+            rows.append(row | {name: record.get(name) for name in [*names, "request"]} | marks)
         for label, records in self.elsewhere.items():
             for record in records:
                 clip = clip_id(record)

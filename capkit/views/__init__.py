@@ -20,6 +20,7 @@ from capkit.views.html import (
     table_html,
     to_webp,
 )
+from capkit.views.replacements import show_replacement
 from capkit.views.sweeps import compare_captions, show_sweep
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "table_html",
     "to_webp",
     "compare_captions",
+    "show_replacement",
     "show_sweep",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from capkit.files import write_page
-from capkit.runs import RECORD_FIELDS, CaptionStore, CaptionStoreLike, Records
+from capkit.runs import RECORD_FIELDS, CaptionStore, CaptionStoreLike, Records, Where, select
 from capkit.text import escape
 from capkit.views.html import MUTED, card, frames_strip
 
@@ -82,6 +82,7 @@ def write_gallery(
     descending: bool = False,
     limit: int | None = None,
     title: str = "Captions",
+    where: Where | None = None,
 ) -> Gallery:
     """Put a store's captions and errors on HTML pages, each beside its frames; `save` writes the files.
 
@@ -94,9 +95,10 @@ def write_gallery(
         descending: the largest first.
         limit: only the first so many.
         title: of the page.
+        where: columns with the values that they must have, such as {"mark": "wrong"}; see `capkit.runs.select`.
 
     Raises:
-        ValueError: an unknown status, a field that no record has, or a limit below 1.
+        ValueError: an unknown status, a column or field that no record has, or a limit below 1.
     """
     if status not in (None, *STATUSES):
         raise ValueError(f"status={status!r}: must be 'ok', 'error' or None for both")
@@ -106,7 +108,9 @@ def write_gallery(
     criteria += [] if min_tokens is None else [f"at least {min_tokens} tokens"]
     criteria += [] if max_tokens is None else [f"at most {max_tokens} tokens"]
     store = CaptionStore.of(store)
-    records = store.current()
+    everything = store.current()
+    records = select(everything, where)
+    criteria += [f"{name} {value or 'empty'}" for name, value in (where or {}).items()]
     chosen: list[tuple[Any, int]] = []  # what to order by, and the place
     lacking: list[int] = []  # places of records without it
     fields: dict[str, None] = {}
@@ -127,7 +131,7 @@ def write_gallery(
         chosen.sort(key=lambda pair: pair[0], reverse=descending)
         criteria.append(f"by {order_by}, {'largest' if descending else 'smallest'} first")
     places = [*(place for _, place in chosen), *lacking][:limit]
-    summary = "; ".join([f"{len(places)} of {len(records)} captions in {store.path.name}", *criteria])
+    summary = "; ".join([f"{len(places)} of {len(everything)} captions in {store.path.name}", *criteria])
     is_extra = order_by is not None and order_by not in FIELDS_ON_CARDS
     return Gallery(store, records.at(places), title, summary, order_by if is_extra else None)
 

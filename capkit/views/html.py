@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from capkit.runs import CaptionStore, CaptionStoreLike, window_name
+from capkit.runs import MARK_FIELDS, CaptionStore, CaptionStoreLike, mark_text, record_text, window_name
 from capkit.text import escape, without_controls
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ MUTED = "opacity:.7;font-size:85%"
 # Okabe and Ito's palette, which colour-blind people can tell apart; colour is never the only signal.
 BLUE, SKY, ORANGE, RED, GREEN, PURPLE = "#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#009e73", "#cc79a7"
 GREY = "#888888"
+MARK_SIGNS = {"right": "✓", "wrong": "✗", "unsure": "?", "outdated": "↻"}
 
 
 def table_html(table: pd.DataFrame, **options: Any) -> str:
@@ -58,12 +59,19 @@ def show_captions(store: CaptionStoreLike, records: Sequence[dict[str, Any]], li
 
 
 def captions_table(records: Sequence[dict[str, Any]], limit: int = 60) -> HTML:
-    """A table of captions in full, errors in their place: a row for each of the first `limit` records."""
+    """A table of captions in full, errors in their place: a row for each of the first `limit` records.
+
+    Marks have columns where one of these records has a mark.
+    """
+    shown_records = list(records[:limit])
+    marks = MARK_FIELDS if any("mark" in record for record in shown_records) else ()
     names = ("clip", "caption", "tokens", "ended by", "log probability a token", "seconds")
-    rows = [[f"<b>{name}</b>" for name in names]]
-    for record in records[:limit]:
+    rows = [[f"<b>{name}</b>" for name in (*names, *(name.replace("_", " ") for name in marks))]]
+    for record in shown_records:
         numbers = [record.get(name) for name in ("num_tokens", "finish_reason", "mean_logprob", "seconds")]
         shown = ["" if n is None else f"{n:.3g}" if isinstance(n, float) else escape(n) for n in numbers]
+        cells = (record.get(name) or "" for name in marks)
+        shown += [escape(", ".join(cell) if isinstance(cell, list) else cell) for cell in cells]
         text = error_text(record) or escape(record_text(record))
         rows.append([file_name(record), f'<div dir="auto" style="white-space:pre-wrap">{text}</div>', *shown])
     cell = '<td style="text-align:left;vertical-align:top">'
@@ -99,11 +107,6 @@ def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> 
     )
 
 
-def record_text(record: dict[str, Any]) -> str:
-    """The text of a record, stripped: the hand-edited one if there is one, else the model's; "" after an error."""
-    return (record.get("edited_text", record["text"]) or "").strip()
-
-
 def error_text(record: dict[str, Any]) -> str:
     """Why a record holds no caption, as HTML, without the video's path; "" if it holds one."""
     if record.get("status") != "error":
@@ -129,6 +132,7 @@ def caption_facts(record: dict[str, Any], with_probability: bool = False) -> str
         facts.append(f"{math.exp(mean):.0%} a token (mean, {mean:.2f} nats)")
     facts += [] if seconds is None else [f"{seconds:.3g} s"]
     edited = "<b>✎ edited by hand</b>; the model's own: " if "edited_text" in record else ""
+    edited = mark_note(record) + edited
     notes = "".join(f"<br>The video is {escape(note)}." for note in record.get("video_notes") or [])
     return edited + escape(", ".join(facts)) + notes
 
@@ -138,6 +142,12 @@ def steps_html(record: dict[str, Any]) -> str:
     turns = zip(record.get("steps") or (), record.get("step_answers") or (), strict=False)
     rows = "".join(f'<div dir="auto">{escape(question)} <i>{escape(answer)}</i></div>' for question, answer in turns)
     return rows and f'<details style="{MUTED}"><summary>asked before</summary>{rows}</details>'
+
+
+def mark_note(record: dict[str, Any]) -> str:
+    """A record's mark as a line of HTML; "" if it has none."""
+    sign = MARK_SIGNS.get(record.get("mark", ""), "")
+    return f"<b>{sign} {escape(mark_text(record))}</b><br>" if "mark" in record else ""
 
 
 def file_name(record: dict[str, Any]) -> str:

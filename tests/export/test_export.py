@@ -268,6 +268,33 @@ class TestWhichCaption:
         with pytest.raises(ValueError, match="nothing to export.*\n.*the caption is empty"):
             export_dataset(store, "cogvideo", tmp_path / "empty")
 
+    def test_what_is_marked_wrong_is_left_out_and_counted(self, make_store, tmp_path):
+        store = make_store({"a.mp4": "A dog.", "b.mp4": "A cat.", "c.mp4": "A cow.", "d.mp4": "A pig."})
+        more = {"text": "A small dog.", "prompt": "Briefly."}
+        store.append(a_record("more 30", tmp_path / "clips" / "a.mp4", more))
+        store.mark("captions 0", "wrong", "dog", "it is a fox")  # then its other caption is chosen without a choice
+        store.mark("captions 1", "wrong", remark="it is a lynx")
+        store.mark("captions 2", "unsure")
+        store.mark("captions 3", "wrong")
+        store.edit("captions 3", "A boar.")  # so the mark is of another text
+        report = export_dataset(store, "cogvideo", tmp_path / "out")
+        assert dict(zip(report.exported["text"], report.exported["mark"], strict=True)) == {
+            "A small dog.": "",
+            "A cow.": "unsure",
+            "A boar.": "outdated",
+        }
+        assert list(report.refused["reason"]) == ["left out: marked wrong: it is a lynx"]
+        assert "2 captions left out, marked wrong; leave_out=[] exports them, too" in str(report)
+        kept = json.loads(report.path.read_text())
+        assert kept["num_left_out"] == 2 and kept["options"]["leave_out"] == ["wrong"]
+        report = export_dataset(store, "cogvideo", tmp_path / "less", leave_out=["wrong", "unsure"])
+        assert list(report.exported["text"]) == ["A small dog.", "A boar."] and "marked wrong or unsure" in str(report)
+        report = export_dataset(store, "cogvideo", tmp_path / "all", leave_out=(), choose="latest")
+        assert len(report.exported) == 4 and "left out" not in str(report)
+        for leave_out in ("wrong", ["wrnog"]):
+            with pytest.raises(ValueError, match="leave_out=.*: must be a list of 'right', 'wrong', 'unsure'"):
+                export_dataset(store, "cogvideo", tmp_path / "none", leave_out=leave_out)
+
     def test_a_later_attempt_and_a_second_store(self, make_store, tmp_path):
         """The same settings again: the later one counts, and the one edited by hand before it."""
         first = make_store({"a.mp4": "Old.", "b.mp4": "A cat."})

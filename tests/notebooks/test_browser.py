@@ -163,18 +163,17 @@ WATCH = """() => {
 }"""
 
 
-class Playground:
-    """Notebook 04 in Lab, by what a person sees of it."""
+class Notebook:
+    """A notebook in Lab, by what a person sees of it."""
 
-    def __init__(self, lab, page, name, **parameters):
+    def __init__(self, lab, page, notebook, name, **parameters):
         self.lab, self.page = lab, page
         self.folder = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=lab.folder))
-        self.path = self.folder / "04_playground.ipynb"
+        self.path = self.folder / f"{notebook}.ipynb"
         notebook = nbformat.read(ROOT / "notebooks" / self.path.name, 4)
         (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
         nbformat.write(notebook, self.path)
-        self.store = capkit.CaptionStore(self.folder / "runs" / "playground" / "captions.jsonl")
         lab.open(page, self.path)
 
     def button(self, name):
@@ -186,9 +185,6 @@ class Playground:
     def slider(self, name):
         return self.page.locator(f".widget-slider:has(label:text-is('{name}')) [role=slider]")  # ipywidgets names none
 
-    def cards(self):
-        return self.page.locator(".jp-NotebookPanel .widget-vbox:has(> .widget-hbox button:text('make baseline'))")
-
     def menu(self, *names):
         for name in names:
             self.page.get_by_role("menuitem", name=re.compile(f"^{name}$")).click()
@@ -196,6 +192,21 @@ class Playground:
     def run_cell(self, text):
         self.page.locator(".jp-CodeCell .cm-content", has_text=text).click()
         self.page.keyboard.press("Control+Enter")
+
+    def screenshot(self, name, *, showing):
+        showing.scroll_into_view_if_needed()
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+class Playground(Notebook):
+    """Notebook 04."""
+
+    def __init__(self, lab, page, name, **parameters):
+        super().__init__(lab, page, "04_playground", name, **parameters)
+        self.store = capkit.CaptionStore(self.folder / "runs" / "playground" / "captions.jsonl")
+
+    def cards(self):
+        return self.page.locator(".jp-NotebookPanel .widget-vbox:has(> .widget-hbox button:text('make baseline'))")
 
     def run_all(self):
         self.menu("Run", "Run All Cells")
@@ -209,10 +220,6 @@ class Playground:
         expect(self.cards()).to_have_count(before + 1)
         seen = self.page.evaluate("window.seen")
         return (seen["word"] - seen["Caption"]) / 1000
-
-    def screenshot(self, name, *, showing):
-        showing.scroll_into_view_if_needed()
-        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
 def test_playground_by_hand(lab, open_page):
@@ -372,6 +379,52 @@ def test_whatever_texts_and_file_names_say_is_shown_as_text_in_the_playground(la
     expect(page.locator(".jp-OutputArea-output", has=panel.button("tie"))).to_contain_text(NASTY)
     panel.screenshot("dark_blind", showing=panel.button("tie"))
     lab.set("apputils-extension/themes", {"theme": "JupyterLab Light"})
+
+
+# ---- marking -------------------------------------------------------------------------------------------------------
+
+
+def test_marking_by_hand(lab, open_page):
+    """Notebook 02 in Lab: mark two captions of the sample, undo one, run the table again, restart, and go on."""
+    page = open_page(height=1000)
+    store = capkit.CaptionStore(lab.folder / "marking" / "captions.jsonl")
+    captioner = capkit.load_captioner("demo", device="cpu")
+    capkit.run_sweep(captioner, capkit.find_clips("demo", limit=2), store, prompts=["default", "sentence"])
+    store.edit(store.current()[0]["request"], f"{NASTY} square")
+    notebook = Notebook(lab, page, "02_view_frames", "marking", store=str(store.path), num_to_mark=4)
+    notebook.menu("Run", "Run All Cells")
+    expect(notebook.button("right")).to_be_enabled()
+    sample = [record["request"] for record in capkit.audit(store, 4).records]
+    expect(page.get_by_text("caption 1 of 4; 4 not marked")).to_be_visible()
+    notebook.screenshot("marking_first", showing=notebook.button("right"))
+    notebook.control("wrong words").fill("no such word")
+    notebook.button("wrong").click()
+    expect(page.get_by_role("alert")).to_contain_text("'no such word' is not in the caption")
+    word = store.latest(sample[:1])[0]
+    word = word.get("edited_text", word["text"]).split()[-1].strip(".")
+    notebook.control("wrong words").fill(word)
+    notebook.control("remark").fill(NASTY)
+    notebook.button("wrong").click()
+    expect(page.get_by_text("caption 2 of 4; 3 not marked")).to_be_visible()
+    assert [store.latest(sample[:1])[0][name] for name in ("mark", "wrong_words", "remark")] == ["wrong", [word], NASTY]
+    notebook.button("right").click()
+    expect(page.get_by_text("caption 3 of 4; 2 not marked")).to_be_visible()
+    notebook.button("undo").click()
+    expect(page.get_by_text("caption 2 of 4; 3 not marked")).to_be_visible()
+    assert "mark" not in store.latest(sample[1:2])[0]
+    notebook.button("previous").click()
+    expect(notebook.control("remark")).to_have_value(NASTY)
+    expect(page.locator(".widget-html", has_text="marked wrong")).to_contain_text(NASTY)
+    notebook.screenshot("marking_marked", showing=notebook.button("right"))
+    notebook.run_cell("print(sample)")
+    expect(page.get_by_text("1 of 1 are wrong, 100.0%")).to_be_visible()
+    notebook.run_cell("capkit.replace(captions")
+    expect(page.locator(".jp-OutputArea-output", has_text="would be replaced in")).to_contain_text("Nothing is written")
+    notebook.screenshot("replace_preview", showing=page.get_by_text("would be replaced in"))
+    notebook.menu("Kernel", "Restart Kernel and Run All Cells….*")
+    page.get_by_role("button", name="Confirm Kernel Restart").click()
+    expect(page.get_by_text("caption 2 of 4; 3 not marked")).to_be_visible()  # the first that is not marked
+    assert page.away == []
 
 
 # ---- views ---------------------------------------------------------------------------------------------------------

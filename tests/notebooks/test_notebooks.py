@@ -237,9 +237,11 @@ def test_export_as_it_stands_and_of_a_store_with_hand_edits(tmp_path):
     assert sum("image/png" in str(cell.get("outputs")) for cell in done.cells) >= 1
     store.edit(records[0]["request"], "A dog runs.\nIt barks.")
     store.edit(records[1]["request"], "A <b>dog</b> runs.")
+    store.mark(records[2]["request"], "wrong", remark="no dog at all")
     settings = {"stores": str(store.path), "layout": "diffusers", "export_dir": "data/dogs", "output_dir": "again"}
     done, shown = run("05", tmp_path, **settings, trigger_word="ZORP")
-    assert "2 clips exported for diffusers" in shown and "1 of 3 clips refused" in shown
+    assert "1 clip exported for diffusers" in shown and "2 of 3 clips refused" in shown
+    assert "left out: marked wrong: no dog at all" in shown and "1 caption left out, marked wrong" in shown
     assert "has line breaks: diffusers" in shown and "--id_token 'ZORP '" in shown
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     html = "".join(output.get("data", {}).get("text/html", "") for output in outputs)

@@ -178,10 +178,12 @@ def test_an_edit_is_kept_in_the_store(panel):
     edit, button = panel.cards.children[0].children[1], panel.cards.children[0].children[2].children[1]
     button.click()
     assert edit.layout.display == "flex"
+    panel.store.mark(record, "wrong", remark="no star")
     edit.value = "A star, <b>by hand</b>."
     button.click()
     assert panel.store.current()[0]["edited_text"] == "A star, <b>by hand</b>."
     assert "&lt;b&gt;" in panel.cards.children[0].children[0].value
+    assert "marked before the text changed: no star" in panel.cards.children[0].children[0].value
 
 
 def test_settings_go_to_a_sweep(panel, tmp_path):

@@ -58,6 +58,8 @@ WRONG = {
     "frame_indices": [5, "0", {}, ["0"], [0.5], [None], [True], [10**400]],
     "timestamps_seconds": [5, "0", {"a": 0}, ["0"], [None], [[0]], [1e300]],
     "video_notes": [5, "HDR", [5], [None]],
+    **dict.fromkeys(("edited_text", "mark", "remark"), [5, None, ["red"]]),
+    "wrong_words": [5, "red", [5], {"a": 1}],
 }
 
 
@@ -82,6 +84,20 @@ def damages():
     yield "an edit of no time", lambda r: encode({"edits": r["request"], "text": "By hand.", "created": 5})
     yield "an edit of a number", lambda r: encode({"edits": 5, "text": "By hand."})
     yield "an edit with half a character", lambda r: encode({"edits": r["request"], "text": "\udc00"})
+    mark = {"marks": "x", "mark": "wrong", "wrong_words": [], "remark": "", "text": "A dog."}
+    for name, value in (
+        ("mark", "wrnog"),
+        ("mark", 5),
+        ("wrong_words", "red"),
+        ("wrong_words", [5]),
+        ("wrong_words", None),
+    ):
+        yield f"a mark with {name}={value}", lambda r, n=name, v=value: encode(mark | {"marks": r["request"], n: v})
+    yield "a mark of a number", lambda r: encode(mark | {"marks": 5})
+    yield "a mark without its text", lambda r: without(mark | {"marks": r["request"]}, "text")
+    yield "a remark with half a character", lambda r: encode(mark | {"marks": r["request"], "remark": "\ud83d"})
+    yield "the end of a batch without a list", lambda r: encode({"completes": "abc"})
+    yield "taking back a number", lambda r: encode({"undoes": 5})
     yield "a text of 9 MB", lambda r: encode(r, text="long " * 1_800_000)
     yield "a file name of 9 MB", lambda r: encode(r, video="/.." * 3_000_000)
     yield "an error without a reason", lambda r: without(an_error(r), "error")

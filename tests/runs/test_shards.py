@@ -190,7 +190,7 @@ def test_clips_come_prepared_from_the_processes_that_read_them(captioner, eight_
     with monkeypatch.context() as patched:
         for name in ("video.clip.model_pixels", "runs.store.preprocess_frames", "runs.store.draw_strip"):
             patched.setattr(f"capkit.{name}", lambda *_, name=name: pytest.fail(f"{name} in this process"))
-        patched.setattr("capkit.runs.store.file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+        patched.setattr("capkit.runs.digests.file_sha256", lambda path: hashed.append(path) or file_sha256(path))
         store = CaptionStore(tmp_path / "captions.jsonl")
         records = caption_clips(captioner, items, store, decoding=decoding, batch_size=2)
     assert [record["text"] for record in records] == texts and len(set(texts)) > 1

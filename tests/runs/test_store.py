@@ -28,7 +28,8 @@ from capkit import CaptionStore, Decoding, Prompt, plan_sweep, run_sweep
 from capkit.export import export_dataset
 from capkit.runs import Item, StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
 from capkit.runs.caption import plan_clips
-from capkit.runs.store import ModelIdentity, digest_once
+from capkit.runs.digests import digest_once
+from capkit.runs.store import ModelIdentity
 from capkit.views import compare_captions, show_caption, show_captions, write_gallery
 
 
@@ -378,7 +379,7 @@ def test_a_file_is_hashed_once_for_all_threads_and_again_once_it_changes(tmp_pat
             raise fails.pop()
         return hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
-    monkeypatch.setattr("capkit.runs.store.file_sha256", slow)
+    monkeypatch.setattr("capkit.runs.digests.file_sha256", slow)
     digest = digest_once()
     with pytest.raises(MemoryError):
         digest(str(path))

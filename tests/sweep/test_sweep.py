@@ -283,7 +283,7 @@ def test_copies_of_a_clip_count_once(demo, tmp_path):
 
 def test_a_video_is_prepared_where_it_is_read_and_hashed_once_however_many_captions_it_has(demo, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr("capkit.runs.store.file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    monkeypatch.setattr("capkit.runs.digests.file_sha256", lambda path: hashed.append(path) or file_sha256(path))
     monkeypatch.setattr("capkit.video.clip.model_pixels", lambda *_: pytest.fail("preprocessed in this process"))
     decodings = [{"max_new_tokens": 2}, WARM]
     result = run_sweep(demo, CLIPS[:2], tmp_path / "s.jsonl", prompts=["default", "Why?"], decodings=decodings)
