@@ -215,6 +215,8 @@ def _print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> N
         text = f"error: {record['error']}" if record["status"] != "ok" else record["text"].strip()
         text = record.get("edited_text", text)
         print(plain_text(f"  {' '.join(text.split())}"))
+        if notice := store.notice(record):
+            print(f"  note: {notice}")
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
 
 

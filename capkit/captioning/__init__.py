@@ -8,6 +8,7 @@ from capkit.captioning.decoding import Decoding, DecodingLike
 from capkit.captioning.features import FrameFeatures
 from capkit.captioning.generate import Caption, CaptionStream, until_end
 from capkit.captioning.graphs import DecodingStep
+from capkit.captioning.notice import DEMO_NOTICE, demo_notice
 from capkit.captioning.shared_prefix import MAX_BRANCHES, SharedVideo
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PreallocatedCache",
     "prefill",
     "DEMO_CHECKPOINT",
+    "DEMO_NOTICE",
     "GREEDY",
     "Captioner",
     "FrameFeatures",
@@ -30,6 +32,7 @@ __all__ = [
     "Caption",
     "CaptionStream",
     "Chooser",
+    "demo_notice",
     "draw_key",
     "until_end",
     "DecodingStep",
