@@ -59,10 +59,10 @@ def drawn(rng, background, num_frames=5):
         for kind, colour, start, radius, velocity in things:
             place = start + (24, 0) + velocity * time
             shape = [
-                lambda: patches.Circle(place, radius),
-                lambda: patches.Rectangle(place - radius, 2 * radius, 2 * radius, angle=5),
-                lambda: patches.RegularPolygon(place, 3, radius=radius),
-            ][kind]()
+                patches.Circle(place, radius),
+                patches.Rectangle(place - radius, 2 * radius, 2 * radius, angle=5),
+                patches.RegularPolygon(place, 3, radius=radius),
+            ][kind]
             shape.set(facecolor=colour, edgecolor="none", transform=IdentityTransform())
             figure.add_artist(shape)
         canvas = FigureCanvasAgg(figure)
