@@ -1,6 +1,6 @@
 """Captions of clips: generation, scores, shared-prefix decoding, attribution. Only this room calls generate()."""
 
-from capkit.captioning.attribution import GREY, Grounding, ground, mean_support, token_texts
+from capkit.captioning.attribution import GREY, Grounding, ground, score_support, token_texts
 from capkit.captioning.caches import PreallocatedCache, prefill
 from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
 from capkit.captioning.choosing import Chooser, draw_key
@@ -16,7 +16,7 @@ __all__ = [
     "GREY",
     "Grounding",
     "ground",
-    "mean_support",
+    "score_support",
     "token_texts",
     "PreallocatedCache",
     "prefill",

@@ -14,9 +14,7 @@ import argparse
 import itertools
 import json
 import os
-import re
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,9 @@ from capkit import __version__
 from capkit.captioning import Captioner, Decoding, Grounding, ground, load_captioner
 from capkit.cogvlm2 import Prompt
 from capkit.demo.facts import Facts, see
-from capkit.demo.orders import auc, correlate_cells, order_cells, order_within_clips, resample
+from capkit.demo.orders import auc, beyond_length, correlate_cells, order_cells, order_within_clips, resample
 from capkit.demo.random_scenes import make_scene
-from capkit.demo.scenes import COLOURS, SHAPES, SIZES, pick
-from capkit.demo.statements import Statement, share_told, share_true, statements
+from capkit.demo.statements import Statement, share_told, share_true, statements, swap_word
 from capkit.files import append_line, atomic_write, now, read_lines
 from capkit.sweep import PROMPT_PRESETS, SweepPlan, agreement, plan_sweep, run_sweep
 from capkit.video import load_clip
@@ -44,12 +41,12 @@ GREEDY = Decoding(max_new_tokens=160)
 SAMPLED = [Decoding(160, temperature, seed=seed) for temperature, seed in ((0.8, 0), (0.8, 1), (1.2, 0), (1.6, 0))]
 DECODINGS = [GREEDY, *SAMPLED, Decoding(160, repetition_penalty=1.2)]
 MOST_SWAPPED = 4  # captions of a clip of which a word is swapped
-SWAPS = (tuple(COLOURS), SHAPES, tuple(SIZES), ("left", "right"), ("one", "two", "three"), tuple(map(str, range(12))))
 TRUTHS = ("true", "told", "both")
+RESULTS = Path(__file__).parents[2] / "notebooks" / "results" / "measures.json"
 MEASURES = (
-    *("supported words", "support in all", "support a token", "support a word", "support, length-matched"),
-    *("support of the least supported word", "log P in all", "log P a token", "log P, length-matched"),
-    *("log P of the least likely word", "agreement", "agreement under one prompt", "number of words"),
+    *("supported_words", "support", "support, a word", "support, in all", "support, length-matched", "support, least"),
+    *("mean_logprob", "log P, in all", "log P, length-matched", "log P, least"),
+    *("agreement", "agreement, all prompts", "num_words"),
 )
 
 
@@ -110,21 +107,6 @@ def facts_of(video: str, seconds: Sequence[float]) -> Facts:
     return see(make_scene(int(Path(video).stem), held_out=True), seconds)
 
 
-def swap_word(text: str, facts: Facts) -> str | None:
-    """The text with one word replaced, which makes one statement false; None if not all of it is true."""
-    rng = np.random.default_rng(zlib.crc32(text.encode()))
-    places = [(found, group) for group in SWAPS for found in re.finditer(rf"\b(?:{'|'.join(group)})\b", text)]
-    if all(one.is_true for one in statements(text, facts)):
-        for place in rng.permutation(len(places)):
-            found, group = places[place]
-            new = pick(rng, [word for word in group if word != found[0]])
-            changed = text[: found.start()] + new + text[found.end() :]
-            wrong = [one.span for one in statements(changed, facts) if not one.is_true]
-            if len(wrong) == 1 and wrong[0][0] < found.start() + len(new) and found.start() < wrong[0][1]:
-                return changed
-    return None
-
-
 def judge(
     plan: SweepPlan, records: Sequence[dict[str, Any]], lines: Iterator[dict[str, Any]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -147,10 +129,8 @@ def judge(
         for scores in line["swapped"]:
             said += _said(clip, "swapped", scores, statements(scores["text"], facts))
     table = pd.DataFrame(captions)
-    for name, by in (("agreement", ["clip"]), ("agreement under one prompt", ["clip", "prompt"])):
+    for name, by in (("agreement", ["clip", "prompt"]), ("agreement, all prompts", ["clip"])):
         table[name] = agreement(table, by, "cell")["agreement"]
-    for name in ("support", "log P"):
-        table[f"{name}, length-matched"] = beyond_length(table, f"{name} in all", "number of words")
     return table, pd.DataFrame(said)
 
 
@@ -162,15 +142,15 @@ def _truths(judged: Sequence[Statement], facts: Facts) -> dict[str, float]:
 def _measures(scores: dict[str, Any]) -> dict[str, float]:
     support, logprob = np.array([word[2:] for word in scores["words"]]).T
     return {
-        "supported words": np.minimum(support, 1).sum(),
-        "support in all": scores["support"],
-        "support a token": scores["support"] / scores["num_tokens"],
-        "support a word": scores["support"] / len(support),
-        "support of the least supported word": support.min(),
-        "log P in all": scores["log P"],
-        "log P a token": scores["log P"] / scores["num_tokens"],
-        "log P of the least likely word": logprob.min(),
-        "number of words": len(support),
+        "supported_words": float(np.minimum(support, 1).sum()),
+        "support": scores["support"] / scores["num_tokens"],
+        "support, a word": scores["support"] / len(support),
+        "support, in all": scores["support"],
+        "support, least": support.min(),
+        "mean_logprob": scores["log P"] / scores["num_tokens"],
+        "log P, in all": scores["log P"],
+        "log P, least": logprob.min(),
+        "num_words": len(support),
     }
 
 
@@ -184,19 +164,13 @@ def _said(clip: int, kind: str, scores: dict[str, Any], judged: Sequence[Stateme
     return rows
 
 
-def beyond_length(table: pd.DataFrame, measure: str, length: str) -> pd.Series:
-    """By how much a measure exceeds that of captions of the clip as long: the residual of one line for all clips."""
-    y, x = (table[name] - table.groupby("clip")[name].transform("mean") for name in (measure, length))
-    return y - x * float((x * y).sum() / (x * x).sum())
-
-
 def compare_measures(plan: SweepPlan, table: pd.DataFrame, said: pd.DataFrame) -> dict[str, Any]:
     """How well each measure orders cells and captions of a clip by each truth, and finds wrong statements."""
     labels, samples = [plan.label(cell) for cell in plan.cells], resample(table["clip"].max() + 1)
-    values = {
-        name: table.pivot(index="clip", columns="cell", values=name)[labels].to_numpy(float)
-        for name in (*MEASURES, *TRUTHS)
-    }
+    table = table.pivot(index="clip", columns="cell")
+    values = {name: table[name][labels].to_numpy(float) for name in (*MEASURES, *TRUTHS) if name in table}
+    for name in ("support", "log P"):
+        values[f"{name}, length-matched"] = beyond_length(values[f"{name}, in all"], values["num_words"])
     axes = [(cell.prompt, cell.decoding) for cell in plan.cells]
     differ = {
         pair: [a != b for a, b in zip(axes[pair[0]], axes[pair[1]], strict=True)]
@@ -230,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = run_sweep(captioner, plan, a.folder / "captions.jsonl").records
     table, said = judge(plan, records, score_clips(captioner, records, a.folder / "words.jsonl"))
     counts = {"clips": a.clips, "cells": len(plan.cells), "captions": len(table), "failed": len(records) - len(table)}
-    means = table.groupby("cell", sort=False)[[*TRUTHS, "number of words"]].mean().round(4)
+    means = table.groupby("cell", sort=False)[[*TRUTHS, "num_words"]].mean().round(4)
     made = {"model_fingerprint": captioner.fingerprint, "capkit_version": __version__, "created": now()}
     results = {"command": f"python -m capkit.demo.measures --clips {a.clips} --out {a.out}"} | made | counts
     results |= compare_measures(plan, table, said) | {"cell_means": means.to_dict("index")}
@@ -238,8 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(*(shown.to_string() for shown in tables(a.out)), sep="\n\n")
 
 
-def tables(path: str | Path) -> list[pd.DataFrame]:
-    """The results in a file of `main`, to look at: how measures order cells and captions, and find wrong statements."""
+def tables(path: str | Path = RESULTS) -> list[pd.DataFrame]:
+    """The results in a file, to look at: how measures order cells and captions, and find wrong statements."""
+    if not Path(path).is_file():  # as where capkit is installed without its notebooks
+        return []
     results = json.loads(Path(path).read_text(encoding="utf-8"))
 
     def shown(estimate: Sequence[float | None]) -> str:

@@ -72,6 +72,12 @@ def auc(scores: Array, is_wrong: npt.NDArray[np.bool_], clips: npt.NDArray[np.in
     return _estimate(np.array(areas))
 
 
+def beyond_length(measure: Array, length: Array) -> Array:
+    """By how much a measure exceeds that of captions of the clip as long: the residual of one line for all clips."""
+    y, x = (values - np.nanmean(values, axis=1, keepdims=True) for values in (measure, length))
+    return y - x * np.nansum(x * y) / np.nansum(x * x)
+
+
 def _cell_means(values: Array, samples: Array) -> Array:
     """(samples, K)"""
     is_known = np.isfinite(values)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from capkit.demo.claims import Claims, Named, Span, claims
 from capkit.demo.facts import Facts, Seen
+from capkit.demo.scenes import COLOURS, SHAPES, SIZES, pick
+
+SWAPS = (tuple(COLOURS), SHAPES, tuple(SIZES), ("left", "right"), ("one", "two", "three"), tuple(map(str, range(12))))
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,21 @@ def share_told(judged: Sequence[Statement], facts: Facts) -> float:
     num_facts = 1 + (facts.camera in ("left", "right")) + 2 * len(facts.events)
     num_facts += sum(2 + (seen.size is not None) + (seen.motion is not None) for seen in facts.objects)
     return sum(one.is_true and one.is_fact for one in judged) / num_facts
+
+
+def swap_word(text: str, facts: Facts) -> str | None:
+    """The text with one word replaced, which makes one statement false; None if not all of it is true."""
+    rng = np.random.default_rng(zlib.crc32(text.encode()))
+    places = [(found, group) for group in SWAPS for found in re.finditer(rf"\b(?:{'|'.join(group)})\b", text)]
+    if all(one.is_true for one in statements(text, facts)):
+        for place in rng.permutation(len(places)):
+            found, group = places[place]
+            new = pick(rng, [word for word in group if word != found[0]])
+            changed = text[: found.start()] + new + text[found.end() :]
+            wrong = [one.span for one in statements(changed, facts) if not one.is_true]
+            if len(wrong) == 1 and wrong[0][0] < found.start() + len(new) and found.start() < wrong[0][1]:
+                return changed
+    return None
 
 
 def _meant(named: Sequence[Named], objects: Sequence[Seen]) -> list[Seen | None]:

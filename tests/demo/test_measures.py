@@ -12,11 +12,11 @@ from capkit import FrameSampling
 from capkit.demo import measures
 from capkit.demo.evaluation import check
 from capkit.demo.facts import Event, Facts, Seen, see
-from capkit.demo.measures import swap_word, tables
+from capkit.demo.measures import tables
 from capkit.demo.orders import auc, correlate_cells, order_cells, order_within_clips, resample
 from capkit.demo.random_scenes import make_scene
 from capkit.demo.scenes import COLOURS, SHAPES
-from capkit.demo.statements import share_told, share_true, statements
+from capkit.demo.statements import share_told, share_true, statements, swap_word
 from capkit.demo.wording import make_example
 
 FACTS = Facts(
