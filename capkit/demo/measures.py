@@ -95,7 +95,7 @@ def _scores(grounding: Grounding) -> dict[str, Any]:
     ends = np.cumsum([0, *map(len, grounding.tokens)]) - (len(joined) - len(joined.lstrip()))
     numbers = [grounding.of_words(values).round(4).tolist() for values in (grounding.support, grounding.logprobs)]
     words = [
-        [int(ends[tokens.start]), int(ends[tokens.stop]), *values]
+        [max(int(ends[tokens.start]), 0), int(ends[tokens.stop]), *values]
         for (_, tokens), *values in zip(grounding.words, *numbers, strict=True)
     ]
     totals = {"support": grounding.total_support, "log P": float(grounding.logprobs.sum())}
@@ -230,7 +230,8 @@ def tables(path: str | Path = RESULTS) -> list[pd.DataFrame]:
             row |= {f"{name} by both": shown(order[name]) for name in ("prompts", "decodings", "captions")}
     found = pd.DataFrame(results["wrong_statements"])
     found["auc"] = found["auc"].map(shown)
-    return [pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure"), found]
+    counts = f"{results['clips']} clips, {results['cells']} cells, {results['captions']} captions"
+    return [pd.DataFrame.from_dict(rows, orient="index").rename_axis(counts), found]
 
 
 if __name__ == "__main__":

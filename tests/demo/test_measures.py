@@ -123,16 +123,17 @@ def test_a_swapped_word_makes_one_statement_false():
     assert swapped > 40
 
 
+@pytest.fixture
+def numbers():
+    rng = np.random.default_rng(2)
+    truth = rng.integers(0, 5, (40, 7)) + np.arange(7) / 2
+    measure = truth + rng.normal(0, 2, (40, 7))
+    measure[3, 2] = np.nan
+    return measure, truth / 5, resample(40)
+
+
 class TestOrders:
     """Against scipy and plain loops."""
-
-    @pytest.fixture(scope="class")
-    def numbers(self):
-        rng = np.random.default_rng(2)
-        truth = rng.integers(0, 5, (40, 7)) + np.arange(7) / 2
-        measure = truth + rng.normal(0, 2, (40, 7))
-        measure[3, 2] = np.nan
-        return measure, truth / 5, resample(40)
 
     def test_cells(self, numbers):
         measure, truth, samples = numbers
@@ -209,7 +210,7 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     assert again | {"created": ""} == results | {"created": ""}
 
 
-def test_words_have_the_scores_of_their_tokens(tmp_path, monkeypatch):
+def test_words_have_the_scores_of_their_tokens():
     """Against `Captioner.score` of the same text."""
     import capkit
 
@@ -223,3 +224,21 @@ def test_words_have_the_scores_of_their_tokens(tmp_path, monkeypatch):
     assert [scores["text"][start:end].strip() for start, end, *_ in scores["words"]] == caption.text.split()
     assert sum(word[3] for word in scores["words"]) == pytest.approx(scores["log P"], abs=0.01)
     assert scores["log P"] == pytest.approx(total, abs=0.01)
+
+
+def test_what_notebook_03_says_of_measures_holds_for_the_figures_beside_it():
+    results = json.loads(measures.RESULTS.read_text())
+    value = {
+        (row["measure"], kind): row[kind][0]
+        for row in results["orders"]
+        if row["truth"] == "both"
+        for kind in ("prompts", "decodings")
+    }
+    area = {(row["mistakes"], row["measure"]): row["auc"][0] for row in results["wrong_statements"]}
+    assert value["supported_words", "prompts"] == max(value[name, "prompts"] for name in measures.MEASURES)
+    assert value["num_words", "prompts"] > 0.8 and value["num_words", "decodings"] < 0.5
+    for name in ("support", "mean_logprob", "agreement"):
+        assert value[name, "prompts"] < 0.55 and value[name, "decodings"] > 0.7
+    for mistakes in ("greedy", "sampled"):
+        assert area[mistakes, "support"] < area[mistakes, "log P"] < 0.9
+    assert min(area["swapped", name] for name in ("support", "log P")) > 0.95
