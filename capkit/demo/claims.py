@@ -95,7 +95,7 @@ def claims(text: str) -> Claims:
     current = None
     for sentence in re.finditer(r"[^.;\n]+", text):
         seconds: list[int | None] = []
-        happenings = []
+        happenings: list[tuple[str, tuple[str, str] | None, str]] = []
         for token in _TOKENS.finditer(text, *sentence.span()):
             kind = token.lastgroup
             if kind == "shape":

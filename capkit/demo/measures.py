@@ -82,7 +82,8 @@ def score_clips(captioner: Captioner, records: Sequence[dict[str, Any]], path: P
             seconds = texts[0]["timestamps_seconds"]
             changed = [swap_word(record["text"], facts_of(video, seconds)) for record in texts[:MOST_SWAPPED]]
             swapped = [record | {"text": text} for record, text in zip(texts, changed, strict=False) if text]
-            scored = [*map(_scores, ground(captioner, load_clip(video), [*texts, *swapped], leave_one_out=False))]
+            grounded: Any = ground(captioner, load_clip(video), [*texts, *swapped], leave_one_out=False)
+            scored = list(map(_scores, grounded))
             captions = [scores | {"requests": own} for scores, own in zip(scored, requests, strict=False)]
             line = {"video": video, "seconds": seconds, "captions": captions, "swapped": scored[len(texts) :]}
             append_line(path, line)
