@@ -129,4 +129,6 @@ def _print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> N
         print(plain_text(f"  {' '.join(text.split())}"))
         if "mark" in record:
             print(plain_text(f"  {mark_text(record)}"))
+        if notice := store.notice(record):
+            print(f"  note: {notice}")
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")

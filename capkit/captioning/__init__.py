@@ -1,6 +1,6 @@
 """Captions of clips: generation, scores, shared-prefix decoding, attribution. Only this room calls generate()."""
 
-from capkit.captioning.attribution import GREY, Grounding, ground, mean_support, token_texts
+from capkit.captioning.attribution import GREY, Grounding, ground, score_support, token_texts
 from capkit.captioning.caches import PreallocatedCache, prefill
 from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
 from capkit.captioning.choosing import Chooser, draw_key
@@ -8,6 +8,7 @@ from capkit.captioning.decoding import Decoding, DecodingLike
 from capkit.captioning.features import FrameFeatures
 from capkit.captioning.generate import Caption, CaptionStream, until_end
 from capkit.captioning.graphs import DecodingStep
+from capkit.captioning.notice import DEMO_NOTICE, demo_notice
 from capkit.captioning.shared_prefix import MAX_BRANCHES, SharedVideo
 
 __all__ = [
@@ -15,11 +16,12 @@ __all__ = [
     "GREY",
     "Grounding",
     "ground",
-    "mean_support",
+    "score_support",
     "token_texts",
     "PreallocatedCache",
     "prefill",
     "DEMO_CHECKPOINT",
+    "DEMO_NOTICE",
     "GREEDY",
     "Captioner",
     "FrameFeatures",
@@ -30,6 +32,7 @@ __all__ = [
     "Caption",
     "CaptionStream",
     "Chooser",
+    "demo_notice",
     "draw_key",
     "until_end",
     "DecodingStep",

@@ -7,6 +7,7 @@ support are those that the language model predicts without the video; they may s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -66,6 +67,17 @@ class Grounding:
     def total_support(self) -> float:
         """Sum of `support`: log P(caption | video) - log P(caption | grey), in nats."""
         return float(self.support.sum())
+
+    @property
+    def supported_words(self) -> float:
+        """Sum of the words' support, of each at most 1 nat: nearly the number of words that the video makes e times
+        likelier or more; words that it makes less likely count against them.
+
+        Of the measures that need no reference, this one orders captions best by truth and completeness together, on
+        the demo model's clips; see `capkit.demo.measures`. It knows only what the model sees: a mistake that the model
+        is sure of counts as a true word.
+        """
+        return float(np.minimum(self.of_words(self.support), 1).sum()) if self.words else 0.0
 
     @property
     def leaning(self) -> np.ndarray:
@@ -172,22 +184,23 @@ def _prompt_and_tokens(
     return prompt, ids
 
 
-def mean_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> list[float]:
-    """Mean `support` of each caption's tokens, in nats a token.
+def score_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """How far the video supports each caption: two columns for the table of a sweep.
 
     Args:
         captioner: from `load_captioner`; not necessarily the one that wrote the captions.
         records: of a caption store or a sweep. Those of the same frames are scored together.
 
     Returns:
-        A number for each record; NaN where there is no text, one beyond the context length, or no readable video.
+        Of each record `supported_words`, see `Grounding.supported_words`, and `support`, its tokens' mean in nats; NaN
+        where there is no text, one beyond the context length, or no readable video.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for place, record in enumerate(records):
         if record["status"] == "ok" and record["text"].strip():
             where = (record["video"], str(record["frame_sampling"]), record["start_seconds"], record["end_seconds"])
             groups.setdefault(where, []).append(place)
-    means = np.full(len(records), np.nan)
+    columns = {name: [math.nan] * len(records) for name in ("supported_words", "support")}
     for (video, _, *window), places in groups.items():
         try:
             clip = load_clip(video, records[places[0]]["frame_sampling"], *window)
@@ -200,8 +213,9 @@ def mean_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> lis
                 fitting.append(place)
         groundings = _ground_all(captioner, clip, [records[place] for place in fitting], Prompt(), leave_one_out=False)
         for place, grounding in zip(fitting, groundings, strict=True):
-            means[place] = grounding.total_support / len(grounding.token_ids)
-    return means.tolist()
+            columns["supported_words"][place] = grounding.supported_words
+            columns["support"][place] = grounding.total_support / len(grounding.token_ids)
+    return columns
 
 
 def _score_passes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from capkit.demo.scenes import COLOURS, SHAPES, SIZES
 
@@ -39,6 +39,9 @@ _TOKENS = re.compile(
     + "".join(rf"|\b(?P<{motion}>{wordings})\b" for motion, wordings in MOTION_WORDS.items())
 )
 
+Span = tuple[int, int]
+"""Where words begin and end in a text, in characters."""
+
 
 @dataclass
 class Named:
@@ -48,6 +51,8 @@ class Named:
     shape: str
     size: str | None = None
     motion: str | None = None  # one of MOTIONS; several with "and" between them
+    # Of the words that give the colour, shape, size and motion.
+    spans: dict[str, Span] = field(default_factory=dict, compare=False)
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -64,42 +69,57 @@ class Claims:
     # (kind, the object's first colour and shape, new colour or "", second) of each
     events: tuple[tuple[str, tuple[str, str] | None, str, int | None], ...]
     camera: str | None
+    # Of the words that give ("background", name), ("count", number), ("camera", 0), ("event", n) and ("second", n).
+    spans: dict[tuple[str, str | int], Span] = field(compare=False)
 
 
 def claims(text: str) -> Claims:
     """Parse a text: a colour with a shape is an object, and a verb belongs to the object named last."""
     text, camera = text.lower(), None
-    for phrase in _CAMERA.findall(text):
-        direction = re.search(r"\b(?:left|right)\b", phrase)
-        camera = direction[0] if direction else "still"
-    text = _CAMERA.sub("", text)
-    counts = {NUMBER_WORDS[word] for word in re.findall(rf"\b({'|'.join(NUMBER_WORDS)}) objects?\b", text)}
-    counts |= {0} if re.search(r"\bnothing but\b|\bis only an? (?!\w+ object)|^(?:- )?nothing\b", text) else set()
+    spans: dict[tuple[str, str | int], Span] = {}
+    backgrounds, counts = dict[str, Span](), dict[int, Span]()
+    for phrase in _CAMERA.finditer(text):
+        direction = re.search(r"\b(?:left|right)\b", phrase[0])
+        camera, spans["camera", 0] = direction[0] if direction else "still", phrase.span()
+    text = _CAMERA.sub(lambda phrase: " " * len(phrase[0]), text)
+    for found in re.finditer(rf"\b({'|'.join(NUMBER_WORDS)}) objects?\b", text):
+        counts[NUMBER_WORDS[found[1]]] = found.span()
+    if nothing := re.search(r"\bnothing but\b|\bis only an? (?!\w+ object)|^(?:- )?nothing\b", text):
+        counts[0] = nothing.span()
+    for name, wording in _BACKGROUNDS.items():
+        if background := re.search(wording, text):
+            backgrounds[name] = background.span()
     objects: list[Named] = []
     events: list[tuple[str, tuple[str, str] | None, str, int | None]] = []
     first_pairs: dict[tuple[str, str], tuple[str, str]] = {}  # of objects that have changed, by their new pair
     current = None
-    for sentence in re.split(r"[.;\n]", text):
+    for sentence in re.finditer(r"[^.;\n]+", text):
         seconds: list[int | None] = []
-        happenings = []
-        for token in _TOKENS.finditer(sentence):
+        happenings: list[tuple[str, tuple[str, str] | None, str]] = []
+        for token in _TOKENS.finditer(text, *sentence.span()):
             kind = token.lastgroup
             if kind == "shape":
                 pair = (token["colour"], token["shape"])
                 current = next((named for named in objects if named.pair == first_pairs.get(pair, pair)), None)
                 if current is None or token["article"]:  # "the red circle" is one named before, "a red circle" is new
                     objects.append(current := Named(*pair))
-                current.size = token["size"] or current.size
+                    current.spans |= {name: token.span(name) for name in ("colour", "shape")}
+                if token["size"]:
+                    current.size, current.spans["size"] = token["size"], token.span("size")
             elif kind == "second":
                 seconds.append(int(token["second"]))
+                spans["second", len(events) + len(seconds) - 1] = token.span()
             elif kind in ("appears", "disappears", "changes"):
+                spans["event", len(events) + len(happenings)] = token.span()
                 happenings.append((kind, current.pair if current else None, token["changes"] or ""))
                 if kind == "changes" and current:
                     first_pairs[token["changes"], current.shape] = current.pair
             elif kind and current:
                 current.motion = kind if current.motion in (None, kind) else f"{current.motion} and {kind}"
+                current.spans["motion"] = token.span()
         # "At second 3, X appears, and Y disappears at second 5": events and seconds come in the same order.
         seconds += [None] * (len(happenings) - len(seconds))
         events += [(*happening, second) for happening, second in zip(happenings, seconds, strict=False)]
-    backgrounds = frozenset(name for name, wording in _BACKGROUNDS.items() if re.search(wording, text))
-    return Claims(backgrounds, frozenset(counts), tuple(objects), tuple(events), camera)
+    spans |= {("background", name): span for name, span in backgrounds.items()}
+    spans |= {("count", number): span for number, span in counts.items()}
+    return Claims(frozenset(backgrounds), frozenset(counts), tuple(objects), tuple(events), camera, spans)

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from capkit.captioning import Caption, Captioner, CaptionStream, Decoding
+from capkit.captioning import Caption, Captioner, CaptionStream, Decoding, demo_notice
 from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
 from capkit.playground.blind import has_settings, settings_name
@@ -85,6 +85,7 @@ class Playground(widgets.VBox):
         self._stored = [record for record in reversed(stored) if has_settings(record)]
         self._baselines: dict[str, dict[str, Any]] = {}  # by clip
         self._frames: np.ndarray | None = None  # the clip's, as the model sees them
+        self._notice = ""  # beside captions of the demo model
         self._lock = threading.RLock()
         self._stream: CaptionStream | None = None
         self._thread: threading.Thread | None = None
@@ -209,6 +210,7 @@ class Playground(widgets.VBox):
     @_locked
     def _read_clip(self) -> None:
         self.clip = self._frames = None
+        self._notice = ""
         self._show_message("")
         try:
             if self.video.value:
@@ -217,6 +219,7 @@ class Playground(widgets.VBox):
             self._show_message(str(error))
         if self.clip is not None:
             self._frames = pixels_to_frames(preprocess_frames(self.clip.frames, self.captioner.processor.image_size))
+            self._notice = demo_notice("demo", self._frames)
             self.frame.max = len(self.clip) - 1
         self._show_frame()
         self._show_results()
@@ -353,9 +356,11 @@ class Playground(widgets.VBox):
         is_baseline, text = record is baseline, record_text(record)
         marked = escape(text) if is_baseline else mark_differences(record_text(baseline), text)[1]
         mark = " · baseline" if is_baseline else ""
+        notice = self._notice if record.get("model") == "demo" else ""
         shown = widgets.HTML(
             f'<div style="{_TEXT}"><b dir="auto">{escape(prompt_title(record))}</b>{mark}'
             f'<div dir="auto" style="white-space:pre-wrap;margin:6px 0">{marked}</div>'
+            f"{notice and note(notice)}"
             f'<div style="{MUTED}">{escape(settings_name(record))}; {caption_facts(record)}</div></div>'
         )
         edit = widgets.Textarea(text, layout={"width": "100%", "display": "none"}, rows=4)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capkit import __version__
-from capkit.captioning import GREEDY, Caption, Captioner, Decoding
+from capkit.captioning import GREEDY, Caption, Captioner, Decoding, demo_notice
 from capkit.cogvlm2 import Prompt, PromptLike, pixels_to_frames, preprocess_frames
 from capkit.files import Busy, append_lines, atomic_write, hold_lock, now
 from capkit.runs.digests import sha256_if_there
@@ -25,7 +25,7 @@ from capkit.runs.fields import clip_seconds, fill
 from capkit.runs.index import Records, StoreIndex, record_text
 from capkit.runs.lines import MARKS, MAX_LINE_BYTES, MAX_TEXT_CHARACTERS, check_line, read_store
 from capkit.text import encodable
-from capkit.video import Clip, FrameSampling, FrameSamplingLike, draw_strip
+from capkit.video import Clip, FrameSampling, FrameSamplingLike, draw_strip, strip_frames
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,6 +222,16 @@ class CaptionStore:
         if not 0 < width * height <= MOST_STRIP_PIXELS:
             raise ValueError(f"{path} has {width} x {height} pixels, which no picture strip has")
         return data
+
+    def notice(self, record: dict[str, Any]) -> str:
+        """What to say beside a caption, by its picture strip; see `demo_notice`."""
+        if record.get("model") != "demo" or record.get("status") != "ok":
+            return ""  # without reading the picture
+        try:
+            frames = strip_frames(self.read_strip(record), len(record.get("frame_indices") or [0]))
+        except (OSError, ValueError):  # views say why there is no picture
+            return ""
+        return demo_notice("demo", frames)
 
     def save_strip(self, record: dict[str, Any], clip: Clip, image_size: int) -> Path:
         """Write a small picture of the frames as the model saw them: cropped, in reading order, 12 to a row."""

@@ -194,9 +194,10 @@ def conclude(
     num_clips, num_compared = int(rows["num_clips"].max()), len(comparison)
     against = f"{num_clips} clips, {num_compared} comparison{'s' * (num_compared != 1)} by {measure}"
     if better.empty:
-        p_value, detectable = rows["p_adjusted"].min(), rows["minimum_detectable_difference"].median()
-        why = f"the smallest corrected p is {p_value:.2g}"
-        if 2.0 ** (1 - num_clips) >= ALPHA:
+        ahead = rows[sign * rows["difference"] > 0]["p_adjusted"].dropna()
+        detectable = rows["minimum_detectable_difference"].median()
+        why = f"of those ahead of it, the smallest corrected p is {ahead.min():.2g}" if len(ahead) else "none is ahead"
+        if len(ahead) and 2.0 ** (1 - num_clips) >= ALPHA:
             why += ", and with so few clips it cannot be below 0.05"
         elif math.isfinite(detectable):
             why += f"; differences below about {detectable:.2g} could not be found with so many clips"

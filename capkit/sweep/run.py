@@ -186,7 +186,8 @@ def check_comparison(plan: SweepPlan, measure: str, captions_elsewhere: dict[str
     """Check before a sweep what its cells are to be compared by, and with.
 
     Args:
-        measure: "support", "agreement", or a column of numbers in `SweepResult.to_frame` or `describe`.
+        measure: "supported_words", "support", "agreement", or a column of numbers in `SweepResult.to_frame` or
+            `describe`.
         captions_elsewhere: names and files for `SweepResult.with_captions`.
 
     Raises:
@@ -202,7 +203,7 @@ def check_comparison(plan: SweepPlan, measure: str, captions_elsewhere: dict[str
     references = [source.reference for source in plan.sources if source.reference is not None]
     example = pd.DataFrame({"text": ["x"]} | ({"reference": ["x"]} if references else {}))
     columns = describe(example).select_dtypes("number", exclude=["boolean"])
-    measures = ["support", "agreement", "num_tokens", "mean_logprob", "seconds", *columns]
+    measures = ["supported_words", "support", "agreement", "num_tokens", "mean_logprob", "seconds", *columns]
     if measure not in measures:
         raise ValueError(f"measure={measure!r}: must be one of {', '.join(measures)}")
 

@@ -2,6 +2,7 @@
 
 from capkit.video.clip import Clip, ClipReader, ReaderHung, ReaderLost, load_clip, memory_budget
 from capkit.video.container import VideoError
+from capkit.video.flat import is_drawing
 from capkit.video.pictures import VideoInfo
 from capkit.video.sampling import (
     STRATEGIES,
@@ -12,7 +13,7 @@ from capkit.video.sampling import (
     finite_float,
     positive,
 )
-from capkit.video.seen import MEAN, STD, STRIP_FRAME_PIXELS, draw_strip, model_pixels, resized_and_cut
+from capkit.video.seen import MEAN, STD, STRIP_FRAME_PIXELS, draw_strip, model_pixels, resized_and_cut, strip_frames
 from capkit.video.worker import WorkerProcess
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "check_window",
     "draw_strip",
     "finite_float",
+    "is_drawing",
     "load_clip",
     "memory_budget",
     "model_pixels",
     "positive",
     "resized_and_cut",
+    "strip_frames",
 ]

@@ -115,6 +115,17 @@ def draw_strip(frames: Frames) -> bytes:
     return picture.getvalue()
 
 
+def strip_frames(strip: bytes, num_frames: int) -> Frames:
+    """The first frames of a picture of `draw_strip`, uint8 (num_frames, S, S, 3), or as many as it has."""
+    from PIL import Image
+
+    picture = np.asarray(Image.open(io.BytesIO(strip), formats=["WEBP"]).convert("RGB"))
+    side, pitch = STRIP_FRAME_PIXELS, STRIP_FRAME_PIXELS + STRIP_GAP_PIXELS
+    rows, columns = ((length + STRIP_GAP_PIXELS) // pitch for length in picture.shape[:2])
+    corners = [(pitch * row, pitch * column) for row in range(rows) for column in range(columns)][:num_frames]
+    return np.stack([picture[top : top + side, left : left + side] for top, left in corners])
+
+
 def _normalise(squares: Pixels) -> Pixels:
     """In place, from 0 to 255."""
     for square in squares:  # one after the other stays in the processor's cache

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from capkit.captioning import Caption, Grounding, token_texts
+from capkit.captioning import Caption, Grounding, demo_notice, token_texts
 from capkit.cogvlm2 import CogVLM2VideoProcessor, Prompt, pixels_to_frames, preprocess_frames
 from capkit.sweep import COGVIDEOX_T5_LIMIT, t5_counter
 from capkit.text import escape
@@ -259,7 +259,7 @@ def facts_line(record: dict[str, Any]) -> str:
 
 
 def caption_frames(record: dict[str, Any], clip: Clip, grounding: Grounding | None = None) -> str:
-    """The frames as the model sees them, with their labels and the words that lean on each most, as HTML."""
+    """The frames as the model sees them, with labels, the words that lean on each most and `demo_notice`, as HTML."""
     labels = [frame_label(clip, place, number) for place, number in enumerate(_frame_numbers(record, clip))]
     words: list[list[str]] = [[] for _ in labels]
     if grounding is not None and grounding.words:
@@ -274,7 +274,8 @@ def caption_frames(record: dict[str, Any], clip: Clip, grounding: Grounding | No
     ]
     legend = f'<div style="{MUTED}">Under a frame: the words that lean on it most.</div>' if any(words) else ""
     grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(84px,1fr));gap:6px"
-    return f'<div style="{grid}">{"".join(cells)}</div>{legend}'
+    notice = demo_notice(record.get("model"), frames)
+    return f'<div style="{grid}">{"".join(cells)}</div>{legend}{notice and note(notice)}'
 
 
 def _legend(title: str, styles: _Styles) -> str:

@@ -162,7 +162,9 @@ def note(html: str) -> str:
 
 
 def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float = math.inf) -> str:
-    """The picture strip of the frames that the model saw, as HTML, or why there is none; "" for a clip never read.
+    """The picture strip of the frames that the model saw and `store.notice`, as HTML, or why there is no strip.
+
+    "" for a clip that was never read.
 
     Args:
         store: where the picture strips are.
@@ -180,7 +182,9 @@ def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float =
         if record.get("status") == "error" and isinstance(error.__cause__, FileNotFoundError):
             return ""
         return f'<div style="{MUTED}">no picture: {escape(str(error))}</div>'
-    return picture(data, "frames that the model saw", f"width:{width}px;max-width:100%") + "<br>"
+    notice = store.notice(record)
+    shown = picture(data, "frames that the model saw", f"width:{width}px;max-width:100%")
+    return f"{shown}<br>{notice and note(notice)}"
 
 
 def picture(webp: bytes, alt: str, style: str = "max-width:100%") -> str:

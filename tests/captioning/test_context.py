@@ -9,7 +9,7 @@ import pytest
 
 import capkit
 from capkit import Captioner, CaptionStore, Decoding, Prompt, run_sweep
-from capkit.captioning import SharedVideo, ground, mean_support
+from capkit.captioning import SharedVideo, ground, score_support
 from capkit.cogvlm2 import rotary_position_ids
 from capkit.runs import caption_clips, find_clips
 from capkit.runs.clips import DEMO_CLIPS
@@ -137,8 +137,8 @@ def test_a_clip_or_prompt_beyond_it_does_not_stop_the_others(captioner, tmp_path
     swept = run_sweep(captioner, CLIPS, prompts=["Why?", LONG, "Who?"], decodings=[FEW])
     assert [record["status"] for record in swept.records] == 2 * ["ok", "error", "ok"]
     edited = swept.records[0] | {"text": LONG}
-    support = mean_support(captioner, [swept.records[0] | {"text": "A star."}, edited])
-    assert np.isnan(support).tolist() == [False, True]
+    columns = score_support(captioner, [swept.records[0] | {"text": "A star."}, edited])
+    assert all(np.isnan(column).tolist() == [False, True] for column in columns.values())
 
 
 def test_what_generation_settings_beside_the_model_say_has_no_effect(new_captioner, random_clip):

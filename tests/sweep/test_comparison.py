@@ -187,6 +187,8 @@ class TestConclude:
         assert "could not be found with so many clips" in str(conclusion)
         few = concluded(make_table(A=[1, 2, 3], B=[11, 12, 13.5]))
         assert not few.is_shown and "corrected p is 0.25, and with so few clips it cannot be below 0.05" in str(few)
+        worse = make_table(A=[1, 2, 3, 4, 5, 6], B=[0, 1, 2, 3, 4, 4.5])  # a p of 0.03, but of a worse cell
+        assert "(6 clips, 1 comparison by score): none is ahead; differences below" in str(concluded(worse))
 
     def test_ties_go_to_the_preferred_cell(self):
         clips = np.arange(8.0)

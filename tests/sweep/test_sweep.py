@@ -17,7 +17,7 @@ from paths import NOTEBOOKS
 
 import capkit
 from capkit import CaptionStore, Clip, Decoding, FrameSampling, plan_sweep, run_sweep
-from capkit.captioning import mean_support
+from capkit.captioning import score_support
 from capkit.files import file_sha256
 from capkit.runs import find_clips
 from capkit.runs.clips import DEMO_CLIPS
@@ -369,7 +369,7 @@ def test_captions_made_elsewhere_are_one_more_cell(demo, tmp_path):
     assert rows["cell"].value_counts().to_dict() == {"default": 2, "other tool": 2, "by hand": 1}
     assert rows[rows["cell"] == "by hand"]["video"].tolist() == [CLIPS[1]]
     assert len(result.to_frame()) == 2  # the first is as it was
-    support = mean_support(demo, both.all_records)
+    support = score_support(demo, both.all_records)["support"]
     assert len(support) == len(rows) and np.isfinite(support).all()
     for name, path, message in (
         ("other tool", jsonl, "already has this name"),

@@ -1,12 +1,19 @@
 """What people look at: true, escaped, and without scripts."""
 
+import sys
+
+import numpy as np
 import pandas as pd
+import pytest
+from video_factory import encode_clip
 
 import capkit
-from capkit.playground import browse
+import capkit.__main__
+from capkit.captioning import DEMO_NOTICE
+from capkit.playground import Playground, browse
 from capkit.runs.clips import DEMO_CLIPS
 from capkit.sweep import run_sweep
-from capkit.views import compare_captions, mark_differences
+from capkit.views import compare_captions, mark_differences, show_caption, show_captions, write_gallery
 
 NASTY = "<script>alert(1)</script> & \u202eright to left \U0001f31f"
 
@@ -61,3 +68,34 @@ def test_a_table_to_browse_sorts_and_filters_where_somebody_does(monkeypatch):
     assert order() == ["Beta"]
     having.value = "["  # no pattern, but text
     assert order() == []
+
+
+def test_a_note_beside_the_demo_models_captions_of_clips_that_it_cannot_know(tmp_path, monkeypatch, capsys):
+    def draw_noise(number, *_):
+        return np.random.default_rng(number).integers(0, 256, (96, 128, 3), np.uint8)
+
+    captioner = capkit.load_captioner("demo", device="cpu")
+    clips = [str(encode_clip(tmp_path / "noise.mp4", draw=draw_noise)), str(sorted(DEMO_CLIPS.glob("*.mp4"))[0])]
+    store = capkit.CaptionStore(tmp_path / "captions.jsonl")
+    far, near = run_sweep(captioner, clips, store, decodings=[{"max_new_tokens": 5}]).records
+    assert (store.notice(far), store.notice(near)) == (DEMO_NOTICE, "")
+    other = far | {"model": "THUDM/cogvlm2-llama3-caption"}
+    failed = far | {"status": "error", "error": "x"}
+    assert not any(map(store.notice, (other, failed, far | {"strip": "gone.webp"}, {"text": "of others"})))
+    for show in (
+        lambda record: show_captions(store, [record]),
+        lambda record: compare_captions([record], store=store),
+        lambda record: show_caption(record, capkit.load_clip(record["video"])),
+    ):
+        assert [show(record).html.count(DEMO_NOTICE) for record in (far, near, other)] == [1, 0, 0]
+    assert write_gallery(store)._repr_html_().count(DEMO_NOTICE) == 1
+    panel = Playground(captioner, clips, store, tmp_path)
+    for clip, count in zip(clips, (1, 0), strict=True):
+        panel.video.value = clip
+        (card,) = panel.cards.children
+        assert card.children[0].value.count(DEMO_NOTICE) == count
+    monkeypatch.setattr(sys, "argv", ["capkit", "show", str(store.path)])
+    with pytest.raises(SystemExit):
+        capkit.__main__.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [place for place, line in enumerate(lines) if DEMO_NOTICE in line] == [lines.index(far["video"]) + 2]
