@@ -1,4 +1,4 @@
-"""The command line, `python -m capkit`: caption-shard, merge, show, batch and doctor."""
+"""The command line, `python -m capkit`: caption-shard, merge, show, page, compare, batch and doctor."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def main() -> None:
     show = _with_exit_codes(commands.add_parser, "Print captions.", name="show", help="print the captions in a store")
     show.add_argument("store", type=_path, help="captions.jsonl, or the folder that it is in")
     show.set_defaults(run=_show)
+    _add_pages(commands)
     _add_batch(commands)
     about = "Check the installation: package versions, decord, CUDA."
     doctor = _with_exit_codes(commands.add_parser, about, name="doctor", help="check the installation")
@@ -146,6 +147,19 @@ def _add_caption_shard(commands: Subparsers) -> None:
     parser.set_defaults(run=_caption_shard)
 
 
+def _add_pages(commands: Subparsers) -> None:
+    every = "Write every caption of a store beside its clip's frames on a page to search, sort and filter."
+    change = "Write what changed from one run to another on a page: captions added, removed and changed, word by word."
+    for name, about, stores in (("page", every, ["store"]), ("compare", change, ["old", "new"])):
+        parser = _with_exit_codes(commands.add_parser, about, name=name, help=about.split(" on a page")[0].lower())
+        for store in stores:
+            parser.add_argument(store, type=_path, help="captions.jsonl, or the folder that it is in")
+        parser.add_argument("--out", required=True, type=_path, metavar="FILE", help="such as page.html")
+        if name == "page":
+            parser.add_argument("--baseline", type=_text, help="the cell that words are compared with")
+        parser.set_defaults(run=_write_page, stores=stores)
+
+
 def _add_batch(commands: Subparsers) -> None:
     about = "Run what is left to do of a table of notebooks."
     batch = _with_exit_codes(commands.add_parser, about, name="batch", help="run a table of notebooks")
@@ -179,6 +193,19 @@ def _show(arguments: argparse.Namespace) -> int:
         command = f"python -m capkit merge {shlex.quote(str(path))}"
         print("\n" + plain_text(f"captions.jsonl lacks these; `{command}` takes over those of the run started last:"))
         _print_captions(store, records)
+    return 0
+
+
+def _write_page(arguments: argparse.Namespace) -> int:
+    from capkit.views import captions_page, compare_runs
+
+    stores = []
+    for path in (getattr(arguments, name) for name in arguments.stores):
+        stores += (found := _stores(path))
+        if len(found) > 1:
+            raise ValueError(f"{path}: has the captions of {len(found)} shards; first `python -m capkit merge` them")
+    page = compare_runs(*stores) if len(stores) > 1 else captions_page(stores[0], baseline=arguments.baseline)
+    print(plain_text(f"{page.summary}: {page.save(arguments.out).absolute()}"))
     return 0
 
 

@@ -5,7 +5,7 @@ from capkit.files import output_folder
 from capkit.runs.caption import caption_clips, check_numbers
 from capkit.runs.clip_ids import clip_id, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
-from capkit.runs.index import Records, is_stopped
+from capkit.runs.index import SETTINGS, Records, is_stopped
 from capkit.runs.manifests import Item, choose_columns, read_rows
 from capkit.runs.merging import merge, unmerged
 from capkit.runs.prefetch import read_ahead
@@ -51,6 +51,7 @@ __all__ = [
     "CaptionStore",
     "CaptionStoreLike",
     "StoreBusy",
+    "SETTINGS",
     "Records",
     "is_stopped",
     "new_record",

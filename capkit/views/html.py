@@ -159,13 +159,15 @@ def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float =
         if record.get("status") == "error" and isinstance(error.__cause__, FileNotFoundError):
             return ""
         return f'<div style="{MUTED}">no picture: {escape(str(error))}</div>'
-    return picture(data, "frames that the model saw", f"width:{width}px;max-width:100%") + "<br>"
+    size = f"width:{width}px;max-width:100%;height:auto"
+    return picture(data, "frames that the model saw", size, (width, height)) + "<br>"
 
 
-def picture(webp: bytes, alt: str, style: str = "max-width:100%") -> str:
-    """An inline picture as HTML."""
+def picture(webp: bytes, alt: str, style: str = "max-width:100%", size: tuple[int, int] | None = None) -> str:
+    """An inline picture as HTML; with its width and height in pixels, a page has room for it before it is decoded."""
     data = base64.b64encode(webp).decode()
-    return f'<img src="data:image/webp;base64,{data}" style="{style}" alt="{escape(alt)}">'
+    sides = f' width="{size[0]}" height="{size[1]}"' if size else ""
+    return f'<img src="data:image/webp;base64,{data}" style="{style}" alt="{escape(alt)}"{sides}>'
 
 
 def to_webp(image: Image.Image, quality: int = 60) -> bytes:
@@ -181,8 +183,8 @@ def mark_differences(*texts: str) -> tuple[str, ...]:
     Underlined and tinted are words that the first text does not have in that place; in the first, words that no other
     text has. Case and punctuation do not count.
     """
-    words = [re.findall(r"\S+\s*", text) for text in texts]
-    normalized = [[word.strip(" .,;:!?\n").lower() for word in row] for row in words]
+    words = [re.findall(r"(\S+)(\s*)", text) for text in texts]
+    normalized = [[word.strip(".,;:!?").lower() for word, _ in row] for row in words]
     shared: list[set[int]] = [set() for _ in texts]
     for other in range(1, len(texts)):
         matcher = difflib.SequenceMatcher(None, normalized[0], normalized[other], autojunk=False)
@@ -192,12 +194,11 @@ def mark_differences(*texts: str) -> tuple[str, ...]:
     if len(texts) == 1:
         return (escape(texts[0]),)
     tints = [ORANGE] + [SKY] * (len(texts) - 1)
+    style = "background:{}55;text-decoration-thickness:2px"
     return tuple(
         "".join(
-            escape(word)
-            if place in same
-            else f'<u style="background:{tint}55;text-decoration-thickness:2px">{escape(word.rstrip())}</u> '
-            for place, word in enumerate(row)
+            (escape(word) if place in same else f'<u style="{style.format(tint)}">{escape(word)}</u>') + escape(space)
+            for place, (word, space) in enumerate(row)
         )
         for row, same, tint in zip(words, shared, tints, strict=True)
     )
