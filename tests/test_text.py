@@ -15,7 +15,7 @@ from capkit.batch import run_command
 from capkit.playground import browse
 from capkit.runs import DEMO_CLIPS, Progress, find_clips, merge, new_record
 from capkit.text import CapkitWarning, escape, plain_text, show_warnings_plainly, warn, without_controls
-from capkit.views import compare_captions, show_captions, captions_page
+from capkit.views import captions_page, compare_captions, show_captions
 
 # Sets the title, writes the clipboard, hides a link, rings, goes back in the line, reorders, forges a line.
 ATTACKS = ["\x1b]0;title\x07", "\x1b]52;c;ZXZpbA==\x07", "\x1b]8;;http://x\x1b\\", "\x9b31m", "\a", "\b\b", "\r"]

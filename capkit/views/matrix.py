@@ -144,7 +144,7 @@ def names_of(settings: Sequence[Record]) -> tuple[str, ...]:
 
 
 def of_sweep(result: SweepResult) -> Matrix:
-    """The cells of a plan, and those of captions made elsewhere. A clip that is named twice is there once."""
+    """The cells of a plan, and those of captions made elsewhere."""
     labels = [*result.plan.labels.values(), *result.elsewhere]
     numbers = {label: number for number, label in enumerate(labels)}
     cells = [numbers[result.plan.labels[cell]] for _, cell, _ in result.plan.requests()]
@@ -153,6 +153,14 @@ def of_sweep(result: SweepResult) -> Matrix:
     rows: dict[str, int] = {}
     places = [rows.setdefault(clip_id(record), len(rows)) for record in result.all_records]
     return Matrix(np.array(places, np.int64), np.array(cells, np.int64), tuple(labels))
+
+
+def without_repeated_requests(records: Sequence[Record], places: Places) -> Places:
+    """The places of records whose request has not come before, as that of a clip that a sweep names twice."""
+    first: dict[Any, int] = {}
+    for place in places.tolist():
+        first.setdefault(records[place].get("request") or place, place)
+    return np.array([*first.values()], np.int64)
 
 
 def of_records(records: Sequence[Record]) -> Matrix:
@@ -242,7 +250,7 @@ def of_two_runs(old: Sequence[Record], new: Sequence[Record]) -> tuple[Matrix, l
         Where the old records and then the new ones stand, changed pairs in the first rows; of each record the change;
         and both in words.
     """
-    shifted = _shifted(old, new)
+    shifted = _shifted(old, new) if old and new else {}
     by_name = not {record["video"] for record in old} & {record["video"] for record in new}
     without = {*MODEL, *shifted}
     waiting: defaultdict[str, list[int]] = defaultdict(list)  # new records by what they are of
@@ -268,7 +276,8 @@ def of_two_runs(old: Sequence[Record], new: Sequence[Record]) -> tuple[Matrix, l
     count = Counter(change for change, *_ in pairs)
     facts = [f"{count[change]:,} {change}" for change in CHANGES]
     facts += [f"the runs differ in {name}: {values[0]} → {values[1]}" for name, values in shifted.items()]
-    facts += ["the folders differ: clips are matched by file name"] if by_name and count.keys() & {"changed", "same"} else []
+    if by_name and count.keys() & {"changed", "same"}:
+        facts.append("the folders differ: clips are matched by file name")
     varying = varying_names(settings_of(record, without) for record in chain(old, new))
     cells = np.repeat([0, 1], [len(old), len(new)])
     return Matrix(rows, cells, ("old", "new"), varying), changes, "; ".join(facts)
@@ -280,13 +289,16 @@ def _shifted(old: Iterable[Record], new: Iterable[Record]) -> dict[str, tuple[st
     for records in (old, new):
         values: defaultdict[str, Counter[str]] = defaultdict(Counter)
         number = 0
-        for number, record in enumerate(records, 1):
+        for record in records:
+            number += 1
             for name, value in settings_of(record).items():
                 if len(values[name]) < 2:
                     values[name][str(value)] += 1
         constant = {name: next(iter(seen)) for name, seen in values.items() if [*seen.values()] == [number]}
         runs.append((constant, values.keys()))
     (before, in_old), (after, in_new) = runs
+    if "model" in before.keys() & after.keys() and before["model"] != after["model"]:
+        before.pop("model_fingerprint", None), after.pop("model_fingerprint", None)  # goes without saying
     names = [name for name in before | after if before.get(name) != after.get(name)]
     return {
         name: (before.get(name, "not set"), after.get(name, "not set"))

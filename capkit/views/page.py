@@ -22,8 +22,16 @@ from capkit.runs import RECORD_FIELDS, CaptionStore, CaptionStoreLike, Records
 from capkit.sweep import SweepResult
 from capkit.text import escape, plural, unknown_name, without_controls
 from capkit.views import matrix
-from capkit.views.html import MUTED, caption_facts, card, error_text, file_name, frames_strip, mark_differences
-from capkit.views.html import record_text
+from capkit.views.html import (
+    MUTED,
+    caption_facts,
+    card,
+    error_text,
+    file_name,
+    frames_strip,
+    mark_differences,
+    record_text,
+)
 from capkit.views.matrix import Joined, Matrix, Record
 from capkit.views.sweeps import compare_captions
 
@@ -121,9 +129,14 @@ class CaptionsPage:
         package = files("capkit.views")
         css, script = (package.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
         values = [flat for _, of_row in rows for flat in of_row]
-        columns = {name: [flat.get(name) for flat in values] for name in dict.fromkeys(n for flat in values for n in flat)}
+        names = dict.fromkeys(name for flat in values for name in flat)
+        columns = {name: [flat.get(name) for flat in values] for name in names}
         columns = {name: column for name, column in columns.items() if any(value != column[0] for value in column)}
-        data = {"columns": columns, "filter": self.first_filter, "cells": [without_controls(n) for n in self.matrix.names]}
+        data = {
+            "columns": columns,
+            "filter": self.first_filter,
+            "cells": [without_controls(n) for n in self.matrix.names],
+        }
         return _PAGE.format(
             title=escape(self.title),
             css=css,
@@ -174,7 +187,9 @@ class CaptionsPage:
             content = "".join(parts) or '<p class="none">no caption</p>'
             cells.append(f'<div class="cell c{number}" role="cell">{content}</div>')
         first = next(captions[0].record for captions in row if captions)
-        head = f'<div class="clip" role="rowheader"><div class="name">{self._head(first)}</div>{self._frames(row)}</div>'
+        head = (
+            f'<div class="clip" role="rowheader"><div class="name">{self._head(first)}</div>{self._frames(row)}</div>'
+        )
         return f'<div class="row" role="row">{head}{"".join(cells)}</div>', values
 
     def _head(self, record: Record) -> str:
@@ -199,7 +214,7 @@ class CaptionsPage:
         return "".join(each)
 
     def _marked(self, row: _Row) -> list[tuple[str, int]]:
-        """Each caption's text as HTML, with its words marked that differ from the baseline's first; how many they are."""
+        """Each caption's text as HTML, words that the baseline lacks marked; how many these are."""
         records = [caption.record for captions in row for caption in captions]
         texts = [_text(record) for record in records]
         html = [(escape(text), 0) for text in texts]
@@ -217,7 +232,8 @@ class CaptionsPage:
         facts = [] if error else [caption_facts(record)]
         facts += [f"sample {record.get('sample')}"] if is_repeat else []
         names = dict.fromkeys(name for name in record if name not in SHOWN_FIELDS or name == self.extra_field)
-        facts += [f"{escape(name)}: {escape(_plain(record[name]))}" for name in names if record.get(name) not in (None, "")]
+        values = {name: _plain(record.get(name)) for name in names}
+        facts += [escape(f"{name}: {value}") for name, value in values.items() if value not in (None, "")]
         parts = [f'<p dir="auto">{text}</p>'] if text else []
         parts += [f'<p class="why">{error}</p>'] if error else []
         if is_edited and not error:
@@ -281,20 +297,21 @@ def captions_page(
         title: of the page.
 
     Raises:
-        ValueError: an unknown status or cell, a field that no record has, a limit below 1, or columns of another length.
+        ValueError: an unknown status or cell, a field that no record has, a limit below 1, or columns of other length.
     """
     records, own_store = _read(captions)
     strips = own_store if store is None else CaptionStore.of(store)
     places, criteria = matrix.choose(records, status, min_tokens, max_tokens, order_by, descending, limit)
     if columns is not None and len(columns) != len(records):
         raise ValueError(f"columns: {len(columns)} rows for {plural(len(records), 'record')}: give one for each")
-    extra = {} if columns is None else _extra_columns(columns, places)
     if isinstance(captions, SweepResult):
+        places = matrix.without_repeated_requests(records, places)
         where = matrix.of_sweep(captions).at(places)
-        chosen: Sequence[Record] = [records[place] for place in places]
-    else:
-        chosen = records.at(places) if isinstance(records, Records) else [records[place] for place in places]
-        where = matrix.of_records(chosen)
+    else:  # cells stand in the order of the records, in whatever order the rows are
+        in_order = np.sort(places)
+        where = matrix.of_records(_at(records, in_order)).at(np.searchsorted(in_order, places))
+    extra = {} if columns is None else _extra_columns(columns, places)
+    chosen = _at(records, places)
     if baseline is not None and baseline not in where.names:
         raise ValueError(unknown_name("cell", baseline, where.names, "there are"))
     number = 0 if baseline is None else where.names.index(baseline)
@@ -332,6 +349,10 @@ def _read(captions: CaptionsLike) -> tuple[Sequence[Record], CaptionStore | None
         store = CaptionStore.of(captions)
         return store.current(), store
     return captions, None
+
+
+def _at(records: Sequence[Record], places: matrix.Places) -> Sequence[Record]:
+    return records.at(places) if isinstance(records, Records) else [records[place] for place in places]
 
 
 def _extra_columns(table: pd.DataFrame, places: matrix.Places) -> dict[str, Sequence[Any]]:

@@ -27,7 +27,7 @@ from capkit.export import choose_records, export_dataset
 from capkit.runs import Shard, merge, write_webvtt
 from capkit.runs.shards import write_plan
 from capkit.sweep import agreement, describe
-from capkit.views import show_captions, captions_page
+from capkit.views import captions_page, show_captions
 
 LONGEST_SECONDS = 20
 SECRET = "root:x:0:0:a secret"

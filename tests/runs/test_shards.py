@@ -46,7 +46,7 @@ from capkit.runs.shards import write_plan
 from capkit.sweep import run_sweep
 from capkit.text import CapkitWarning
 from capkit.video import ReaderHung, ReaderLost
-from capkit.views import show_captions, captions_page
+from capkit.views import captions_page, show_captions
 
 FEW = Decoding(max_new_tokens=6)
 

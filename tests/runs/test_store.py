@@ -29,7 +29,7 @@ from capkit.export import export_dataset
 from capkit.runs import Item, StoreBusy, caption_clips, caption_shard, find_clips, merge, new_record, request_settings
 from capkit.runs.caption import plan_clips
 from capkit.runs.store import ModelIdentity, digest_once
-from capkit.views import compare_captions, show_caption, show_captions, captions_page
+from capkit.views import captions_page, compare_captions, show_caption, show_captions
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The page of captions: what is chosen, in which row and cell it stands, what it can be filtered by, and what changed."""
+"""The page of captions: what is chosen, where it stands, what it can be filtered by, and what changed."""
 
 import base64
 import hashlib
@@ -78,7 +78,7 @@ class TestWhatIsChosen:
         )
         summary = "1 of 3 captions in captions.jsonl; status ok; at least 4 tokens; by mean_logprob, largest first"
         page = gallery.save(tmp_path / "deep" / "gallery.html").read_text()
-        assert summary in page and summary in gallery._repr_html_() and "mean_logprob -1.0" in page
+        assert summary in page and summary in gallery._repr_html_() and "mean_logprob: -1.0" in page
         assert "<h1>Long ones</h1>" in page and "Text 5." in page and "Text 3." not in page
 
     def test_wrong_choices_are_named(self, make_store):
@@ -139,7 +139,7 @@ class TestThePage:
         assert "Text 19." in html and "Text 20." not in html and "5 more on the full page" in html
         assert "more on" not in captions_page(make_store(*map(a_record, range(20))))._repr_html_()
 
-    def test_a_thousand_captions_stay_under_45_mb(self, make_store, tmp_path):
+    def test_captions_take_at_most_45_kb_each(self, make_store, tmp_path):
         """Long captions, and strips half again as large as may be."""
         store = make_store(*(a_record(number, text="The video shows a room. " * 40) for number in range(1000)))
         store.strips.mkdir()
@@ -147,12 +147,12 @@ class TestThePage:
         Image.fromarray(noise).save(store.strips / "0.webp", quality=55)
         data = (store.strips / "0.webp").read_bytes()
         assert len(data) > 1.3 * STRIP_BYTES
-        for number in range(1000):
+        for number in range(250):
             (store.strips / f"{number}.webp").write_bytes(data)
         page = captions_page(store).save(tmp_path / "gallery.html")
-        assert 10e6 < page.stat().st_size < 45e6
+        assert 2.5e6 < page.stat().st_size < 250 * 45e3
         html = page.read_text()
-        assert html.count("data:image/webp;base64,") == html.count(ROW) == 1000
+        assert html.count("data:image/webp;base64,") == html.count(ROW) == 250
         assert "content-visibility: auto" in html
 
     def test_more_than_a_thousand_are_on_several_pages_that_lead_to_each_other(self, make_store, tmp_path):
@@ -177,7 +177,8 @@ class TestThePage:
 
 SETTINGS = {"frame_sampling": {"strategy": "chat", "num_frames": 24, "frames_per_second": None}, "sample": 0}
 SETTINGS |= {"template": "chat", "frame_numbers": "index", "history": [], "quantization": None, "dtype": "float32"}
-SETTINGS |= {"decoding": {"max_new_tokens": 2048}, "model": "demo", "model_fingerprint": "f0", "start_seconds": 0.0}
+SETTINGS |= {"decoding": {"max_new_tokens": 2048}, "model": "demo", "model_fingerprint": "f0"}
+SETTINGS |= {"start_seconds": 0.0, "end_seconds": None}
 
 
 def a_request(clip, text=" A dog runs.", **fields):
@@ -233,7 +234,9 @@ class TestMatrix:
             ("b.mp4", ["A car."], ["no caption"], ["Car, road."]),
         ]
         assert "2 clips × 3 cells" in page and "sample 1" in page
-        assert headings(saved(captions_page(store, baseline="List. · greedy"), tmp_path))[2] == "List. · greedy (baseline)"
+        assert (
+            headings(saved(captions_page(store, baseline="List. · greedy"), tmp_path))[2] == "List. · greedy (baseline)"
+        )
         with pytest.raises(ValueError, match="unknown cell 'List.'; .*there are: What"):
             captions_page(store, baseline="List.")
 
@@ -259,7 +262,9 @@ class TestMatrix:
         assert headings(page) == ["caption"]
 
     def test_windows_are_clips_of_their_own(self, make_store, tmp_path):
-        parts = [a_request("a", f" Part {start}.", start_seconds=start, end_seconds=start + 2.0) for start in (0.0, 2.0)]
+        parts = [
+            a_request("a", f" Part {start}.", start_seconds=start, end_seconds=start + 2.0) for start in (0.0, 2.0)
+        ]
         page = saved(captions_page(make_store(*parts)), tmp_path)
         assert [(name.split(" What?")[0], *rest) for name, *rest in cells(page)] == [
             ("a.mp4, 0 to 2 s", ["Part 0.0."]),
@@ -268,7 +273,9 @@ class TestMatrix:
 
     def test_rows_begin_with_the_first_in_order(self, make_store, tmp_path):
         sure = {("a", "What?"): -3.0, ("a", "Why?"): -0.5, ("b", "What?"): -1.0, ("b", "Why?"): -9.0}
-        records = [a_request(clip, f" {value}", prompt=prompt, mean_logprob=value) for (clip, prompt), value in sure.items()]
+        records = [
+            a_request(clip, f" {value}", prompt=prompt, mean_logprob=value) for (clip, prompt), value in sure.items()
+        ]
         page = saved(captions_page(make_store(*records), order_by="mean_logprob"), tmp_path)
         assert cells(page) == [("b.mp4", ["-1.0"], ["-9.0"]), ("a.mp4", ["-3.0"], ["-0.5"])]
 
@@ -320,8 +327,12 @@ class TestMatrix:
     def test_the_notebook_shows_the_first_clips(self, make_store):
         records = [a_request(n, f" Clip {n}, {p}", prompt=p) for n in range(7) for p in ("Why?", "Who?")]
         html = captions_page(make_store(*records), baseline="Who?")._repr_html_()
+        assert "<u " in html
+        html = re.sub("</?u[^>]*>", "", html)
         assert "Clip 4, Why?" in html and "Clip 5" not in html and "2 more on the full page" in html
-        assert "<script" not in html and "<style" not in html and html.index("Clip 0, Who?") < html.index("Clip 0, Why?")
+        assert (
+            "<script" not in html and "<style" not in html and html.index("Clip 0, Who?") < html.index("Clip 0, Why?")
+        )
 
 
 class TestWhatChanged:
@@ -360,7 +371,9 @@ class TestWhatChanged:
 
     def test_repeats_are_paired_by_their_number_and_edits_count(self):
         old = [a_request("a", f" {n}", sample=n, decoding={"temperature": 1.0, "seed": n}) for n in range(3)]
-        new = [record | {"text": record["text"] + "!"} if record["sample"] == 2 else dict(record) for record in old[::-1]]
+        new = [
+            record | {"text": record["text"] + "!"} if record["sample"] == 2 else dict(record) for record in old[::-1]
+        ]
         assert compare_runs(old, new).summary == "1 changed; 0 added; 0 removed; 2 same"
         new[0]["edited_text"] = "2"
         assert compare_runs(old, new).summary == "0 changed; 0 added; 0 removed; 3 same"
@@ -375,7 +388,9 @@ class TestWhatChanged:
     def test_empty_runs(self, make_store, tmp_path):
         assert compare_runs(make_store(), make_store()).summary == "0 changed; 0 added; 0 removed; 0 same"
         assert compare_runs([], [a_request("a")]).summary == "0 changed; 1 added; 0 removed; 0 same"
-        assert cells(saved(compare_runs([a_request("a")], []), tmp_path)) == [("a.mp4", ["A dog runs."], ["no caption"])]
+        assert cells(saved(compare_runs([a_request("a")], []), tmp_path)) == [
+            ("a.mp4", ["A dog runs."], ["no caption"])
+        ]
 
     def test_each_run_has_its_own_pictures(self, tmp_path):
         stores = []
@@ -385,13 +400,15 @@ class TestWhatChanged:
             store.strips.mkdir()
             Image.new("RGB", (224, 112), colour).save(store.strips / f"{name}.webp")
             stores.append(store)
-        (data,) = re.findall("data:image/webp;base64,([^\"]*)", saved(compare_runs(*stores), tmp_path))
+        (data,) = re.findall('data:image/webp;base64,([^"]*)', saved(compare_runs(*stores), tmp_path))
         red, _, blue = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").getpixel((50, 50))
         assert red > 100 > blue  # the new one's
 
 
 def test_names_of_captions_are_the_settings_that_differ():
-    records = [a_request("a", decoding={"max_new_tokens": n, **more}) for n, more in ((9, {}), (9, {"temperature": 0.5}))]
+    records = [
+        a_request("a", decoding={"max_new_tokens": n, **more}) for n, more in ((9, {}), (9, {"temperature": 0.5}))
+    ]
     html = compare_captions([*records, records[0] | {"quantization": "4bit"}]).html
     names = re.findall('<b dir="auto">(.*?)</b>', html)
     assert names == ["greedy", "temperature=0.5", "greedy · quantization=4bit"]

@@ -316,7 +316,11 @@ class TestNotebook:
     def test_as_it_stands(self, executed):
         tmp_path, _, shown = executed("02")
         page = (tmp_path / "runs" / "view" / "gallery.html").read_text()
-        assert page.count('<div class="caption">') == 4 and page.count('<div class="row" role="row">') == 2 and str(tmp_path / "runs" / "view" / "gallery.html") in shown
+        assert (
+            page.count('<div class="caption">') == 4
+            and page.count('<div class="row" role="row">') == 2
+            and str(tmp_path / "runs" / "view" / "gallery.html") in shown
+        )
         assert "not seconds" in shown and "word by word" in shown and "Underlined" in shown
         assert "<script" not in shown and (tmp_path / "out.ipynb").stat().st_size < 8e6
 
