@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -185,7 +186,8 @@ class CaptionsPage:
                 parts.append(self._caption(caption.record, text, len(captions) > 1))
                 values.append(_values(caption, num_changed if number != self.baseline else None))
             content = "".join(parts) or '<p class="none">no caption</p>'
-            cells.append(f'<div class="cell c{number}" role="cell">{content}</div>')
+            kind = " baseline" if number == self.baseline else ""
+            cells.append(f'<div class="cell c{number}{kind}" role="cell">{content}</div>')
         first = next(captions[0].record for captions in row if captions)
         head = (
             f'<div class="clip" role="rowheader"><div class="name">{self._head(first)}</div>{self._frames(row)}</div>'
@@ -223,8 +225,10 @@ class CaptionsPage:
         others = [place for place, text in enumerate(texts) if text and place != first]
         if first is not None and others:
             places = [first, *others]
-            for place, marked in zip(places, mark_differences(*(texts[place] for place in places)), strict=True):
-                html[place] = marked, marked.count("<u ")
+            for place, marked in zip(
+                places, mark_differences(*(texts[place] for place in places), has_styles=False), strict=True
+            ):
+                html[place] = marked, sum(len(run.split()) for run in re.findall("<u>(.*?)</u>", marked, re.DOTALL))
         return html
 
     def _caption(self, record: Record, text: str, is_repeat: bool) -> str:
