@@ -196,25 +196,24 @@ def mark_differences(*texts: str, has_styles: bool = True) -> tuple[str, ...]:
     starts = [
         f'<u style="background:{tint}55;text-decoration-thickness:2px">' if has_styles else "<u>" for tint in tints
     ]
-    return tuple(
-        "".join(
-            _mark_run(run, is_same, start) for is_same, run in groupby(enumerate(row), lambda item: item[0] in same)
-        )
-        for row, same, start in zip(words, shared, starts, strict=True)
-    )
+    return tuple(map(_mark, words, shared, starts))
 
 
-def _mark_run(run: Iterator[tuple[int, tuple[str, str]]], is_same: bool, start: str) -> str:
-    text = "".join(word + space for _, (word, space) in run)
-    marked = text.rstrip()
-    return escape(text) if is_same else f"{start}{escape(marked)}</u>{escape(text[len(marked) :])}"
+def _mark(words: Sequence[tuple[str, str]], shared: set[int], start: str) -> str:
+    """Words, each with the space after it, as HTML; those that are not shared begin with `start`, run by run."""
+    html = []
+    for is_shared, places in groupby(range(len(words)), shared.__contains__):
+        text = "".join("".join(words[place]) for place in places)
+        marked = text.rstrip()
+        html.append(escape(text) if is_shared else f"{start}{escape(marked)}</u>{escape(text[len(marked) :])}")
+    return "".join(html)
 
 
 def _aligned(first: Sequence[str], second: Sequence[str]) -> Iterator[tuple[int, int]]:
     """The places of a longest common subsequence in two lists of words, the last pair first.
 
-    Bit-parallel, after Hyyrö (2004): a bit of a row is 0 where one more word of `first` makes it longer. For captions of
-    a model that repeats itself difflib takes a minute, this some milliseconds.
+    Bit-parallel, after Hyyrö (2004): a bit of a row is 0 where one more word of `first` makes it longer. difflib takes
+    a minute for captions of a model that repeats itself, this some milliseconds.
     """
     occurrences: dict[str, int] = {}  # a bit for each place in `first`
     for place, word in enumerate(first):

@@ -481,7 +481,7 @@ class Matrix:
         self.search = page.get_by_role("searchbox", name="search")
 
     def clips(self):
-        return [name.split(".mp4")[0] for name in self.rows.locator(".name").filter(visible=True).all_inner_texts()]
+        return [name.split(".mp4")[0] for name in self.rows.locator(".name").filter(visible=True).all_text_contents()]
 
     def cells(self):
         return self.page.locator(".headings .cell b").filter(visible=True).all_inner_texts()
