@@ -107,8 +107,9 @@ def varying_names(settings: Iterable[Record]) -> tuple[str, ...]:
         first = one if first is None else first
         for name in first | one:
             names[name] = names.get(name, False) or first.get(name) != one.get(name)
-    if names.get("model"):
-        names["model_fingerprint"] = False
+    for name, follows in (("model", "model_fingerprint"), ("sample", "seed")):
+        if names.get(name):
+            names[follows] = False
     return tuple(name for name, varies in names.items() if varies)
 
 
