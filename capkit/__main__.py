@@ -204,7 +204,8 @@ def _write_page(arguments: argparse.Namespace) -> int:
         stores += (found := _stores(path))
         if len(found) > 1:
             raise ValueError(f"{path}: has the captions of {len(found)} shards; first `python -m capkit merge` them")
-    page = compare_runs(*stores) if len(stores) > 1 else captions_page(stores[0], baseline=arguments.baseline)
+    old, new = stores[0], stores[-1]
+    page = compare_runs(old, new) if len(stores) > 1 else captions_page(old, baseline=arguments.baseline)
     print(plain_text(f"{page.summary}: {page.save(arguments.out).absolute()}"))
     return 0
 

@@ -19,7 +19,8 @@ from capkit.views.html import (
     table_html,
     to_webp,
 )
-from capkit.views.page import CaptionsPage, captions_page, compare_runs
+from capkit.views.page import CaptionsPage
+from capkit.views.reading import captions_page, compare_runs
 from capkit.views.sweeps import compare_captions, show_sweep
 
 __all__ = [

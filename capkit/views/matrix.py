@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -254,26 +254,25 @@ def of_two_runs(old: Sequence[Record], new: Sequence[Record]) -> tuple[Matrix, l
     shifted = _shifted(old, new) if old and new else {}
     by_name = not {record["video"] for record in old} & {record["video"] for record in new}
     without = {*MODEL, *shifted}
-    waiting: defaultdict[str, list[int]] = defaultdict(list)  # new records by what they are of
+    waiting: defaultdict[str, deque[int]] = defaultdict(deque)  # new records by what they are of
     outcomes = []
     for place, record in enumerate(new):
         waiting[_subject(record, by_name, without)].append(place)
         outcomes.append(hash(_outcome(record)))
-    waiting = defaultdict(list, {key: places[::-1] for key, places in waiting.items()})
     pairs: list[tuple[str, int | None, int | None]] = []  # change, place in old and in new
     for place, record in enumerate(old):
         if partners := waiting[_subject(record, by_name, without)]:
-            other = partners.pop()
+            other = partners.popleft()
             pairs.append(("same" if hash(_outcome(record)) == outcomes[other] else "changed", place, other))
         else:
             pairs.append(("removed", place, None))
     pairs += [("added", None, place) for place in sorted(chain.from_iterable(waiting.values()))]
     pairs.sort(key=lambda pair: CHANGES.index(pair[0]))
     rows, changes = np.zeros(len(old) + len(new), np.int64), [""] * (len(old) + len(new))
-    for row, (change, *both) in enumerate(pairs):
-        for place, start in zip(both, (0, len(old)), strict=True):
-            if place is not None:
-                rows[start + place], changes[start + place] = row, change
+    for row, (change, in_old, in_new) in enumerate(pairs):
+        for start, one in ((0, in_old), (len(old), in_new)):
+            if one is not None:
+                rows[start + one], changes[start + one] = row, change
     count = Counter(change for change, *_ in pairs)
     facts = [f"{count[change]:,} {change}" for change in CHANGES]
     facts += [f"the runs differ in {name}: {values[0]} → {values[1]}" for name, values in shifted.items()]
