@@ -312,7 +312,7 @@ class TestMatrix:
         page = saved(captions_page(store), tmp_path)
         failed, edited = (texts for _, texts in cells(page))
         assert failed == ["By hand.", "not captioned: it is empty"] and edited == ["By hand.", "By the model."]
-        assert "edited" not in columns(page) and page.count("✎ edited by hand") == 1
+        assert "edited" not in columns(page) and page.count("✎ edited by hand") == 2
 
     def test_scripts_run_only_if_they_are_the_pages_own(self, make_store, tmp_path):
         said = "</script><script>alert(1)</script>\0\u202e"
