@@ -1,6 +1,6 @@
 """Every caption of a sweep, a store or two runs on one page: a matrix to search, sort and filter in any browser.
 
-Libraries' tables (DataTables with itables, Tabulator) hold one value a cell, and add some 0.6 MB of script to each page.
+Libraries' tables (DataTables with itables, Tabulator) hold one value a cell, and add 0.6 MB of script to each page.
 Here a cell holds captions with a dozen values each, a page shows all without its script, and 200 lines do the rest.
 """
 
