@@ -1,4 +1,4 @@
-"""The command line, `python -m capkit`: caption-shard, merge, show, replace, batch and doctor."""
+"""The command line, `python -m capkit`: caption-shard, merge, show, page, compare, replace, batch and doctor."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def main() -> None:
     show.add_argument("--mark", choices=marks, help="only those with this mark; outdated: the text has changed since")
     _add_where(show)
     show.set_defaults(run=_show)
+    _add_pages(commands)
     _add_replace(commands)
     _add_batch(commands)
     about = "Check the installation: package versions, decord, CUDA."
@@ -168,6 +169,19 @@ def _add_replace(commands: Subparsers) -> None:
     parser.set_defaults(run=_replace)
 
 
+def _add_pages(commands: Subparsers) -> None:
+    every = "Write every caption of a store beside its clip's frames on a page to search, sort and filter."
+    change = "Write what changed from one run to another on a page: captions added, removed and changed, word by word."
+    for name, about, stores in (("page", every, ["store"]), ("compare", change, ["old", "new"])):
+        parser = _with_exit_codes(commands.add_parser, about, name=name, help=about.split(" on a page")[0].lower())
+        for store in stores:
+            parser.add_argument(store, type=_path, help="captions.jsonl, or the folder that it is in")
+        parser.add_argument("--out", required=True, type=_path, metavar="FILE", help="such as page.html")
+        if name == "page":
+            parser.add_argument("--baseline", type=_text, help="the cell that words are compared with")
+        parser.set_defaults(run=_write_page, stores=stores)
+
+
 def _add_batch(commands: Subparsers) -> None:
     about = "Run what is left to do of a table of notebooks."
     batch = _with_exit_codes(commands.add_parser, about, name="batch", help="run a table of notebooks")
@@ -191,6 +205,13 @@ def _show(arguments: argparse.Namespace) -> int:
     from capkit.store_commands import show
 
     return show(arguments.store, [*arguments.where, *([f"mark={arguments.mark}"] if arguments.mark else [])])
+
+
+def _write_page(arguments: argparse.Namespace) -> int:
+    from capkit.store_commands import write_page
+
+    paths = [getattr(arguments, name) for name in arguments.stores]
+    return write_page(paths, arguments.out, getattr(arguments, "baseline", None))
 
 
 def _replace(arguments: argparse.Namespace) -> int:

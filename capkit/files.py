@@ -27,16 +27,13 @@ from capkit.text import encodable, escape, warn
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 5.0  # NFS may show a renewal a minute late
 
-# The content security policy forbids scripts and network access, whatever the body contains. content-visibility skips
-# layout and painting of off-screen articles, so that a page with thousands of them opens quickly.
+# The content security policy forbids scripts and network access, whatever the body contains.
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title><style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 1em auto; padding: 0 12px }}
-article {{ content-visibility: auto; contain-intrinsic-size: auto 330px }}
-article img {{ height: auto }}
 </style></head><body><h1>{title}</h1>{body}</body></html>
 """
 

@@ -6,7 +6,7 @@ import glob
 import mmap
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,16 @@ def undo(path: Path, batch: str) -> int:
     counts = take_back(_store(path), batch)
     print(f"{plural(counts.num_captions, 'caption')} as before batch {counts.id}", end="")
     print(f"; {counts.num_edited_since:,} edited since stay as they are" if counts.num_edited_since else "")
+    return 0
+
+
+def write_page(paths: Sequence[Path], out: Path, baseline: str | None = None) -> int:
+    """Write a page of a store's captions, or of what changed from one store to another."""
+    from capkit.views import captions_page, compare_runs
+
+    old, new = _store(paths[0]), _store(paths[-1])
+    page = compare_runs(old, new) if len(paths) > 1 else captions_page(old, baseline=baseline)
+    print(plain_text(f"{page.summary}: {page.save(out).absolute()}"))
     return 0
 
 

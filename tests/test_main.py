@@ -45,7 +45,10 @@ def store(tmp_path):
     return store
 
 
-@pytest.mark.parametrize("command", ["caption-shard", "merge", "show", "replace", "batch", "doctor"])
+COMMANDS = ["caption-shard", "merge", "show", "page", "compare", "replace", "batch", "doctor"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_exit_codes_are_one_table_in_every_help(main, command):
     code, printed = main(command, "--help")
     assert code == 0 and capkit.__main__.EXIT_CODES in printed
@@ -352,3 +355,27 @@ for call in (
             assert time.monotonic() - since < LONGEST_SECONDS
             assert not any(map(psutil.pid_exists, pids))
         assert process.wait(LONGEST_SECONDS) == 0
+
+
+class TestPages:
+    def test_a_page_of_a_store_and_of_what_changed(self, main, store, tmp_path):
+        out = tmp_path / "pages" / "a.html"
+        code, printed = main("page", store.path.parent, "--out", out)
+        assert code == 0 and printed == f"1 of 1 captions in captions.jsonl: {out}\n"
+        assert "not captioned: as was to be shown" in out.read_text()
+        code, printed = main("compare", store.path, store.path, "--out", out)
+        assert code == 0 and printed == f"0 changed; 0 added; 0 removed; 1 same: {out}\n"
+
+    def test_what_cannot_be_shown_is_an_error_of_one_line(self, main, store, tmp_path):
+        for arguments, reason in (
+            (["page", tmp_path / "nowhere"], f"{tmp_path / 'nowhere'}: no such file or folder"),
+            (["page", store.path, "--baseline", "first"], "unknown cell 'first'"),
+            (["compare", store.path, tmp_path / "nowhere"], f"{tmp_path / 'nowhere'}: no such file or folder"),
+        ):
+            code, printed = main(*arguments, "--out", tmp_path / "a.html")
+            assert code == 2 and printed.startswith(f"capkit: {reason}") and printed.count("\n") == 1
+        (store.path.with_name("shard-00001-of-00002.jsonl")).write_bytes(store.path.read_bytes())
+        store.path.rename(store.path.with_name("shard-00000-of-00002.jsonl"))
+        code, printed = main("page", tmp_path, "--out", tmp_path / "a.html")
+        assert code == 2 and "has the captions of 2 shards; first `python -m capkit merge` them" in printed
+        assert not (tmp_path / "a.html").exists()

@@ -15,7 +15,7 @@ from capkit.batch import run_command
 from capkit.playground import browse
 from capkit.runs import DEMO_CLIPS, Progress, find_clips, merge, new_record
 from capkit.text import CapkitWarning, escape, plain_text, show_warnings_plainly, warn, without_controls
-from capkit.views import compare_captions, show_captions, write_gallery
+from capkit.views import captions_page, compare_captions, show_captions
 
 # Sets the title, writes the clipboard, hides a link, rings, goes back in the line, reorders, forges a line.
 ATTACKS = ["\x1b]0;title\x07", "\x1b]52;c;ZXZpbA==\x07", "\x1b]8;;http://x\x1b\\", "\x9b31m", "\a", "\b\b", "\r"]
@@ -128,7 +128,7 @@ class TestTerminal:
 
 def test_pages(evil_store, tmp_path):
     records = evil_store.current()
-    gallery = write_gallery(evil_store, order_by=EVIL, title=EVIL)
+    gallery = captions_page(evil_store, order_by=EVIL, title=EVIL)
     table = pd.DataFrame({"a\x1b[31m": ["\u202egnp", "\0 שלום"]})
     views = [show_captions(evil_store, records), gallery, compare_captions(records, [EVIL, EVIL]), browse(table)]
     pages = [gallery.save(tmp_path / "gallery.html").read_text(encoding="utf-8"), *(v._repr_html_() for v in views)]

@@ -29,7 +29,7 @@ from capkit.demo.facts import Facts, see
 from capkit.demo.orders import auc, beyond_length, correlate_cells, order_cells, order_within_clips, resample
 from capkit.demo.random_scenes import make_scene
 from capkit.demo.statements import Statement, share_told, share_true, statements, swap_word
-from capkit.files import append_line, atomic_write, now, read_lines
+from capkit.files import append_lines, atomic_write, now, read_lines
 from capkit.sweep import PROMPT_PRESETS, SweepPlan, agreement, plan_sweep, run_sweep
 from capkit.video import load_clip
 
@@ -86,7 +86,7 @@ def score_clips(captioner: Captioner, records: Sequence[dict[str, Any]], path: P
             scored = list(map(_scores, grounded))
             captions = [scores | {"requests": own} for scores, own in zip(scored, requests, strict=False)]
             line = {"video": video, "seconds": seconds, "captions": captions, "swapped": scored[len(texts) :]}
-            append_line(path, line)
+            append_lines(path, line)
         yield line
 
 

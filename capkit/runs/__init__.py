@@ -8,8 +8,8 @@ from capkit.runs.clip_ids import clip_id, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
 from capkit.runs.digests import digest_once
 from capkit.runs.fields import asked_prompt, check_fields, prompt_title, setting
-from capkit.runs.filters import Where, column_text, parse_where, select
-from capkit.runs.index import Records, is_stopped, mark_text, record_text
+from capkit.runs.filters import Where, column_text, matching, parse_where, select
+from capkit.runs.index import LATER_SETTINGS, SETTINGS, Records, is_stopped, mark_text, record_text
 from capkit.runs.lines import MARK_FIELDS, MARKS, OUTDATED
 from capkit.runs.manifests import Item, choose_columns, read_rows
 from capkit.runs.merging import merge, unmerged
@@ -62,14 +62,17 @@ __all__ = [
     "CaptionStore",
     "CaptionStoreLike",
     "StoreBusy",
+    "SETTINGS",
     "Records",
     "is_stopped",
     "mark_text",
     "record_text",
     "Where",
     "column_text",
+    "matching",
     "parse_where",
     "select",
+    "LATER_SETTINGS",
     "MARK_FIELDS",
     "MARKS",
     "OUTDATED",

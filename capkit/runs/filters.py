@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,8 +26,11 @@ def select(records: Records, where: Where | None) -> Records:
     Raises:
         ValueError: a column that no record has.
     """
-    if not where:
-        return records
+    return records.at(matching(records, where)) if where else records
+
+
+def matching(records: Sequence[Mapping[str, Any]], where: Where) -> list[int]:
+    """The places of the records that `select` would choose."""
     names = dict.fromkeys([*RECORD_FIELDS, "edited_text", *MARK_FIELDS])
     places = []
     for place, record in enumerate(records):
@@ -37,7 +40,7 @@ def select(records: Records, where: Where | None) -> Records:
     for name in where:
         if name not in names:
             raise ValueError("where: " + unknown_name("column", name, names, "there are"))
-    return records.at(places)
+    return places
 
 
 def parse_where(conditions: Iterable[str]) -> dict[str, Any]:

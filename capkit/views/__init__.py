@@ -3,7 +3,6 @@
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
 from capkit.views.frames import load_first_clip, numbers_warning, show_clip
-from capkit.views.gallery import write_gallery
 from capkit.views.html import (
     CARD,
     HTML,
@@ -20,6 +19,8 @@ from capkit.views.html import (
     table_html,
     to_webp,
 )
+from capkit.views.page import CaptionsPage
+from capkit.views.reading import captions_page, compare_runs
 from capkit.views.replacements import show_replacement
 from capkit.views.sweeps import compare_captions, show_sweep
 
@@ -34,7 +35,6 @@ __all__ = [
     "load_first_clip",
     "numbers_warning",
     "show_clip",
-    "write_gallery",
     "CARD",
     "HTML",
     "MUTED",
@@ -49,6 +49,9 @@ __all__ = [
     "show_captions",
     "table_html",
     "to_webp",
+    "CaptionsPage",
+    "captions_page",
+    "compare_runs",
     "compare_captions",
     "show_replacement",
     "show_sweep",

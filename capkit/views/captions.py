@@ -124,11 +124,12 @@ def as_record(caption: CaptionLike) -> dict[str, Any]:
         return {"text": caption}
     if isinstance(caption, dict):
         return Prompt().to_record() | caption  # of a record that others wrote, fields may be missing
-    names = ("text", "decoding", "mean_logprob", "finish_reason", "seconds")
+    names = ("text", "mean_logprob", "finish_reason", "seconds")
     facts = {name: getattr(caption, name) for name in names}
     facts |= {"step_answers": [answer for _, answer in caption.steps]}
     facts |= {"step_finish_reasons": list(caption.step_finish_reasons)}
-    return caption.prompt.to_record() | facts | {"num_tokens": len(caption.token_ids)}
+    facts |= {"num_tokens": len(caption.token_ids), "decoding": caption.decoding.to_dict()}
+    return caption.prompt.to_record() | facts
 
 
 def t5_kept(text: str, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LIMIT) -> int:

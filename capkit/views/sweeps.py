@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -13,11 +12,7 @@ from capkit.text import escape
 from capkit.video import Clip
 from capkit.views.captions import CaptionLike, as_record, caption_frames, caption_paragraph, facts_line, heading
 from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text, table_html
-
-SETTINGS = (
-    *("model", "prompt", "answer_prefix", "steps", "template", "frame_numbers", "frame_sampling", "decoding"),
-    *("history", "sample"),
-)
+from capkit.views.matrix import names_of, settings_of
 
 
 def compare_captions(
@@ -39,7 +34,7 @@ def compare_captions(
         ValueError: no captions, or names of another number.
     """
     records = [as_record(caption) for caption in captions]
-    names = _differing_settings(records) if names is None else names
+    names = names_of([*map(settings_of, records)]) if names is None else names
     if not records or len(names) != len(records):
         raise ValueError(f"{len(records)} captions with {len(names)} names: give at least one, and a name for each")
     marked = mark_differences(*map(record_text, records))
@@ -91,13 +86,3 @@ def show_sweep(result: SweepResult, num_clips: int = 2, num_cells: int = 6) -> H
     return HTML(
         f'<div style="overflow:auto">{numbers}</div><div style="{MUTED}">{summary} clips.</div>{"".join(cards)}'
     )
-
-
-def _differing_settings(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Names for captions: the settings in which they differ, or their numbers where nothing differs."""
-    rows = [[str(record.get(name, "")) for name in SETTINGS] for record in records]
-    differing = [column for column in range(len(SETTINGS)) if len({row[column] for row in rows}) > 1]
-    names = [", ".join(row[column] for column in differing) for row in rows]
-    if len(set(names)) < len(names) or not differing:
-        return [f"{number}. {name}".rstrip(". ") for number, name in enumerate(names, 1)]
-    return names

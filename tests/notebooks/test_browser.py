@@ -25,7 +25,7 @@ from playwright.sync_api import expect, sync_playwright
 
 import capkit
 from capkit.runs.clips import DEMO_CLIPS
-from capkit.views import compare_captions, show_caption, show_captions, show_clip, to_webp, write_gallery
+from capkit.views import captions_page, compare_captions, compare_runs, show_caption, show_captions, show_clip, to_webp
 
 # Once more, for Lab and Chromium on a busy machine; what the page showed the first time is kept and printed.
 pytestmark = [pytest.mark.needs_browser, pytest.mark.flaky(reruns=1)]
@@ -444,7 +444,7 @@ def test_whatever_texts_and_file_names_say_is_shown_as_text_in_views(open_page, 
         "caption": show_caption(records[0], clip),
         "compared": compare_captions([NASTY, records[1]], [NASTY, NASTY_NAME], clip),
         "differences": compare_captions([records[0], NASTY], [NASTY, NASTY_NAME], store=store),
-        "gallery": write_gallery(store, title=NASTY),
+        "page": captions_page(store, title=NASTY),
     }
     page = open_page(height=900)
     for name, view in views.items():
@@ -454,9 +454,9 @@ def test_whatever_texts_and_file_names_say_is_shown_as_text_in_views(open_page, 
         assert name == "caption" or NASTY_NAME in unwrapped(page), name
         assert page.locator("script, img[src=x]").count() == 0, name
         assert pictures(page.locator("img")), name
-    page.goto(views["gallery"].save(tmp_path / "gallery.html").as_uri())
+    page.goto(views["page"].save(tmp_path / "page.html").as_uri())
     assert NASTY in unwrapped(page) and NASTY_NAME in unwrapped(page)
-    assert page.locator("script, img[src=x]").count() == 0
+    assert page.locator("script").count() == 2 and page.locator("img[src=x]").count() == 0  # its own
 
 
 def unwrapped(page):
@@ -500,33 +500,178 @@ def test_executed_notebooks_show_their_pictures_to_anybody(lab, open_page, execu
     page.screenshot(path=SCREENSHOTS / f"html_{name}.png", full_page=True)
 
 
-def test_a_gallery_of_a_thousand_captions_opens_alone(open_page, tmp_path):
-    """It reaches for nothing. Its strips are as large as they may be: noise of 4 frames is as much as 24 of a film."""
-    record = {"request": "0", "prompt": "What happens?", "status": "ok", "error": None, "strip": "0.webp"}
-    record |= {"text": "The video shows a room. " * 40, "timestamps_seconds": [0.0], "num_tokens": 200}
-    record |= {"mean_logprob": -1.0, "finish_reason": "eos", "seconds": 1.0}
-    names = (
-        {"request": str(number), "video": f"/clips/{number}.mp4", "strip": f"{number}.webp"} for number in range(1000)
-    )
-    store = capkit.CaptionStore(tmp_path / "captions.jsonl")
-    store.path.write_text("".join(json.dumps(record | one) + "\n" for one in names))
+def a_matrix(folder, num_clips, prompts, strip, text=lambda clip, prompt: f"Clip {clip} says {prompt}"):
+    """A store with a caption for each clip and prompt, and pictures."""
+    store = capkit.CaptionStore(folder / "captions.jsonl")
+    record = {"status": "ok", "error": None, "timestamps_seconds": [0.0], "finish_reason": "eos", "seconds": 1.0}
+    record |= {"template": "chat", "decoding": {"max_new_tokens": 2048}, "start_seconds": 0.0, "mean_logprob": -1.0}
+    lines = [
+        record
+        | {"request": f"{clip}-{number}", "video": f"/clips/clip {clip}.mp4", "strip": f"{clip}.webp"}
+        | {"prompt": prompt, "text": text(clip, prompt), "num_tokens": 100 * number + clip}
+        for clip in range(num_clips)
+        for number, prompt in enumerate(prompts)
+    ]
+    store.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     store.strips.mkdir()
+    for clip in range(num_clips):
+        (store.strips / f"{clip}.webp").write_bytes(strip + f"{clip:4}".encode())  # each its own picture
+    return store
+
+
+@pytest.fixture
+def strip():
+    """As large as a page takes them as they are: noise of 4 frames is as much as 24 of a film."""
     noise = np.random.default_rng(0).integers(0, 256, (112, 4 * 112, 3), np.uint8)
-    strip = to_webp(Image.fromarray(noise), 15)
-    for number in range(1000):
-        (store.strips / f"{number}.webp").write_bytes(strip + f"{number:4}".encode())  # each its own picture
-    path = write_gallery(store).save(tmp_path / "gallery.html")
-    assert 10e6 < path.stat().st_size < 30e6
+    return to_webp(Image.fromarray(noise), 25)
+
+
+class Matrix:
+    """A page of captions, by what a person sees of it."""
+
+    def __init__(self, page):
+        self.page, self.rows = page, page.locator("main > .row")
+        self.search = page.get_by_role("searchbox", name="search")
+
+    def clips(self):
+        return [name.split(".mp4")[0] for name in self.rows.locator(".name").filter(visible=True).all_text_contents()]
+
+    def cells(self):
+        return self.page.locator(".headings .cell b").filter(visible=True).all_inner_texts()
+
+    def marked(self):
+        """The words that are seen as marked."""
+        return self.page.locator("main u").evaluate_all(
+            "all => all.filter(u => getComputedStyle(u).textDecorationLine == 'underline').map(u => u.textContent)"
+        )
+
+    def filter(self, column):
+        self.page.get_by_role("button", name="+ filter").click()
+        self.page.get_by_role("combobox", name="column").last.select_option(column)
+
+
+def test_a_matrix_searches_filters_sorts_and_hides(open_page, tmp_path, strip):
+    prompts = ["Why?", "Who?", "When?"]
+    store = a_matrix(tmp_path, 3, prompts, strip)
+    lines = [json.loads(line) for line in store.path.read_text().splitlines()]
+    lines[4] |= {"status": "error", "error": "it is empty", "text": None, "num_tokens": None}  # clip 1, Who?
+    lines[8] |= {"mark": "wrong"}  # clip 2, When?
+    store.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store.edit("0-1", "By hand, Who?")
+    page = open_page()
+    page.goto(captions_page(store, title=NASTY).save(tmp_path / "page.html").as_uri())
+    matrix, status = Matrix(page), page.get_by_role("status")
+    assert matrix.clips() == ["clip 0", "clip 1", "clip 2"] and matrix.cells() == prompts
+    expect(status).to_have_text("3 of 3 rows, 8 captions and 1 error")
+    expect(page.get_by_text("not captioned: it is empty")).to_be_visible()
+    expect(page.locator(".edited")).to_contain_text("By hand, Who?")
+    assert page.title() == NASTY
+
+    page.keyboard.press("/")
+    page.keyboard.type("says  WHEN")
+    expect(status).to_have_text("3 of 3 rows, 3 captions and 0 errors")
+    matrix.search.fill("clip 2")
+    assert matrix.clips() == ["clip 2"]
+    matrix.search.fill("it is empty")
+    assert matrix.clips() == ["clip 1"]
+    matrix.search.fill("in no caption")
+    assert matrix.clips() == []
+    matrix.search.fill("")
+
+    matrix.filter("num_tokens")
+    page.get_by_role("spinbutton", name="num_tokens from").fill("101")
+    page.get_by_role("spinbutton", name="num_tokens to").fill("200")
+    assert matrix.clips() == ["clip 0", "clip 2"]
+    expect(page.locator(".hit")).to_have_count(2)  # 102 and 200
+    matrix.filter("mark")
+    page.get_by_role("combobox", name="mark").select_option("wrong")
+    assert matrix.clips() == []  # of 202 tokens
+    page.get_by_role("button", name="remove this filter").first.click()
+    assert matrix.clips() == ["clip 2"]
+    page.get_by_role("button", name="remove this filter").first.click()
+
+    page.get_by_role("combobox", name="sort by").select_option("num_tokens")
+    page.get_by_role("checkbox", name="largest first").check()
+    assert matrix.clips() == ["clip 2", "clip 1", "clip 0"]
+    page.get_by_role("combobox", name="of cell").select_option("of Who?")
+    assert matrix.clips() == ["clip 2", "clip 0", "clip 1"]  # an error has none
+    page.get_by_role("checkbox", name="largest first").uncheck()
+    assert matrix.clips() == ["clip 0", "clip 2", "clip 1"]
+    page.get_by_role("combobox", name="sort by").select_option("page order")
+    assert matrix.clips() == ["clip 0", "clip 1", "clip 2"]
+
+    words = ["Why?", "By hand, Who?", "When?"] + ["Why?", "When?"] + ["Why?", "Who?", "When?"]
+    assert matrix.marked() == words
+    page.get_by_role("checkbox", name="differences").uncheck()
+    assert matrix.marked() == []
+    page.get_by_role("checkbox", name="differences").check()
+    assert matrix.marked() == words
+
+    matrix.search.fill("When")
+    page.get_by_text("3 of 3 cells").click()
+    page.get_by_role("checkbox", name="When?").uncheck()
+    assert matrix.cells() == ["Why?", "Who?"] and matrix.clips() == []  # what is hidden is not searched
+    matrix.search.fill("")
+    page.get_by_role("checkbox", name="Who?").uncheck()
+    assert matrix.cells() == ["Why?"] and matrix.clips() == ["clip 0", "clip 1", "clip 2"]
+    page.get_by_role("checkbox", name="Who?").check()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("checkbox", name="Who?")).to_be_hidden()
+    page.get_by_role("checkbox", name="frames").uncheck()
+    expect(matrix.rows.first.locator("img")).to_be_hidden()
+    assert page.away == []
+
+
+def test_what_changed_shows_only_what_changed(open_page, tmp_path, strip):
+    stores = []
+    for name, word in (("old", "dog"), ("new", "cat")):
+        (tmp_path / name).mkdir()
+        text = lambda clip, _, word=word: f"A {word if clip == 1 else 'bird'} runs."  # noqa: E731
+        stores.append(a_matrix(tmp_path / name, 4, ["What?"], strip, text))
+    page = open_page(color_scheme="dark")
+    page.goto(compare_runs(*stores).save(tmp_path / "page.html").as_uri())
+    matrix = Matrix(page)
+    assert matrix.clips() == ["clip 1", "clip 0", "clip 2", "clip 3"]
+    page.get_by_role("combobox", name="change").select_option("changed")
+    assert matrix.clips() == ["clip 1"] and matrix.marked() == ["dog", "cat"]
+    page.get_by_role("combobox", name="change").select_option("same")
+    assert matrix.clips() == ["clip 0", "clip 2", "clip 3"]
+    page.screenshot(path=SCREENSHOTS / "what_changed.png")
+
+
+def test_a_page_of_a_thousand_clips_in_eight_cells_opens_alone(open_page, tmp_path, strip):
+    """It reaches for nothing. Every caption has other words than the baseline's."""
+    prompts = [f"Describe it in the way of number {number}." for number in range(8)]
+
+    def text(clip, prompt):
+        words = f"clip {clip} {prompt} the video shows a room with a table and two chairs that nobody uses".split()
+        return " ".join(words[(place * (7 + prompts.index(prompt)) + clip) % len(words)] for place in range(80))
+
+    store = a_matrix(tmp_path, 1000, prompts, strip, text)
+    started = time.monotonic()
+    path = captions_page(store).save(tmp_path / "page.html")
+    written, size = time.monotonic() - started, path.stat().st_size
+    assert size < 60e6
     page = open_page(height=900)
     page.goto(path.as_uri())
     opened, painted = page.evaluate("""() => new Promise(done => requestAnimationFrame(() => done([
         performance.getEntriesByType('navigation')[0].loadEventEnd, performance.now()])))""")
-    strip_kb, page_mb = len(strip) / 1e3, path.stat().st_size / 1e6
-    print(f"\n1000 captions, strips of {strip_kb:.1f} KB, {page_mb:.1f} MB: open after {opened / 1000:.2f} s", end=", ")
-    print(f"painted by {painted / 1000:.2f} s")
-    assert page.locator("article").count() == 1000 and page.away == []
-    page.screenshot(path=SCREENSHOTS / "gallery.png")
-    last = page.locator("article").last
+    print(f"\n1,000 clips x 8 cells, strips of {len(strip) / 1e3:.1f} KB: written in {written:.1f} s", end=", ")
+    print(f"{size / 1e6:.1f} MB, open after {opened / 1000:.2f} s, painted by {painted / 1000:.2f} s", end=", ")
+    matrix = Matrix(page)
+    expect(page.get_by_role("status")).to_have_text("1,000 of 1,000 rows, 8,000 captions and 0 errors")
+    assert page.away == []
+    page.screenshot(path=SCREENSHOTS / "matrix.png")
+    last = matrix.rows.last.locator("img")
     last.scroll_into_view_if_needed()
     expect(last).to_be_in_viewport()
-    assert pictures(last.locator("img")) == 1
+    assert pictures(last) == 1
+    searched = page.evaluate("""() => {
+        const box = document.querySelector("[type=search]"), started = performance.now();
+        box.value = "clip 777";
+        box.dispatchEvent(new Event("input"));
+        document.body.offsetHeight;
+        return performance.now() - started;
+    }""")
+    print(f"searched in {searched / 1000:.2f} s")
+    assert matrix.clips() == ["clip 777"]

@@ -164,8 +164,10 @@ class TestSweep:
         folder = tmp_path / "runs" / "sweep"
         assert {path.name for path in folder.iterdir()} == {
             *("captions.jsonl", "captions_strips", "captions.csv", "cells.csv", "comparison.csv", "winner.yaml"),
-            *("heat_map.png", "length.png", "time.png", "differences.png", "differences.html"),
+            *("heat_map.png", "length.png", "time.png", "differences.png", "differences.html", "captions.html"),
         }
+        page = (folder / "captions.html").read_text()
+        assert page.count('<div class="caption">') == 27 and str(folder / "captions.html") in shown
         assert len(capkit.CaptionStore(folder / "captions.jsonl").current()) == 3 * 3 * 3
         assert sum("image/png" in str(cell.get("outputs")) for cell in done.cells) >= 3
         assert "6 cells x 3 clips: 27 captions" in shown and "27/27 captions, 0 errors" in shown

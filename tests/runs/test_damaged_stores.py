@@ -27,7 +27,7 @@ from capkit.export import choose_records, export_dataset
 from capkit.runs import Shard, merge, write_webvtt
 from capkit.runs.shards import write_plan
 from capkit.sweep import agreement, describe
-from capkit.views import show_captions, write_gallery
+from capkit.views import captions_page, show_captions
 
 LONGEST_SECONDS = 20
 SECRET = "root:x:0:0:a secret"
@@ -192,8 +192,8 @@ def read(folder, path, planned, is_dear, monkeypatch, capsys):
     merged = merge(folder)
     found["merge"] = texts(merged.store.current())
     assert merged.num_ok + merged.num_errors + len(merged.problems) == len(planned)
-    page = write_gallery(store, order_by="mean_logprob").save(folder / "gallery.html").read_text()
-    assert page.count("<article>") == len(by_request) and show_captions(store, store.current())
+    page = captions_page(store, order_by="mean_logprob").save(folder / "gallery.html").read_text()
+    assert page.count('<div class="caption') == len(by_request) and show_captions(store, store.current())
     assert all(path.parent == folder / "vtt" for path in write_webvtt(store.current(), folder / "vtt"))
     monkeypatch.setattr(sys, "argv", ["capkit", "show", str(path)])
     with pytest.raises(SystemExit) as ended:
@@ -390,7 +390,7 @@ def assert_every_reader_refuses(folder, path, monkeypatch, capsys):
         lambda: store.latest(["a"]),
         lambda: store.edit("a", "b"),
         lambda: merge(folder),
-        lambda: write_gallery(store),
+        lambda: captions_page(store),
         lambda: export_dataset(store, "metadata-jsonl", folder / "out"),
     ):
         with pytest.raises((OSError, ValueError), match=re.escape(str(path))):
@@ -442,7 +442,7 @@ def test_good_lines_that_name_other_files(tmp_path, planned, monkeypatch, capsys
     with only_inside(folder, readable):
         store = CaptionStore(path)
         assert len(store.current()) == len(merge(folder).store.current()) == len(lines)
-        page = write_gallery(store).save(folder / "gallery.html").read_text()
+        page = captions_page(store).save(folder / "gallery.html").read_text()
         shown = page + show_captions(store, store.current()).html
         write_webvtt(store.current(), folder / "vtt")
         report = export_dataset(store, "metadata-jsonl", folder / "out", choose="latest")

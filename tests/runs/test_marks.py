@@ -14,7 +14,7 @@ import capkit.__main__
 from capkit import CaptionStore, Prompt, find_clips, run_sweep
 from capkit.runs import Shard, merge, select, unmerged
 from capkit.runs.shards import write_plan
-from capkit.views import captions_table, show_captions, write_gallery
+from capkit.views import captions_page, captions_table, show_captions
 
 TEXT = "A red square moves to the left."
 
@@ -153,7 +153,7 @@ def test_every_view_shows_marks_and_filters_by_them(store, monkeypatch, capsys):
     table = captions_table(records).html
     assert table.count("wrong words") == 1 and "<b>blue</b>" not in table
     assert "wrong words" not in captions_table(records[3:]).html
-    gallery = write_gallery(store, where={"mark": "wrong"})
+    gallery = captions_page(store, where={"mark": "wrong"})
     assert gallery.records == [wrong] and "1 of 5 captions in captions.jsonl; mark wrong" in gallery.summary
     assert select(records, {"mark": ""}) == records[3:] and select(records, {"mark": "?*"}) == records[:3]
     assert select(records, {"mark": "right"}) == [right] and select(records, {"mark": "outdated"}) == [outdated]

@@ -56,7 +56,7 @@ report("100 hand edits")
 num_ok = sum(record["status"] == "ok" for record in store.current())
 report(f"every record of current(): {num_ok:,}")
 assert num_ok == num_done and store.current()[-1]["edited_text"] == "by hand 99"
-gallery = capkit.views.write_gallery(store, order_by="mean_logprob", limit=100_000)
+gallery = capkit.views.captions_page(store, order_by="mean_logprob", limit=100_000)
 report("gallery: all put in order")
 gallery.save(folder / "gallery" / "gallery.html")
 report("gallery: the first 100,000 written")

@@ -46,7 +46,7 @@ from capkit.runs.shards import write_plan
 from capkit.sweep import run_sweep
 from capkit.text import CapkitWarning
 from capkit.video import ReaderHung, ReaderLost
-from capkit.views import show_captions, write_gallery
+from capkit.views import captions_page, show_captions
 
 FEW = Decoding(max_new_tokens=6)
 
@@ -437,8 +437,8 @@ class TestCaptionShard:
         assert escaped in printed and told in printed
         table = to_frame(records)
         assert escaped in table["video"][1] and told in table["error"][2] and table["text"][0] == records[0]["text"]
-        assert told in show_captions(store, records).html and escaped in write_gallery(store)._repr_html_()
-        assert told in write_gallery(store).save(tmp_path / "page.html").read_text(encoding="utf-8")
+        assert told in show_captions(store, records).html and escaped in captions_page(store)._repr_html_()
+        assert told in captions_page(store).save(tmp_path / "page.html").read_text(encoding="utf-8")
         assert names[1][:-4] in [path.stem for path in write_webvtt(records, tmp_path / "vtt")]
         swept = run_sweep(captioner, items, tmp_path / "sweep.jsonl", decodings=[FEW])
         assert [Path(video).name for video in swept.to_frame()["video"]] == ["a.mp4", escaped, told, "z.mp4"]

@@ -30,7 +30,7 @@ from capkit.runs import Item, StoreBusy, caption_clips, caption_shard, find_clip
 from capkit.runs.caption import plan_clips
 from capkit.runs.digests import digest_once
 from capkit.runs.store import ModelIdentity
-from capkit.views import compare_captions, show_caption, show_captions, write_gallery
+from capkit.views import captions_page, compare_captions, show_caption, show_captions
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_a_path_in_place_of_a_store(tmp_path, captioner):
     path, clip = tmp_path / "c.jsonl", encode_clip(tmp_path / "good.mp4", range(10))
     (record,) = caption_clips(captioner, find_clips(clip), str(path), decoding={"max_new_tokens": 2})
     assert list(CaptionStore(path).current()) == [record]
-    for shown in (show_captions(path, [record]), compare_captions([record], store=path), write_gallery(str(path))):
+    for shown in (show_captions(path, [record]), compare_captions([record], store=path), captions_page(str(path))):
         assert shown._repr_html_().count("data:image/webp;base64,") == 1
 
 

@@ -13,7 +13,7 @@ from capkit.captioning import DEMO_NOTICE
 from capkit.playground import Playground, browse
 from capkit.runs.clips import DEMO_CLIPS
 from capkit.sweep import run_sweep
-from capkit.views import compare_captions, mark_differences, show_caption, show_captions, write_gallery
+from capkit.views import captions_page, compare_captions, mark_differences, show_caption, show_captions
 
 NASTY = "<script>alert(1)</script> & \u202eright to left \U0001f31f"
 
@@ -88,7 +88,7 @@ def test_a_note_beside_the_demo_models_captions_of_clips_that_it_cannot_know(tmp
         lambda record: show_caption(record, capkit.load_clip(record["video"])),
     ):
         assert [show(record).html.count(DEMO_NOTICE) for record in (far, near, other)] == [1, 0, 0]
-    assert write_gallery(store)._repr_html_().count(DEMO_NOTICE) == 1
+    assert captions_page(store)._repr_html_().count(DEMO_NOTICE) == 1
     panel = Playground(captioner, clips, store, tmp_path)
     for clip, count in zip(clips, (1, 0), strict=True):
         panel.video.value = clip
