@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 # What str.splitlines breaks at. Some trainers break a caption at all of these, some only at "\n" and "\r".
 LINE_SEPARATORS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
@@ -19,17 +20,28 @@ class Pair:
     Attributes:
         clip: the video file, symbolic links resolved.
         name: of the clip in the export, such as "dog.mp4"; unique, of letters, digits, "-" and "_".
-        text: the caption, with the trigger word unless the trainer adds it.
+        texts: the captions, with the trigger word unless the trainer adds it; several only where the layout has room.
+        place: the clip in the finished export.
+        facts: of layouts with `needs_facts`: num_frames, height, width, fps and duration (seconds) of the clip.
+        strip: of layouts with `with_strips`: the file of the picture strip, or "".
     """
 
     clip: Path
     name: str
-    text: str
+    texts: tuple[str, ...]
+    place: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    strip: str = ""
 
     @property
     def stem(self) -> str:
         """The name without its suffix."""
         return Path(self.name).stem
+
+    @property
+    def text(self) -> str:
+        """The caption, or the first of several."""
+        return self.texts[0]
 
 
 class Layout(ABC):
@@ -43,8 +55,13 @@ class Layout(ABC):
         tables: files that hold the captions of all clips, relative to the root.
         latents: folders in which the trainer caches what it computes from clips, by the clips' names.
         adds_trigger: the trainer can put the trigger word before each caption itself.
-        trigger_end: what the trigger word has to end with then.
-        launch: template of `command`, with the fields root (quoted for a shell), path (not quoted) and trigger.
+        trigger_flag, trigger_end: the option for it in `launch`, and what the word has to end with.
+        holds_several: a clip may have several captions; the trainer takes one at a time.
+        needs_facts: `Pair.facts` are written.
+        with_strips: `Pair.strip` is written.
+        packs_clips: clips are copied into archives by `write`, not placed in `clip_folder`.
+        launch: template of `command`, with the fields root (quoted for a shell), path (not quoted), table (the first)
+            and trigger.
     """
 
     name = ""
@@ -54,7 +71,12 @@ class Layout(ABC):
     tables: tuple[str, ...] = ()
     latents: tuple[str, ...] = ("cache", ".cache")
     adds_trigger = False
+    trigger_flag = "--id_token"
     trigger_end = ""
+    holds_several = False
+    needs_facts = False
+    with_strips = False
+    packs_clips = False
     launch = ""
 
     def as_read(self, text: str) -> list[str]:
@@ -80,9 +102,15 @@ class Layout(ABC):
     def write(self, root: Path, pairs: Iterable[Pair]) -> None:
         """Write all files that hold captions; the clips exist already. The pairs may be gone through several times."""
 
+    def settings(self, root: Path) -> dict[str, str]:
+        """Files in which the trainer looks for its data, by name, with their content for a finished export in `root`."""
+        return {}
+
     @abstractmethod
-    def read(self, root: Path) -> Iterable[tuple[Path, str]]:
-        """Clips and captions, paired as the trainer pairs them.
+    def read(self, root: Path) -> Iterable[tuple[Path, str] | tuple[Path, str, str]]:
+        """Clips and captions, paired as the trainer pairs them; several captions of a clip follow each other.
+
+        A third value is the SHA-256 of a clip in an archive.
 
         Raises:
             ValueError, OSError: where the trainer would stop.
@@ -94,8 +122,8 @@ class Layout(ABC):
 
     def command(self, root: Path, trigger_word: str) -> str:
         """How to start the trainer on the folder; words in capitals are for the user to replace."""
-        trigger = f"--id_token {quote(trigger_word + self.trigger_end)} " if trigger_word else ""
-        return self.launch.format(root=quote(str(root)), path=str(root), trigger=trigger)
+        trigger = f"{self.trigger_flag} {quote(trigger_word + self.trigger_end)} " if trigger_word else ""
+        return self.launch.format(root=quote(str(root)), path=str(root), table="".join(self.tables[:1]), trigger=trigger)
 
 
 def write_text(path: Path, parts: Iterable[str]) -> None:
@@ -108,3 +136,9 @@ def write_text(path: Path, parts: Iterable[str]) -> None:
 def shorten(text: str, limit: int = 60) -> str:
     """The text in quotes, cut off where it is long."""
     return repr(text if len(text) <= limit else text[:limit] + "…")
+
+
+def toml_string(text: str) -> str:
+    """The text as a TOML string in ASCII, because some trainers open TOML in the locale encoding."""
+    plain = (letter if " " <= letter <= "~" and letter not in '"\\' else f"\\U{ord(letter):08x}" for letter in text)
+    return f'"{"".join(plain)}"'

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import pandas as pd
 
 from capkit.export.clip_names import SPLIT_WORD
 from capkit.export.layouts.base import Layout, Pair, write_text
 
-_LOOKS_LIKE_A_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d.*)?")
+LOOKS_LIKE_A_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d.*)?")
 
 
 class VideoFolder(Layout):
@@ -38,7 +39,7 @@ class VideoFolder(Layout):
     launch = 'load_dataset("videofolder", data_dir={path!r}, split="train")  # Python, from datasets'
 
     def unfit(self, text: str) -> str:
-        if _LOOKS_LIKE_A_DATE.fullmatch(text):
+        if LOOKS_LIKE_A_DATE.fullmatch(text):
             return f"{self.trainer} could read {text!r} as a time instead of text"
         return super().unfit(text)
 
@@ -62,15 +63,11 @@ class VideoFolderCSV(VideoFolder):
     unfit = Layout.unfit  # pandas converts no dates
 
     def as_read(self, text: str) -> list[str]:
-        if text.count(" ") > 1 and "\0" not in text:
-            return [text]  # neither a number nor one of pandas' words for a missing value: saves parsing most captions
-        content = "".join(map(_csv_line, [("file_name", "caption"), ("a.mp4", text)]))
-        table = pd.read_csv(io.StringIO(content, newline=""))
-        return table["caption"].to_list()
+        return as_pandas_reads(text)
 
     def write(self, root: Path, pairs: Iterable[Pair]) -> None:
         rows = ((pair.name, *[pair.text] * len(self.columns)) for pair in pairs)
-        write_text(root / "metadata.csv", map(_csv_line, chain([("file_name", *self.columns)], rows)))
+        write_text(root / "metadata.csv", map(csv_line, chain([("file_name", *self.columns)], rows)))
 
     def read(self, root: Path) -> Iterator[tuple[Path, str]]:
         table = pd.read_csv(root / "metadata.csv")
@@ -207,7 +204,16 @@ def _check_split_names(folder: Path) -> None:
             raise ValueError(f"{path}: load_dataset takes the name for a split's")
 
 
-def _csv_line(row: tuple[str, ...]) -> str:
+def as_pandas_reads(text: str) -> list[Any]:
+    """What pandas reads for a caption in a CSV file of its own."""
+    if text.count(" ") > 1 and "\0" not in text:
+        return [text]  # neither a number nor one of pandas' words for a missing value: saves parsing most captions
+    content = "".join(map(csv_line, [("file_name", "caption"), ("a.mp4", text)]))
+    return pd.read_csv(io.StringIO(content, newline=""))["caption"].to_list()
+
+
+def csv_line(row: Iterable[Any]) -> str:
+    """A line of CSV, with every value in quotes."""
     line = io.StringIO(newline="")
     csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="\n").writerow(row)
     return line.getvalue()

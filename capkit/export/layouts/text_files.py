@@ -1,10 +1,10 @@
-"""Layouts of one text file a clip: beside it, as many tools and finetrainers read it, or in `labels/` for SAT."""
+"""Layouts of one text file a clip: beside it, as many tools and most trainers read it, or in `labels/` for SAT."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from capkit.export.layouts.base import Layout, Pair, write_text
@@ -15,9 +15,13 @@ class TextFiles(Layout):
 
     caption_folder = ""
 
+    def content(self, texts: Sequence[str]) -> str:
+        """A file with the captions of a clip."""
+        return "\n".join(texts) + "\n"
+
     def write(self, root: Path, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
-            write_text(root / self.caption_folder / f"{pair.stem}.txt", [pair.text, "\n"])
+            write_text(root / self.caption_folder / f"{pair.stem}.txt", [self.content(pair.texts)])
 
     def caption_files(self, names: Iterable[str]) -> set[str]:
         return {(Path(self.caption_folder) / f"{Path(name).stem}.txt").as_posix() for name in names}
@@ -65,7 +69,7 @@ class SAT(TextFiles):
     )
 
     def as_read(self, text: str) -> list[str]:
-        return io.StringIO(text, newline=None).read().splitlines()[:1]
+        return io.StringIO(self.content([text]), newline=None).read().splitlines()[:1]
 
     def unfit_root(self, root: Path) -> str:
         words = [word for word in ("videos", ".mp4") if word in str(root)]
@@ -77,3 +81,4 @@ class SAT(TextFiles):
             for clip in [os.path.join(folder, name) for name in files if name.endswith(".mp4")]:
                 path = Path(clip.replace(".mp4", ".txt").replace("videos", "labels"))
                 yield Path(clip), path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else ""
+

@@ -1,0 +1,167 @@
+"""Layouts of a text file beside each clip for musubi-tuner, SimpleTuner, OneTrainer and ai-toolkit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from capkit.export.layouts.base import toml_string
+from capkit.export.layouts.text_files import TextFiles
+
+
+class BesideClips(TextFiles):
+    """`videos/dog.txt` beside `videos/dog.mp4`, as one trainer reads it.
+
+    Attributes:
+        newline: how the trainer opens the file: None turns every line end into "\\n", "" leaves them.
+    """
+
+    clip_folder = caption_folder = "videos"
+    newline: str | None = None
+
+    @abstractmethod
+    def split(self, content: str) -> list[str]:
+        """The captions that the trainer takes from a file."""
+
+    def as_read(self, text: str) -> list[str]:
+        return self.split(io.StringIO(self.content([text]), newline=self.newline).read())
+
+    def read(self, root: Path) -> Iterator[tuple[Path, str]]:
+        for name in sorted(os.listdir(root / self.clip_folder)):
+            clip = root / self.clip_folder / name
+            if clip.suffix in self.clip_suffixes:
+                with open(clip.with_suffix(".txt"), encoding="utf-8", newline=self.newline) as file:
+                    content = file.read()
+                yield from ((clip, text) for text in self.split(content))
+
+
+class Musubi(BesideClips):
+    """musubi-tuner: a text file beside each clip, in `videos/`, and `dataset.toml`, which names the folder.
+
+    The caption is the entire UTF-8 file without surrounding white space; "\\r" is read as "\\n". A clip without a file
+    stops it. Latents are cached by the clip's stem in `cache_directory`. Clips shorter than a number of
+    `target_frames` are left out in silence, so `dataset.toml` asks for `frame_extraction = "full"`: at most 81 frames,
+    of every clip. kohya-ss/musubi-tuner 30c658c: dataset/datasources.py, dataset/media_utils.py, docs/dataset_config.md,
+    docs/wan.md.
+    """
+
+    name = "musubi"
+    trainer = "musubi-tuner"
+    clip_suffixes = frozenset((".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"))
+    launch = (
+        "python src/musubi_tuner/wan_cache_latents.py --dataset_config {root}/dataset.toml --vae VAE_FILE && "
+        "python src/musubi_tuner/wan_cache_text_encoder_outputs.py --dataset_config {root}/dataset.toml --t5 T5_FILE "
+        "--batch_size 16 && accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 "
+        "src/musubi_tuner/wan_train_network.py --task t2v-1.3B --dit DIT_FILE --dataset_config {root}/dataset.toml "
+        "--sdpa --mixed_precision bf16 --fp8_base --optimizer_type adamw8bit --learning_rate 2e-4 "
+        "--gradient_checkpointing --network_module networks.lora_wan --network_dim 32 --timestep_sampling shift "
+        "--discrete_flow_shift 3.0 --max_train_epochs 16 --output_dir OUTPUT_DIR --output_name NAME  # in musubi-tuner"
+    )
+
+    def split(self, content: str) -> list[str]:
+        return [content.strip()]
+
+    def settings(self, root: Path) -> dict[str, str]:
+        return {"dataset.toml": musubi_toml("video_directory", root / self.clip_folder, root)}
+
+
+def musubi_toml(source: str, path: Path, root: Path) -> str:
+    """musubi-tuner's data set: where the clips are, by `video_directory` or `video_jsonl_file`."""
+    return (
+        '[general]\nresolution = [832, 480]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n\n'
+        f"[[datasets]]\n{source} = {toml_string(str(path))}\ncache_directory = {toml_string(str(root / 'cache'))}\n"
+        'frame_extraction = "full"\nmax_frames = 81\n'
+    )
+
+
+class SimpleTuner(BesideClips):
+    """SimpleTuner: a text file beside each clip, in `videos/`, and `multidatabackend.json`, which names the folder.
+
+    The lines of a file are alternatives: it is broken at "\\n" only, empty lines are dropped, and nothing is stripped.
+    Clips of less than `min_frames` are left out with a warning. bghira/SimpleTuner bc8e6ab: simpletuner/helpers/prompts.py
+    (prepare_instance_prompt_from_textfile), documentation/DATALOADER.md; the caption of a step can be dropped with
+    `--caption_dropout_probability`.
+    """
+
+    name = "simpletuner"
+    trainer = "SimpleTuner"
+    holds_several = True
+    newline = ""
+    clip_suffixes = frozenset(
+        (".mp4", ".avi", ".mov", ".mkv", ".webm", ".flv", ".wmv", ".m4v", ".mpeg", ".mpg", ".3gp", ".ogv")
+    )
+    launch = (
+        'simpletuner train  # with "data_backend_config": "{path}/multidatabackend.json" in config/config.json, '
+        "in SimpleTuner"
+    )
+
+    def content(self, texts: Sequence[str]) -> str:
+        return "\n".join(texts)
+
+    def split(self, content: str) -> list[str]:
+        return [line for line in content.split("\n") if line] if "\n" in content else [content]
+
+    def settings(self, root: Path) -> dict[str, str]:
+        clips = {"id": "capkit", "type": "local", "dataset_type": "video", "crop": False, "resolution": 480}
+        clips |= {"resolution_type": "pixel_area", "cache_dir_vae": str(root / "cache" / "vae")}
+        clips |= {"instance_data_dir": str(root / self.clip_folder), "caption_strategy": "textfile"}
+        clips |= {"metadata_backend": "discovery", "video": {"num_frames": 49, "min_frames": 49}}
+        texts = {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True}
+        texts |= {"cache_dir": str(root / "cache" / "text")}
+        return {"multidatabackend.json": json.dumps([clips, texts], indent=2) + "\n"}
+
+
+class OneTrainer(BesideClips):
+    """OneTrainer: a text file beside each clip, in `videos/`, and `concepts.json`, which names the folder.
+
+    The lines of a UTF-8 file are alternatives, one drawn for each step; they are stripped, and empty ones dropped.
+    Commas stay, as long as the concept's tag shuffling and dropping are off, which they are here. Nerogar/OneTrainer
+    23df383: modules/dataLoader/mixin/DataLoaderText2ImageMixin.py, modules/util/path_util.py, modules/util/args/TrainArgs.py;
+    Nerogar/mgds 3a6994a: LoadMultipleTexts.py, SelectRandomText.py.
+    """
+
+    name = "onetrainer"
+    trainer = "OneTrainer"
+    holds_several = True
+    clip_suffixes = frozenset((".webm", ".mkv", ".flv", ".avi", ".mov", ".wmv", ".mp4", ".mpeg", ".m4v"))
+    launch = (
+        "python scripts/train.py --config-path CONFIG_FILE --config-value concept_file_name={root}/concepts.json"
+        "  # in OneTrainer"
+    )
+
+    def split(self, content: str) -> list[str]:
+        return [line for line in map(str.strip, content.split("\n")) if line] or [""]
+
+    def settings(self, root: Path) -> dict[str, str]:
+        concept = {"__version": 2, "name": "capkit", "path": str(root / self.clip_folder), "enabled": True}
+        return {"concepts.json": json.dumps([concept], indent=2) + "\n"}
+
+
+class AIToolkit(BesideClips):
+    """ai-toolkit: a text file beside each clip, in `videos/`.
+
+    The caption is the entire UTF-8 file, not stripped; "\\r" is read as "\\n". It is broken at every comma and joined with
+    ", ", so that "a, b" would become "a,  b": the space behind a comma is left out in the file. A comma without a space
+    behind it, as in 1,000, cannot be held. "[trigger]" and "[name]" are replaced. Hidden folders are left out.
+    ostris/ai-toolkit 27a03a9: toolkit/dataloader_mixins.py (load_caption, get_caption), toolkit/prompt_utils.py,
+    toolkit/data_loader.py; captions can be dropped with `caption_dropout_rate`.
+    """
+
+    name = "ai-toolkit"
+    trainer = "ai-toolkit"
+    clip_suffixes = frozenset((".mp4", ".avi", ".mov", ".webm", ".mkv", ".wmv", ".m4v", ".flv"))
+    latents = ("videos/_latent_cache", "videos/_t_e_cache")
+    launch = (
+        'python run.py CONFIG_FILE  # in ai-toolkit, with datasets: [{{folder_path: "{path}/videos", caption_ext: txt, '
+        "num_frames: 41}}] in the file"
+    )
+
+    def content(self, texts: Sequence[str]) -> str:
+        return texts[0].replace(", ", ",")
+
+    def split(self, content: str) -> list[str]:
+        return [", ".join(content.split(",")).replace("[trigger]", "").replace("[name]", "")]
