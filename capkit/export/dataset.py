@@ -19,6 +19,7 @@ from capkit.export.layouts import LAYOUTS, Layout, Pair
 from capkit.export.report import ExportReport, shared_openings
 from capkit.export.write import hold_folder, is_exported, write_export
 from capkit.files import DiskList, file_sha256, output_folder
+from capkit.runs import TrainerSettings
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, stock_opening, t5_counter
 from capkit.text import encodable, plain_text
 from capkit.video import FrameSampling, VideoError, load_clip
@@ -102,7 +103,7 @@ def export_dataset(
             token_limit=token_limit,
             threshold=threshold,
             read_back=f"read back as {kind.trainer} reads it: all {len(export.pairs)} pairs are right",
-            command=kind.command(root, trigger_word),
+            command=kind.command(root, trigger_word, TrainerSettings()),
             options={"cleaning": rules, "on_too_long": on_too_long, "trigger_word": trigger_word, "clips": clips},
         )
         report.save(export.report_rows(limit))

@@ -23,7 +23,14 @@ from capkit.runs.store import (
     request_settings,
     to_frame,
 )
-from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
+from capkit.runs.trainers import (
+    TRAINERS,
+    TrainerSettings,
+    check_trainer,
+    trainer_indices,
+    trainer_problem,
+)
+from capkit.runs.windows import cut_into, trainer_span, unseen_by_trainer, write_webvtt
 
 __all__ = [
     "caption_clips",
@@ -57,7 +64,13 @@ __all__ = [
     "request_settings",
     "digest_once",
     "to_frame",
+    "TRAINERS",
+    "TrainerSettings",
+    "check_trainer",
+    "trainer_indices",
+    "trainer_problem",
     "cut_into",
+    "trainer_span",
     "unseen_by_trainer",
     "write_webvtt",
 ]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from capkit.runs import TrainerSettings, trainer_problem
+
 # What str.splitlines breaks at. Some trainers break a caption at all of these, some only at "\n" and "\r".
 LINE_SEPARATORS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+# In the path of a folder, what `load_dataset` takes for a wildcard, for a chain of file systems or for a variable.
+DATASETS_MISREADS = re.compile(r"[*?\[]|::|\$")
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,17 @@ class Layout(ABC):
         needs_facts: `Pair.facts` are written.
         with_strips: `Pair.strip` is written.
         packs_clips: clips are copied into archives by `write`, not placed in `clip_folder`.
-        launch: template of `command`, with the fields root (quoted for a shell), path (not quoted), table (the first)
-            and trigger.
+        launch: template of `command`, with the fields root and config (quoted for a shell), path (not quoted), table (the
+            first), trigger, and those of `TrainerSettings`.
+        needs: versions of packages that the trainer needs, in words; added to `command`.
+        config_suffix: of the file beside the root that `config` fills and `command` names; "" for none.
+        decoder: "decord" if the trainer reads clips with decord 0.6.0: clips that it cannot open, or counts otherwise, are
+            refused then. "" for a decoder that reads what capkit reads.
+        fewest_frames: that a clip must have.
+        window_rule: the one of `capkit.runs.TRAINERS` whose rule tells which frames of a clip the trainer sees, and which
+            clips it cannot take; "" if it sees the entire clip.
+        frames_step: the number of frames that the trainer is set to must be a multiple of it, and 1.
+        uses_datasets: the trainer gives the root to `load_dataset`.
     """
 
     name = ""
@@ -78,6 +93,13 @@ class Layout(ABC):
     with_strips = False
     packs_clips = False
     launch = ""
+    needs = ""
+    config_suffix = ""
+    decoder = ""
+    fewest_frames = 1
+    window_rule = ""
+    frames_step = 1
+    uses_datasets = False
 
     def as_read(self, text: str) -> list[str]:
         """The captions that the trainer reads from a single caption; `[text]` if it fits the layout."""
@@ -96,15 +118,32 @@ class Layout(ABC):
 
     def unfit_root(self, root: Path) -> str:
         """Why this folder cannot hold an export, or ""."""
+        path = os.path.realpath(root)
+        if self.uses_datasets and (misread := DATASETS_MISREADS.search(path)):
+            return f"{path} has {misread[0]!r} in it, which `datasets` takes for a pattern; choose another folder"
         return ""
+
+    def unfit_settings(self, settings: TrainerSettings) -> str:
+        """Why the trainer cannot be set so, or ""."""
+        if (settings.num_frames - 1) % self.frames_step == 0:
+            return ""
+        return f"num_frames={settings.num_frames}: {self.trainer} takes only {self.frames_step} N + 1"
+
+    @property
+    def is_choosy(self) -> bool:
+        """Whether `unfit_clip` or the decoder can refuse a clip, so that its file must be opened."""
+        return bool(self.decoder) or self.fewest_frames > 1
+
+    def unfit_clip(self, num_frames: int, average_fps: float, settings: TrainerSettings) -> str:
+        """Why the trainer cannot take a clip of so many frames, or "": it would stop, or pass over it."""
+        if num_frames < self.fewest_frames:
+            return f"{num_frames} frames are too few: {self.trainer} takes {self.fewest_frames} or more"
+        problem = trainer_problem(self.window_rule, num_frames, average_fps, settings) if self.window_rule else ""
+        return f"{self.trainer} cannot take it: {problem}" if problem else ""
 
     @abstractmethod
     def write(self, root: Path, pairs: Iterable[Pair]) -> None:
         """Write all files that hold captions; the clips exist already. The pairs may be gone through several times."""
-
-    def settings(self, root: Path) -> dict[str, str]:
-        """Files in which the trainer looks for its data, by name, with their content for a finished export in `root`."""
-        return {}
 
     @abstractmethod
     def read(self, root: Path) -> Iterable[tuple[Path, str] | tuple[Path, str, str]]:
@@ -120,10 +159,21 @@ class Layout(ABC):
         """The files that `write` makes for clips of these names, relative to the root."""
         return set(self.tables)
 
-    def command(self, root: Path, trigger_word: str) -> str:
+    def config_path(self, root: Path) -> Path:
+        """The file that holds `config`: beside the root, like the report."""
+        return root.with_name(root.name + self.config_suffix)
+
+    def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
+        """What the trainer reads as its settings, if `config_suffix` is set; its first line must have "capkit" in it."""
+        return ""
+
+    def command(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
         """How to start the trainer on the folder; words in capitals are for the user to replace."""
         trigger = f"{self.trigger_flag} {quote(trigger_word + self.trigger_end)} " if trigger_word else ""
-        return self.launch.format(root=quote(str(root)), path=str(root), table="".join(self.tables[:1]), trigger=trigger)
+        paths = {"root": quote(str(root)), "path": str(root), "config": quote(str(self.config_path(root)))}
+        paths["table"] = "".join(self.tables[:1])
+        command = self.launch.format(**paths, trigger=trigger, **asdict(settings))
+        return f"{command}; needs {self.needs}" if self.needs else command
 
 
 def write_text(path: Path, parts: Iterable[str]) -> None:

@@ -23,6 +23,7 @@ import pandas as pd
 
 from capkit.export.clip_names import SPLIT_WORD
 from capkit.export.layouts.base import Layout, Pair, write_text
+from capkit.runs import TrainerSettings
 
 LOOKS_LIKE_A_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d.*)?")
 
@@ -98,7 +99,7 @@ class Finetrainers(VideoFolder):
             raise ValueError(f"{archives[0]} would be taken for the data set")
         yield from ((clip, self.as_read(text)[0]) for clip, text in super().read(root))
 
-    def command(self, root: Path, trigger_word: str) -> str:
+    def command(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
         data = {"data_root": str(root), "dataset_type": "video", "video_resolution_buckets": [[49, 480, 720]]}
         if trigger_word:
             data["id_token"] = trigger_word
