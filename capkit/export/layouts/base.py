@@ -65,6 +65,7 @@ class Layout(ABC):
         holds_several: a clip may have several captions; the trainer takes one at a time.
         needs_facts: `Pair.facts` are written.
         with_strips: `Pair.strip` is written.
+        needs_package: a Python package that is not installed with capkit.
         packs_clips: clips are copied into archives by `write`, not placed in `clip_folder`.
         launch: template of `command`, with the fields root and config (quoted for a shell), path (not quoted), table (the
             first), trigger, and those of `TrainerSettings`.
@@ -92,6 +93,7 @@ class Layout(ABC):
     needs_facts = False
     with_strips = False
     packs_clips = False
+    needs_package = ""
     launch = ""
     needs = ""
     config_suffix = ""

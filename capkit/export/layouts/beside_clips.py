@@ -11,6 +11,7 @@ from pathlib import Path
 
 from capkit.export.layouts.base import toml_string
 from capkit.export.layouts.text_files import TextFiles
+from capkit.runs import TrainerSettings
 
 
 class BesideClips(TextFiles):
@@ -40,23 +41,24 @@ class BesideClips(TextFiles):
 
 
 class Musubi(BesideClips):
-    """musubi-tuner: a text file beside each clip, in `videos/`, and `dataset.toml`, which names the folder.
+    """musubi-tuner: a text file beside each clip, in `videos/`, and a data set in TOML beside the root, which names it.
 
     The caption is the entire UTF-8 file without surrounding white space; "\\r" is read as "\\n". A clip without a file
     stops it. Latents are cached by the clip's stem in `cache_directory`. Clips shorter than a number of
-    `target_frames` are left out in silence, so `dataset.toml` asks for `frame_extraction = "full"`: at most 81 frames,
-    of every clip. kohya-ss/musubi-tuner 30c658c: dataset/datasources.py, dataset/media_utils.py, docs/dataset_config.md,
+    `target_frames` are left out in silence, so `frame_extraction` is "full": at most `max_frames`, of every clip. kohya-ss/musubi-tuner 30c658c: dataset/datasources.py, dataset/media_utils.py, docs/dataset_config.md,
     docs/wan.md.
     """
 
     name = "musubi"
     trainer = "musubi-tuner"
+    config_suffix = ".toml"
+    frames_step = 4
     clip_suffixes = frozenset((".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"))
     launch = (
-        "python src/musubi_tuner/wan_cache_latents.py --dataset_config {root}/dataset.toml --vae VAE_FILE && "
-        "python src/musubi_tuner/wan_cache_text_encoder_outputs.py --dataset_config {root}/dataset.toml --t5 T5_FILE "
+        "python src/musubi_tuner/wan_cache_latents.py --dataset_config {config} --vae VAE_FILE && "
+        "python src/musubi_tuner/wan_cache_text_encoder_outputs.py --dataset_config {config} --t5 T5_FILE "
         "--batch_size 16 && accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 "
-        "src/musubi_tuner/wan_train_network.py --task t2v-1.3B --dit DIT_FILE --dataset_config {root}/dataset.toml "
+        "src/musubi_tuner/wan_train_network.py --task t2v-1.3B --dit DIT_FILE --dataset_config {config} "
         "--sdpa --mixed_precision bf16 --fp8_base --optimizer_type adamw8bit --learning_rate 2e-4 "
         "--gradient_checkpointing --network_module networks.lora_wan --network_dim 32 --timestep_sampling shift "
         "--discrete_flow_shift 3.0 --max_train_epochs 16 --output_dir OUTPUT_DIR --output_name NAME  # in musubi-tuner"
@@ -65,21 +67,21 @@ class Musubi(BesideClips):
     def split(self, content: str) -> list[str]:
         return [content.strip()]
 
-    def settings(self, root: Path) -> dict[str, str]:
-        return {"dataset.toml": musubi_toml("video_directory", root / self.clip_folder, root)}
+    def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
+        return musubi_toml("video_directory", root / self.clip_folder, root, settings)
 
 
-def musubi_toml(source: str, path: Path, root: Path) -> str:
+def musubi_toml(source: str, path: Path, root: Path, settings: TrainerSettings) -> str:
     """musubi-tuner's data set: where the clips are, by `video_directory` or `video_jsonl_file`."""
     return (
-        '[general]\nresolution = [832, 480]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n\n'
+        '# for musubi-tuner, by capkit\n[general]\nresolution = [832, 480]\ncaption_extension = ".txt"\nbatch_size = 1\nenable_bucket = true\n\n'
         f"[[datasets]]\n{source} = {toml_string(str(path))}\ncache_directory = {toml_string(str(root / 'cache'))}\n"
-        'frame_extraction = "full"\nmax_frames = 81\n'
+        f'frame_extraction = "full"\nmax_frames = {settings.num_frames}\n'
     )
 
 
 class SimpleTuner(BesideClips):
-    """SimpleTuner: a text file beside each clip, in `videos/`, and `multidatabackend.json`, which names the folder.
+    """SimpleTuner: a text file beside each clip, in `videos/`, and a data backend in JSON beside the root, which names it.
 
     The lines of a file are alternatives: it is broken at "\\n" only, empty lines are dropped, and nothing is stripped.
     Clips of less than `min_frames` are left out with a warning. bghira/SimpleTuner bc8e6ab: simpletuner/helpers/prompts.py
@@ -89,14 +91,14 @@ class SimpleTuner(BesideClips):
 
     name = "simpletuner"
     trainer = "SimpleTuner"
+    config_suffix = ".json"
     holds_several = True
     newline = ""
     clip_suffixes = frozenset(
         (".mp4", ".avi", ".mov", ".mkv", ".webm", ".flv", ".wmv", ".m4v", ".mpeg", ".mpg", ".3gp", ".ogv")
     )
     launch = (
-        'simpletuner train  # with "data_backend_config": "{path}/multidatabackend.json" in config/config.json, '
-        "in SimpleTuner"
+        "simpletuner train  # in SimpleTuner, with {config} as data_backend_config in config/config.json"
     )
 
     def content(self, texts: Sequence[str]) -> str:
@@ -105,18 +107,19 @@ class SimpleTuner(BesideClips):
     def split(self, content: str) -> list[str]:
         return [line for line in content.split("\n") if line] if "\n" in content else [content]
 
-    def settings(self, root: Path) -> dict[str, str]:
+    def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
+        frames = {"num_frames": settings.num_frames, "min_frames": settings.num_frames}
         clips = {"id": "capkit", "type": "local", "dataset_type": "video", "crop": False, "resolution": 480}
         clips |= {"resolution_type": "pixel_area", "cache_dir_vae": str(root / "cache" / "vae")}
         clips |= {"instance_data_dir": str(root / self.clip_folder), "caption_strategy": "textfile"}
-        clips |= {"metadata_backend": "discovery", "video": {"num_frames": 49, "min_frames": 49}}
+        clips |= {"metadata_backend": "discovery", "video": frames}
         texts = {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True}
         texts |= {"cache_dir": str(root / "cache" / "text")}
-        return {"multidatabackend.json": json.dumps([clips, texts], indent=2) + "\n"}
+        return json.dumps([clips, texts]) + "\n"
 
 
 class OneTrainer(BesideClips):
-    """OneTrainer: a text file beside each clip, in `videos/`, and `concepts.json`, which names the folder.
+    """OneTrainer: a text file beside each clip, in `videos/`, and a concept in JSON beside the root, which names it.
 
     The lines of a UTF-8 file are alternatives, one drawn for each step; they are stripped, and empty ones dropped.
     Commas stay, as long as the concept's tag shuffling and dropping are off, which they are here. Nerogar/OneTrainer
@@ -126,19 +129,19 @@ class OneTrainer(BesideClips):
 
     name = "onetrainer"
     trainer = "OneTrainer"
+    config_suffix = ".json"
     holds_several = True
     clip_suffixes = frozenset((".webm", ".mkv", ".flv", ".avi", ".mov", ".wmv", ".mp4", ".mpeg", ".m4v"))
     launch = (
-        "python scripts/train.py --config-path CONFIG_FILE --config-value concept_file_name={root}/concepts.json"
-        "  # in OneTrainer"
+        "python scripts/train.py --config-path CONFIG_FILE --config-value concept_file_name={config}  # in OneTrainer"
     )
 
     def split(self, content: str) -> list[str]:
         return [line for line in map(str.strip, content.split("\n")) if line] or [""]
 
-    def settings(self, root: Path) -> dict[str, str]:
+    def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
         concept = {"__version": 2, "name": "capkit", "path": str(root / self.clip_folder), "enabled": True}
-        return {"concepts.json": json.dumps([concept], indent=2) + "\n"}
+        return json.dumps([concept]) + "\n"
 
 
 class AIToolkit(BesideClips):
@@ -157,7 +160,7 @@ class AIToolkit(BesideClips):
     latents = ("videos/_latent_cache", "videos/_t_e_cache")
     launch = (
         'python run.py CONFIG_FILE  # in ai-toolkit, with datasets: [{{folder_path: "{path}/videos", caption_ext: txt, '
-        "num_frames: 41}}] in the file"
+        "num_frames: {num_frames}}}] in the file"
     )
 
     def content(self, texts: Sequence[str]) -> str:

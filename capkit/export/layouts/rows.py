@@ -17,6 +17,7 @@ import pandas as pd
 from capkit.export.layouts.base import Layout, Pair, toml_string, write_text
 from capkit.export.layouts.beside_clips import Musubi, musubi_toml
 from capkit.export.layouts.tables import LOOKS_LIKE_A_DATE, as_pandas_reads, csv_line
+from capkit.runs import TrainerSettings
 
 
 class Rows(Layout):
@@ -90,10 +91,11 @@ class DiffSynth(Rows):
     trainer = "DiffSynth-Studio"
     tables = ("metadata.jsonl",)
     path, caption = "video", "prompt"
+    frames_step = 4
     clip_suffixes = frozenset((".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm"))
     launch = (
         "accelerate launch examples/wanvideo/model_training/train.py --dataset_base_path {root} "
-        "--dataset_metadata_path {root}/{table} --height 480 --width 832 --num_frames 81 --model_id_with_origin_paths "
+        "--dataset_metadata_path {root}/{table} --height 480 --width 832 --num_frames {num_frames} --model_id_with_origin_paths "
         '"Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*.safetensors,Wan-AI/Wan2.1-T2V-1.3B:'
         'models_t5_umt5-xxl-enc-bf16.pth,Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth" --learning_rate 1e-4 --num_epochs 5 '
         '--remove_prefix_in_ckpt pipe.dit. --output_path OUTPUT_DIR --lora_base_model dit '
@@ -128,11 +130,12 @@ class LTX2(Rows):
     trainer = "LTX-2's trainer"
     tables = ("dataset.jsonl",)
     path = "video"
+    frames_step = 8
     latents = (".precomputed",)
     adds_trigger = True
     trigger_flag = "--lora-trigger"
     launch = (
-        "uv run python scripts/process_dataset.py {root}/{table} --resolution-buckets 960x544x49 --model-path MODEL_FILE "
+        "uv run python scripts/process_dataset.py {root}/{table} --resolution-buckets 960x544x{num_frames} --model-path MODEL_FILE "
         "--text-encoder-path GEMMA_FOLDER {trigger}&& uv run python scripts/train.py configs/t2v_lora.yaml"
         '  # in LTX-2/packages/ltx-trainer, with preprocessed_data_root: "{path}/.precomputed" in the file'
     )
@@ -155,21 +158,21 @@ class MusubiRows(Rows):
     trainer = "musubi-tuner"
     tables = ("metadata.jsonl",)
     path = "video_path"
-    launch = Musubi.launch
+    config_suffix, frames_step, launch = Musubi.config_suffix, Musubi.frames_step, Musubi.launch
 
     def row(self, pair: Pair) -> dict[str, Any]:
         return {self.path: str(pair.place), self.caption: pair.text}
 
-    def settings(self, root: Path) -> dict[str, str]:
-        return {"dataset.toml": musubi_toml("video_jsonl_file", root / self.tables[0], root)}
+    def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
+        return musubi_toml("video_jsonl_file", root / self.tables[0], root, settings)
 
 
 class DiffusionPipe(Layout):
-    """diffusion-pipe: `captions.json` among the clips, a list of captions for each file name; and `dataset.toml`.
+    """diffusion-pipe: `captions.json` among the clips, a list of captions for each file name, and a data set in
+    TOML beside the root.
 
     All captions of a clip are trained on, in turn. Files are opened in the locale encoding; captions are not changed.
-    Every file beside the clips is taken for one, but .txt, .npz, .json, .parquet, .bak, .db and, as an archive, .tar, so
-    `dataset.toml` is in the root. Clips shorter than the smallest of `frame_buckets`, at the model's rate, are left out;
+    Clips shorter than the smallest of `frame_buckets`, at the model's rate, are left out;
     the first frames are taken, read with PyAV by ComfyUI. tdrussell/diffusion-pipe 8f83dbf: utils/dataset.py,
     utils/common.py, models/base.py, examples/dataset.toml, README.md.
     """
@@ -177,12 +180,13 @@ class DiffusionPipe(Layout):
     name = "diffusion-pipe"
     trainer = "diffusion-pipe"
     holds_several = True
+    config_suffix = ".toml"
     tables = ("videos/captions.json",)
     latents = ("videos/cache",)
     clip_suffixes = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".m4v", ".mpg", ".mpeg", ".flv"))
     launch = (
         "NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1 deepspeed --num_gpus=1 train.py --deepspeed --config CONFIG_FILE"
-        "  # in diffusion-pipe, with dataset = '{path}/dataset.toml' in the file, as in examples/wan_14b_min_vram.toml"
+        "  # in diffusion-pipe, with {config} as dataset in the file, as in examples/wan_14b_min_vram.toml"
     )
 
     def write(self, root: Path, pairs: Iterable[Pair]) -> None:
@@ -194,13 +198,12 @@ class DiffusionPipe(Layout):
             for name, texts in json.loads(f"{{{line}}}").items():
                 yield from ((root / self.clip_folder / name, text) for text in texts)
 
-    def settings(self, root: Path) -> dict[str, str]:
-        content = (
-            "resolutions = [512]\nenable_ar_bucket = true\nmin_ar = 0.5\nmax_ar = 2.0\nnum_ar_buckets = 7\n"
-            "frame_buckets = [1, 33]\n\n[[directory]]\n"
+    def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
+        return (
+            "# for diffusion-pipe, by capkit\nresolutions = [512]\nenable_ar_bucket = true\nmin_ar = 0.5\nmax_ar = 2.0\nnum_ar_buckets = 7\n"
+            f"frame_buckets = [1, {settings.num_frames}]\n\n[[directory]]\n"
             f"path = {toml_string(str(root / self.clip_folder))}\nnum_repeats = 1\n"
         )
-        return {"dataset.toml": content}
 
 
 class FastVideo(Rows):
@@ -208,7 +211,7 @@ class FastVideo(Rows):
 
     One of them is drawn for each pass. `fps`, `num_frames` and `resolution` must be there too, whatever its guide shows,
     or reading stops. It is read with `load_dataset("json")`, so captions must not look like dates. Clips longer than
-    `video_length_tolerance_range` (5) times the window that is trained on are left out: 24 s here. hao-ai-lab/FastVideo
+    `video_length_tolerance_range` (5) times the window that is trained on are left out: 15 s for 49 frames. hao-ai-lab/FastVideo
     2f3d407: fastvideo/workflow/preprocess/components.py, fastvideo/pipelines/preprocess/preprocess_stages.py,
     docs/training/data_preprocess.md; captions can be dropped with its own `training_cfg_rate`.
     """
@@ -226,7 +229,7 @@ class FastVideo(Rows):
         "--preprocess.video_loader_type torchvision --preprocess.dataset_type merged --preprocess.dataset_path {root} "
         "--preprocess.dataset_output_dir LATENTS_DIR --preprocess.preprocess_video_batch_size 2 "
         "--preprocess.dataloader_num_workers 0 --preprocess.max_height 480 --preprocess.max_width 832 "
-        "--preprocess.num_frames 77 --preprocess.train_fps 16 --preprocess.samples_per_file 8 "
+        "--preprocess.num_frames {num_frames} --preprocess.train_fps 16 --preprocess.samples_per_file 8 "
         "--preprocess.flush_frequency 8 --preprocess.video_length_tolerance_range 5"
         "  # in FastVideo; then its examples/training/finetune/wan_t2v_1.3B/crush_smol/finetune_t2v.sh"
     )

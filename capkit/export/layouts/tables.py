@@ -72,7 +72,7 @@ class VideoFolderCSV(VideoFolder):
 
     def read(self, root: Path) -> Iterator[tuple[Path, str]]:
         table = pd.read_csv(root / "metadata.csv")
-        _check_split_names(root)
+        check_split_names(root)
         yield from ((root / name, text) for name, text in zip(table["file_name"], table["caption"], strict=True))
 
 
@@ -194,11 +194,11 @@ def _read_video_folder(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     tables = [path for path in folder.rglob("metadata.*") if path.suffix in (".csv", ".jsonl", ".parquet")]
     if tables != [folder / "metadata.jsonl"]:
         raise ValueError(f"must have one metadata.jsonl and no other table, but has {sorted(map(str, tables))}")
-    _check_split_names(folder)
+    check_split_names(folder)
     yield from ((folder / row["file_name"], row) for row in _read_json_lines(tables[0]))
 
 
-def _check_split_names(folder: Path) -> None:
+def check_split_names(folder: Path) -> None:
     """Raise ValueError if load_dataset would take a word in a file's name for a split."""
     for path in folder.rglob("*"):
         if any(SPLIT_WORD.search(part) for part in path.relative_to(folder).parts):
