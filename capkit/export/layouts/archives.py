@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import IO, BinaryIO
 
 from capkit.export.layouts.base import Layout, Pair
 from capkit.export.layouts.tables import VideoFolder, check_split_names
@@ -42,16 +45,7 @@ class WebDataset(Layout):
         while pair:
             with tarfile.open(root / _shard(number), "w") as shard:
                 for _ in range(MAX_SHARD_CLIPS):
-                    with open(pair.clip, "rb") as clip:
-                        shard.addfile(shard.gettarinfo(arcname=pair.name, fileobj=clip), clip)
-                    captions = json.dumps({"captions": pair.texts}).encode()
-                    files = {".json": captions, ".txt": pair.text.encode()}
-                    if with_strips:
-                        files[".webp"] = Path(pair.strip).read_bytes()
-                    for suffix, content in files.items():
-                        member = tarfile.TarInfo(pair.stem + suffix)
-                        member.size = len(content)
-                        shard.addfile(member, io.BytesIO(content))
+                    _add(shard, pair, with_strips)
                     pair = next(left, None)
                     if not pair or shard.offset > MAX_SHARD_BYTES:
                         break
@@ -66,7 +60,7 @@ class WebDataset(Layout):
                     if not file:
                         raise ValueError(f"{path.name}: {member.name} is no file")
                     if suffix == ".mp4":
-                        clip, digest = root / member.name, hashlib.file_digest(file, "sha256").hexdigest()
+                        clip, digest = root / member.name, _sha256(file)
                     elif suffix == ".json":
                         texts = json.load(file)["captions"]
                     elif suffix == ".txt":
@@ -76,6 +70,28 @@ class WebDataset(Layout):
 
     def caption_files(self, names: Iterable[str]) -> set[str]:
         return {_shard(number) for number, _ in enumerate(names)}
+
+
+def _add(shard: tarfile.TarFile, pair: Pair, with_strip: bool) -> None:
+    """Add the members of a clip."""
+    texts = {".json": json.dumps({"captions": pair.texts}), ".txt": pair.text}
+    with ExitStack() as opened:
+        files: dict[str, BinaryIO] = {pair.name: opened.enter_context(open(pair.clip, "rb"))}
+        files |= {pair.stem + suffix: io.BytesIO(text.encode()) for suffix, text in texts.items()}
+        if with_strip:
+            files[f"{pair.stem}.webp"] = opened.enter_context(open(pair.strip, "rb"))
+        for name, file in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            shard.addfile(member, file)
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in iter(lambda: file.read(1 << 20), b""):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _shard(number: int) -> str:
