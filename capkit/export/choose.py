@@ -80,7 +80,9 @@ class ChosenRecords(Sequence[Chosen]):
         return Chosen(Path(_resolved(record["video"])), store, {} if reason else record, reason)
 
 
-def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> ChosenRecords:
+def choose_records(
+    stores: Any, choose: Choice | Sequence[Choice] = (), *, several: bool = False
+) -> ChosenRecords:
     """Choose a current, successful record of the entire file for each clip, in the order of the stores.
 
     Of captions with the same settings the one edited by hand is preferred, else the latest. Captions of parts of a clip
@@ -92,6 +94,7 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> Chose
             (by hand), "latest", or fields with their values, such as {"prompt": "...", "decoding": {"temperature": 0}};
             of a field that is a dictionary, only the named items must be equal. A clip without a match is left out,
             with the reason.
+        several: choose all captions of a clip that match, in the order of `choose`, or all without it.
 
     Raises:
         ValueError: no such file, an unknown choice, or a clip with several captions and no choice between them.
@@ -113,9 +116,10 @@ def choose_records(stores: Any, choose: Choice | Sequence[Choice] = ()) -> Chose
     chosen, ambiguous = ChosenRecords(sources), []
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         attempts = {number: chosen.record(number)[1] for number in order[start:end].tolist()}
-        numbers, reason = _candidates(attempts, choices)
-        chosen.append(numbers[0], reason)
-        if len(numbers) > 1:
+        numbers, reason = _candidates(attempts, choices, several)
+        for number in numbers if several else numbers[:1]:
+            chosen.append(number, reason)
+        if len(numbers) > 1 and not several:
             ambiguous.append(numbers)
     if ambiguous:
         records_of_first = [chosen.record(number)[1] for number in ambiguous[0]]
@@ -142,7 +146,9 @@ def check_choices(choose: Choice | Sequence[Choice]) -> list[Choice]:
     return choices
 
 
-def _candidates(attempts: dict[int, dict[str, Any]], choices: list[Choice]) -> tuple[list[int], str]:
+def _candidates(
+    attempts: dict[int, dict[str, Any]], choices: list[Choice], several: bool
+) -> tuple[list[int], str]:
     """Those of a clip's records, by number, between which nothing chooses; or the last one and why none is chosen."""
     last = max(attempts)
     captions = {number: record for number, record in attempts.items() if record["status"] == "ok"}
@@ -157,11 +163,15 @@ def _candidates(attempts: dict[int, dict[str, Any]], choices: list[Choice]) -> t
         newest[json.dumps([entire[number].get(name) for name in SETTINGS], sort_keys=True)] = number
     if not choices:
         return list(newest.values()), ""
+    matching: dict[int, None] = {}
     for choice in choices:
-        if choice == "latest":
-            return [max(newest.values(), key=lambda number: _created(entire[number]))], ""
-        if matching := [number for number in newest.values() if _matches(entire[number], choice)]:
-            return matching, ""
+        latest = [max(newest.values(), key=lambda number: _created(entire[number]))] if choice == "latest" else []
+        found = latest or [number for number in newest.values() if _matches(entire[number], choice)]
+        if found and not several:
+            return found, ""
+        matching |= dict.fromkeys(found)
+    if matching:
+        return [*matching], ""
     return [last], f"none of its {len(newest)} captions matches choose="
 
 

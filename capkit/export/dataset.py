@@ -7,6 +7,10 @@ import stat
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from contextlib import suppress
+from functools import lru_cache
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from capkit.export.layouts import LAYOUTS, Layout, Pair
 from capkit.export.report import ExportReport, shared_openings
 from capkit.export.write import hold_folder, is_exported, write_export
 from capkit.files import DiskList, file_sha256, output_folder
-from capkit.runs import TrainerSettings
+from capkit.runs import CaptionStore, TrainerSettings
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, stock_opening, t5_counter
 from capkit.text import encodable, plain_text
 from capkit.video import FrameSampling, VideoError, load_clip
@@ -40,6 +44,9 @@ def export_dataset(
     clips: str = "link",
     tokenizer: Any = None,
     overwrite: bool = False,
+    several: bool = False,
+    empty_share: float = 0.0,
+    seed: int = 0,
 ) -> ExportReport:
     """Write clips and captions in a trainer's layout, and read them back by the trainer's own rules.
 
@@ -61,6 +68,11 @@ def export_dataset(
         tokenizer: T5 tokenizer or its folder, such as `tokenizer/` of a CogVideoX checkpoint; None or "" to estimate.
             Because estimates err, captions then count as too long from a tenth below the limit.
         overwrite: replace an earlier export in this layout, if nothing else is in its folder.
+        several: export all captions of a clip that `choose` matches, in its order, or all that there are without it, such
+            as long and short ones or the samples of a sweep; only where the layout has room for them.
+        empty_share: share of the clips, from 0 to below 1, that get an empty caption in place of theirs, for
+            classifier-free guidance; where the trainer drops captions itself, its own option is better.
+        seed: chooses those clips, by their content, so that they stay the same when others come.
 
     Raises:
         ValueError: a wrong argument; several captions of a clip and no choice; nothing to export; a folder that holds
@@ -73,8 +85,10 @@ def export_dataset(
         "token_limit": token_limit,
         "on_too_long": on_too_long,
         "clips": clips,
+        "several": several,
+        "empty_share": empty_share,
     }
-    check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
+    check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, trigger_word=trigger_word, **options)
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     is_estimate = tokenizer is None or tokenizer == ""
@@ -84,7 +98,7 @@ def export_dataset(
     limit = _TokenLimit(threshold, on_too_long, prefix, t5_counter(tokenizer), is_estimate)
     with hold_folder(root):
         export = _Export(kind, root)
-        for chosen in choose_records(stores, choose):
+        for chosen in choose_records(stores, choose, several=several):
             row = _row(chosen, rules)
             row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
             export.add(row)
@@ -93,6 +107,7 @@ def export_dataset(
         if not export.places:
             refused = "\n".join(plain_text(f"  {row['video']}: {row['reason']}") for row in export.rows[:10])
             raise ValueError(f"nothing to export; of {len(export.rows)} clips, the first:\n{refused}")
+        export.choose_empty(empty_share, seed)
         export.name_clips()
         if not is_exported(kind, root, export.pairs, clips, overwrite):
             write_export(kind, root, export.pairs, clips)
@@ -104,7 +119,7 @@ def export_dataset(
             threshold=threshold,
             read_back=f"read back as {kind.trainer} reads it: all {len(export.pairs)} pairs are right",
             command=kind.command(root, trigger_word, TrainerSettings()),
-            options={"cleaning": rules, "on_too_long": on_too_long, "trigger_word": trigger_word, "clips": clips},
+            options=options | {"cleaning": rules, "trigger_word": trigger_word, "seed": seed},
         )
         report.save(export.report_rows(limit))
     return report
@@ -120,6 +135,9 @@ def check_export(
     on_too_long: str = "report",
     clips: str = "link",
     tokenizer: Any = None,
+    trigger_word: str = "",
+    several: bool = False,
+    empty_share: float = 0.0,
 ) -> None:
     """Check arguments of `export_dataset`, for example before the captions are made; it raises the same ValueErrors."""
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
@@ -133,10 +151,26 @@ def check_export(
     check_choices(choose)
     t5_counter(tokenizer)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
+    _check_captions(kind, several, empty_share, trigger_word)
     if reason := kind.unfit_root(root):
         raise ValueError(f"output_dir: {reason}")
     is_exported(kind, root, [], clips, overwrite=True)  # raises for a folder that holds something else
     output_folder(root.parent)
+
+
+def _check_captions(kind: Layout, several: bool, empty_share: float, trigger_word: str) -> None:
+    """Raise ValueError if the layout has no room for several captions or for empty ones, or needs a package."""
+    if several and not kind.holds_several:
+        names = ", ".join(name for name, other in LAYOUTS.items() if other.holds_several)
+        raise ValueError(f"several=True: {kind.trainer} reads one caption a clip; there is room for more in {names}")
+    if not 0 <= empty_share < 1:
+        raise ValueError(f"empty_share={empty_share!r}: must be at least 0 and below 1")
+    if empty_share and kind.as_read("") != [""]:
+        raise ValueError(f"empty_share={empty_share!r}: {kind.trainer} cannot read an empty caption; drop captions there")
+    if empty_share and kind.adds_trigger and trigger_word.strip():
+        raise ValueError(f"empty_share={empty_share!r}: {kind.trainer} would put the trigger word before empty captions")
+    if kind.needs_package and not find_spec(kind.needs_package):
+        raise ValueError(f"layout={kind.name!r}: needs {kind.needs_package}: pip install {kind.needs_package}")
 
 
 @dataclass(frozen=True)
@@ -163,48 +197,80 @@ class _Export:
     """An export on its way. Texts are on disk, so that a clip takes some hundred bytes of memory."""
 
     def __init__(self, layout: Layout, root: Path):
-        self.layout, self.folder = layout, root.parent
-        self.rows = DiskList(self.folder)  # of all clips, for the report
-        self.places = array("q")  # in `rows`, of the clips that are exported
-        self.captions = DiskList(self.folder)  # of these clips, without the trigger word
-        self.pairs = DiskList(self.folder, lambda value: Pair(Path(value[0]), *value[1:]))
+        self.layout, self.root, self.folder = layout, root, root.parent
+        self.rows = DiskList(self.folder)  # of all captions, for the report
+        self.places = array("q")  # in `rows`, of the captions that are exported
+        self.captions = DiskList(self.folder)  # the same, without the trigger word
+        self.firsts = array("q")  # in `places`, of the first caption of each clip
+        self.empty: set[int] = set()  # numbers of the clips whose caption is to be empty
+        self.pairs = DiskList(self.folder, self._pair)
+        self._clip, self._texts = "", set[str]()  # of the last row that is exported
+
+    def _pair(self, value: Any) -> Pair:
+        clip, name, texts, facts, strip = value
+        return Pair(Path(clip), name, tuple(texts), self.root / self.layout.clip_folder / name, facts, strip)
 
     def add(self, row: dict[str, Any]) -> None:
+        """Add a caption; those of a clip come one after the other."""
+        if not row["reason"] and row["clip"] == self._clip and row["text"] in self._texts:
+            row["reason"] = "another caption of the clip reads the same"
         if not row["reason"]:
+            if row["clip"] != self._clip:
+                self._clip, self._texts = row["clip"], set()
+                self.firsts.append(len(self.places))
+            self._texts.add(row["text"])
             self.places.append(len(self.rows))
             self.captions.append(row["caption"])
         self.rows.append(row)
 
+    def choose_empty(self, share: float, seed: int) -> None:
+        """Fill `empty`."""
+        if count := round(share * len(self.firsts)):
+            contents = (self.rows[self.places[first]]["sha256"] for first in self.firsts)
+            keys = [sha256(f"{seed} {content}".encode()).digest()[:8] for content in contents]
+            self.empty = set(sorted(range(len(keys)), key=keys.__getitem__)[:count])
+
     def name_clips(self) -> None:
         """Fill `pairs`."""
         clips = DiskList(self.folder, Path)
-        for place in self.places:
-            clips.append(self.rows[place]["clip"])
-        for place, name in zip(self.places, name_clips(clips), strict=True):
-            row = self.rows[place]
-            self.pairs.append([row["clip"], name, row["text"]])
+        for first in self.firsts:
+            clips.append(self.rows[self.places[first]]["clip"])
+        ends = self.firsts[1:]
+        ends.append(len(self.places))
+        for number, (first, end, name) in enumerate(zip(self.firsts, ends, name_clips(clips), strict=True)):
+            rows = [self.rows[place] for place in self.places[first:end]]
+            texts = [""] if number in self.empty else [row["text"] for row in rows]
+            self.pairs.append([rows[0]["clip"], name, texts, rows[0]["facts"], rows[0]["strip"]])
 
     def report_rows(self, limit: _TokenLimit) -> Iterator[dict[str, Any]]:
         """The rows of `ExportReport.table`; the trigger word counts for tokens only."""
-        repeats = near_duplicates(self.captions, range(len(self.captions)))
+        counts = np.diff([*self.firsts, len(self.places)])
+        clip_of = np.repeat(np.arange(len(counts)), counts)
+        repeats = near_duplicates(self.captions, clip_of)
         digests = np.array([int(self.rows[place]["sha256"][:15], 16) for place in self.places])
         _, first_of, kind_of = np.unique(digests, return_index=True, return_inverse=True)
-        number = 0  # of a clip among those that are exported
+        number = 0  # of a caption among those that are exported
         for row in self.rows:
             row |= {"status": "refused", "changed_by": ", ".join(row["changed_by"]), "same_file_as": ""}
             if row["reason"]:
                 yield row | {"num_t5_tokens": None}
                 continue
-            caption, first = self.captions[number], first_of[kind_of[number]]
+            caption, clip, first = self.captions[number], int(clip_of[number]), first_of[kind_of[number]]
+            is_first = self.firsts[clip] == number
+            if clip in self.empty:
+                caption = row["text"] = ""
+                row |= {"num_t5_tokens": limit.count_tokens(""), "changed_by": "emptied"}
             yield row | {
+                "is_first": is_first,
+                "is_empty": not caption,
                 "status": "exported",
-                "file": (Path(self.layout.clip_folder) / self.pairs[number].name).as_posix(),
+                "file": (Path(self.layout.clip_folder) / self.pairs[clip].name).as_posix(),
                 "num_words": count_words(caption),
                 "boilerplate_opening": stock_opening(caption),
                 "t5_is_estimate": limit.is_estimate,
                 "over_limit": row["num_t5_tokens"] > limit.threshold,
                 "near_duplicate": bool(repeats[number]),
-                "same_file_as": "" if first == number else self.rows[self.places[first]]["video"],
+                "same_file_as": "" if clip_of[first] == clip else self.rows[self.places[first]]["video"],
             }
             number += 1
 
@@ -225,6 +291,8 @@ def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
         "store": encodable(str(chosen.store)),
         "request": record.get("request", ""),
         "num_t5_tokens": None,
+        "facts": {},
+        "strip": "",
     }
 
 
@@ -242,12 +310,31 @@ def _unfit_clip(kind: Layout, chosen: Chosen, row: dict[str, Any]) -> str:
     captioned = chosen.record.get("video_sha256")
     if captioned and captioned != row["sha256"]:
         return "the clip has changed since it was captioned; caption it again"
-    if not captioned:  # nothing tells that this file was captioned, and a store of someone else may name any
-        try:
-            load_clip(chosen.clip, FrameSampling("uniform", 1))
+    if not captioned or kind.needs_facts:  # without it nothing tells that this file was captioned, and a store of someone
+        try:  # else may name any
+            info = load_clip(chosen.clip, FrameSampling("uniform", 1)).info
         except VideoError as error:
             return f"the clip cannot be read as a video: {error.reason}"
+        size = (info.width, info.height) if "90 degrees" in info.orientation else (info.height, info.width)  # as stored
+        facts = {"num_frames": info.num_frames, "height": size[0], "width": size[1]}
+        row["facts"] = facts | {"fps": info.average_fps, "duration": info.num_frames / info.average_fps}
+    if kind.with_strips:
+        row["strip"] = _strip_of(chosen)
     return ""
+
+
+def _strip_of(chosen: Chosen) -> str:
+    """The picture strip of a record, or "" if its store does not have it."""
+    store = _store(chosen.store)
+    with suppress(ValueError):
+        store.read_strip(chosen.record)
+        return str(store.strip_path(chosen.record))
+    return ""
+
+
+@lru_cache(maxsize=8)
+def _store(path: Path) -> CaptionStore:
+    return CaptionStore(path)
 
 
 def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:

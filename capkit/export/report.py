@@ -48,8 +48,9 @@ class ExportReport:
         read_back: result of reading the folder as the trainer does.
         command: how to start the trainer.
         options: the other arguments of the export.
-        counts: how many clips were "exported" and "refused" and, of the former, for how many each column of `COUNTED`
-            holds, how many are "over_limit", and the "most_tokens" of one.
+        counts: how many captions were "exported" and "refused" and, of the former, for how many each column of
+            `COUNTED` holds, how many are "over_limit", and the "most_tokens" of one; how many "clips" were exported,
+            and how many of them with an "empty" caption.
     """
 
     layout: str
@@ -69,14 +70,16 @@ class ExportReport:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row for each clip of the stores, as written to `path`; a million take gigabytes of memory.
+        """A row for each clip of the stores, or for each of its captions if it has several, as written to `path`.
+
+        A million take gigabytes of memory.
 
         video, store, request: where the caption is from;
         file: the clip in the export, relative to `output_dir`; "" if refused;
         status, reason: "exported" or "refused", and why;
         original, text: the caption before and after cleaning; with the trigger word unless the trainer adds it;
         edited: it was edited by hand;
-        changed_by: cleaning rules that changed it, and "trimmed";
+        changed_by: cleaning rules that changed it, "trimmed", or "emptied": its clip is of the empty share;
         num_words, num_t5_tokens, t5_is_estimate, boilerplate_opening: as in `describe`, with the trigger word counted
             as tokens; of exported clips only, like all that follows;
         over_limit: more tokens than `threshold`;
@@ -122,6 +125,8 @@ class ExportReport:
         self.counts[row["status"]] += 1
         if row["status"] == "exported":
             self.counts.update(name for name in ("over_limit", *COUNTED) if row[name])
+            self.counts["clips"] += row["is_first"]
+            self.counts["empty"] += row["is_first"] and row["is_empty"]
             self.counts["most_tokens"] = max(self.counts["most_tokens"], row["num_t5_tokens"])
 
     def __str__(self) -> str:
@@ -138,9 +143,11 @@ class ExportReport:
         else:
             tokens = f"the longest caption has {self.counts['most_tokens']} T5 tokens "
             tokens += f"({'estimated' if is_estimate else 'counted'}); {self.token_limit} are kept"
-        num_exported, num_refused = self.counts["exported"], self.counts["refused"]
+        captions = f" with {plural(self.counts['exported'], 'caption')}" if self.options["several"] else ""
+        exported = f"{plural(self.counts['clips'], 'clip')}{captions} exported for {self.layout} to {self.output_dir}"
         return [
-            f"{plural(num_exported, 'clip')} exported for {self.layout} to {self.output_dir}, {num_refused} refused",
+            f"{exported}, {self.counts['refused']} refused",
+            *([f"{plural(num, 'clip')} with an empty caption"] if (num := self.counts["empty"]) else []),
             self.read_back,
             tokens,
             *(f"{plural(num, noun)} {rest}" for name, (noun, rest) in COUNTED.items() if (num := self.counts[name])),
