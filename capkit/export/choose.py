@@ -80,9 +80,7 @@ class ChosenRecords(Sequence[Chosen]):
         return Chosen(Path(_resolved(record["video"])), store, {} if reason else record, reason)
 
 
-def choose_records(
-    stores: Any, choose: Choice | Sequence[Choice] = (), *, several: bool = False
-) -> ChosenRecords:
+def choose_records(stores: Any, choose: Choice | Sequence[Choice] = (), *, several: bool = False) -> ChosenRecords:
     """Choose a current, successful record of the entire file for each clip, in the order of the stores.
 
     Of captions with the same settings the one edited by hand is preferred, else the latest. Captions of parts of a clip
@@ -146,9 +144,7 @@ def check_choices(choose: Choice | Sequence[Choice]) -> list[Choice]:
     return choices
 
 
-def _candidates(
-    attempts: dict[int, dict[str, Any]], choices: list[Choice], several: bool
-) -> tuple[list[int], str]:
+def _candidates(attempts: dict[int, dict[str, Any]], choices: list[Choice], several: bool) -> tuple[list[int], str]:
     """Those of a clip's records, by number, between which nothing chooses; or the last one and why none is chosen."""
     last = max(attempts)
     captions = {number: record for number, record in attempts.items() if record["status"] == "ok"}

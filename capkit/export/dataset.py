@@ -6,8 +6,8 @@ import os
 import stat
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ from capkit.export.clip_names import name_clips
 from capkit.export.layouts import LAYOUTS, Layout, Pair
 from capkit.export.report import ExportReport, shared_openings
 from capkit.export.write import hold_folder, is_exported, write_export
-from capkit.files import DiskList, file_sha256, output_folder
+from capkit.files import DiskList, atomic_write, file_sha256, output_folder
 from capkit.runs import CaptionStore, TrainerSettings
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, stock_opening, t5_counter
 from capkit.text import encodable, plain_text
@@ -72,7 +72,7 @@ def export_dataset(
             as long and short ones or the samples of a sweep; only where the layout has room for them.
         empty_share: share of the clips, from 0 to below 1, that get an empty caption in place of theirs, for
             classifier-free guidance; where the trainer drops captions itself, its own option is better.
-        seed: chooses those clips, by their content, so that they stay the same when others come.
+        seed: chooses those clips, by their content, whatever their order.
 
     Raises:
         ValueError: a wrong argument; several captions of a clip and no choice; nothing to export; a folder that holds
@@ -111,6 +111,8 @@ def export_dataset(
         export.name_clips()
         if not is_exported(kind, root, export.pairs, clips, overwrite):
             write_export(kind, root, export.pairs, clips)
+        if kind.config_suffix:
+            atomic_write(kind.config_path(root), kind.config(root, trigger_word, TrainerSettings()))
         report = ExportReport(
             layout=kind.name,
             output_dir=root,
@@ -166,9 +168,13 @@ def _check_captions(kind: Layout, several: bool, empty_share: float, trigger_wor
     if not 0 <= empty_share < 1:
         raise ValueError(f"empty_share={empty_share!r}: must be at least 0 and below 1")
     if empty_share and kind.as_read("") != [""]:
-        raise ValueError(f"empty_share={empty_share!r}: {kind.trainer} cannot read an empty caption; drop captions there")
+        raise ValueError(
+            f"empty_share={empty_share!r}: {kind.trainer} cannot read an empty caption; drop captions there"
+        )
     if empty_share and kind.adds_trigger and trigger_word.strip():
-        raise ValueError(f"empty_share={empty_share!r}: {kind.trainer} would put the trigger word before empty captions")
+        raise ValueError(
+            f"empty_share={empty_share!r}: {kind.trainer} would put the trigger word before empty captions"
+        )
     if kind.needs_package and not find_spec(kind.needs_package):
         raise ValueError(f"layout={kind.name!r}: needs {kind.needs_package}: pip install {kind.needs_package}")
 
@@ -310,7 +316,9 @@ def _unfit_clip(kind: Layout, chosen: Chosen, row: dict[str, Any]) -> str:
     captioned = chosen.record.get("video_sha256")
     if captioned and captioned != row["sha256"]:
         return "the clip has changed since it was captioned; caption it again"
-    if not captioned or kind.needs_facts:  # without it nothing tells that this file was captioned, and a store of someone
+    if (
+        not captioned or kind.needs_facts
+    ):  # without it nothing tells that this file was captioned, and a store of someone
         try:  # else may name any
             info = load_clip(chosen.clip, FrameSampling("uniform", 1)).info
         except VideoError as error:

@@ -177,7 +177,9 @@ def _first_difference(layout: Layout, folder: Path, root: Path, pairs: Sequence[
             if digests and digests[0][0] != file_sha256(pair.clip):
                 return f"{clip.name} is not {pair.clip}"
             here = clip_folders[0] / clip.name
-            if not (digests or here.exists() and (here.samefile(pair.clip) or file_sha256(here) == file_sha256(pair.clip))):
+            if not (
+                digests or here.exists() and (here.samefile(pair.clip) or file_sha256(here) == file_sha256(pair.clip))
+            ):
                 return f"{clip.name} is not {pair.clip}"
     except NOT_READ as error:
         return f"it stops: {error}"

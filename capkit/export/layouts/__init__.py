@@ -6,12 +6,12 @@ from capkit.export.layouts.beside_clips import AIToolkit, Musubi, OneTrainer, Si
 from capkit.export.layouts.lists import CogVideo, CogVideoXFactory, Diffusers
 from capkit.export.layouts.rows import (
     LTX2,
+    LTX2CSV,
     DiffSynth,
     DiffSynthCSV,
     DiffSynthJSON,
     DiffusionPipe,
     FastVideo,
-    LTX2CSV,
     MusubiRows,
     OpenSora,
     VideoTuna,

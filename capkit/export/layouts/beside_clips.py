@@ -97,9 +97,7 @@ class SimpleTuner(BesideClips):
     clip_suffixes = frozenset(
         (".mp4", ".avi", ".mov", ".mkv", ".webm", ".flv", ".wmv", ".m4v", ".mpeg", ".mpg", ".3gp", ".ogv")
     )
-    launch = (
-        "simpletuner train  # in SimpleTuner, with {config} as data_backend_config in config/config.json"
-    )
+    launch = "simpletuner train  # in SimpleTuner, with {config} as data_backend_config in config/config.json"
 
     def content(self, texts: Sequence[str]) -> str:
         return "\n".join(texts)

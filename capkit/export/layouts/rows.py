@@ -55,10 +55,14 @@ class Rows(Layout):
             table = pd.read_csv(file)
             yield from ((root / path, text) for path, text in zip(table[self.path], table[self.caption], strict=True))
             return
-        lines = _read_one_a_line(file, "[", "]") if file.suffix == ".json" else open(file, encoding="ascii")
-        for row in map(json.loads, lines):
+        for row in map(json.loads, _read_one_a_line(file, "[", "]") if file.suffix == ".json" else _lines(file)):
             texts = row[self.caption] if self.holds_several else [row[self.caption]]
             yield from ((root / self.start / row[self.path], text) for text in texts)
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with open(file, encoding="ascii") as opened:
+        yield from opened
 
 
 def _write_one_a_line(file: Path, values: Iterable[str], begin: str, end: str) -> None:
@@ -98,7 +102,7 @@ class DiffSynth(Rows):
         "--dataset_metadata_path {root}/{table} --height 480 --width 832 --num_frames {num_frames} --model_id_with_origin_paths "
         '"Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*.safetensors,Wan-AI/Wan2.1-T2V-1.3B:'
         'models_t5_umt5-xxl-enc-bf16.pth,Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth" --learning_rate 1e-4 --num_epochs 5 '
-        '--remove_prefix_in_ckpt pipe.dit. --output_path OUTPUT_DIR --lora_base_model dit '
+        "--remove_prefix_in_ckpt pipe.dit. --output_path OUTPUT_DIR --lora_base_model dit "
         '--lora_target_modules "q,k,v,o,ffn.0,ffn.2" --lora_rank 32  # in DiffSynth-Studio'
     )
 

@@ -81,4 +81,3 @@ class SAT(TextFiles):
             for clip in [os.path.join(folder, name) for name in files if name.endswith(".mp4")]:
                 path = Path(clip.replace(".mp4", ".txt").replace("videos", "labels"))
                 yield Path(clip), path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else ""
-
