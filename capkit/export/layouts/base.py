@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
+
+import yaml
 
 from capkit.runs import TrainerSettings, trainer_problem
 
@@ -102,6 +105,11 @@ class Layout(ABC):
             return f"{path} has {misread[0]!r} in it, which `datasets` takes for a pattern; choose another folder"
         return ""
 
+    @property
+    def has_csv(self) -> bool:
+        """Whether captions are cells of a CSV."""
+        return any(table.endswith(".csv") for table in self.tables)
+
     def unfit_settings(self, settings: TrainerSettings) -> str:
         """Why the trainer cannot be set so, or ""."""
         if (settings.num_frames - 1) % self.frames_step == 0:
@@ -157,6 +165,11 @@ def write_text(path: Path, parts: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(parts)
+
+
+def write_yaml(settings: dict[str, Any]) -> str:
+    """Settings for a trainer as YAML, as `Layout.config` returns them."""
+    return "# Written by capkit's export.\n" + yaml.safe_dump(settings, sort_keys=False)
 
 
 def shorten(text: str, limit: int = 60) -> str:
