@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import stat
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from capkit.export.choose import Choice, Chosen, check_choices, choose_records
+from capkit.export.choose import CUT, ENTIRE, SEEN, Choice, Chosen, check_choices, choose_records
 from capkit.export.cleaning import CLEANING, clean, trim_to_sentence
+from capkit.export.clip_files import ClipFiles
 from capkit.export.clip_names import name_clips
 from capkit.export.layouts import LAYOUTS, Layout, Pair
-from capkit.export.report import ExportReport, shared_openings
+from capkit.export.report import ExportReport, csv_cell, shared_openings
 from capkit.export.write import hold_folder, is_exported, write_export
-from capkit.files import DiskList, atomic_write, file_sha256, output_folder
-from capkit.runs import CaptionStore, TrainerSettings
+from capkit.files import DiskList, atomic_write, output_folder
+from capkit.runs import TrainerSettings, seen_part, window_name
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, stock_opening, t5_counter
 from capkit.text import encodable, plain_text
-from capkit.video import FrameSampling, VideoError, load_clip
 
+PARTS = {ENTIRE: "", SEEN: "{}: what the trainer sees", CUT: "{}: cut out and encoded anew"}
 ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
 
 
@@ -44,16 +42,21 @@ def export_dataset(
     clips: str = "link",
     tokenizer: Any = None,
     overwrite: bool = False,
+    trainer: TrainerSettings | Mapping[str, Any] | None = None,
+    cut: str = "",
+    crf: int = 18,
     several: bool = False,
     empty_share: float = 0.0,
     seed: int = 0,
 ) -> ExportReport:
     """Write clips and captions in a trainer's layout, and read them back by the trainer's own rules.
 
-    Texts edited by hand are preferred to the model's. What the layout cannot hold is refused clip by clip with the
-    reason: captions of parts of a clip, clips that are missing or have changed since, captions that the trainer would
-    read differently. The folder gets its name only after it has been read back correctly; a report is written beside
-    it. Captions are kept in temporary files beside it meanwhile, because a million take gigabytes.
+    Texts edited by hand are preferred to the model's, and captions of the window that the trainer sees to those of the
+    entire file. What the trainer cannot take is refused clip by clip with the reason: clips that are missing or have
+    changed since, that its decoder cannot open or that are too short for it, captions of other windows, captions that it
+    would read differently. The folder gets its name only after it has been read back correctly; a report, and the file of
+    settings that some trainers need, are written beside it. Captions are kept in temporary files beside it meanwhile,
+    because a million take gigabytes.
 
     Args:
         stores: a caption store or its file, or several.
@@ -68,8 +71,14 @@ def export_dataset(
         tokenizer: T5 tokenizer or its folder, such as `tokenizer/` of a CogVideoX checkpoint; None or "" to estimate.
             Because estimates err, captions then count as too long from a tenth below the limit.
         overwrite: replace an earlier export in this layout, if nothing else is in its folder.
-        several: export all captions of a clip that `choose` matches, in its order, or all that there are without it, such
-            as long and short ones or the samples of a sweep; only where the layout has room for them.
+        trainer: what the trainer is set to, `TrainerSettings` or its fields: {"num_frames": 49}. It decides which window of
+            a clip the trainer sees and which clips it can take, and is in the command.
+        cut: "encode" cuts windows that the trainer would not see as they are out of their clips, each as a clip of its
+            own: the very frames, encoded anew as H.264 without sound, in `<output_dir>.cut/`, which the export links to.
+            An export that was stopped goes on with those in it. "" refuses them.
+        crf: quality of these, see `capkit.video.cutting.cut_clip`.
+        several: export all captions of a clip that `choose` matches, in its order, or all that there are without it,
+            such as long and short ones or the samples of a sweep; only where the layout has room for them.
         empty_share: share of the clips, from 0 to below 1, that get an empty caption in place of theirs, for
             classifier-free guidance; where the trainer drops captions itself, its own option is better.
         seed: chooses those clips, by their content, whatever their order.
@@ -85,22 +94,27 @@ def export_dataset(
         "token_limit": token_limit,
         "on_too_long": on_too_long,
         "clips": clips,
+        "trainer": trainer,
+        "cut": cut,
+        "crf": crf,
         "several": several,
         "empty_share": empty_share,
+        "trigger_word": trigger_word,
     }
-    check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, trigger_word=trigger_word, **options)
+    check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
+    settings = TrainerSettings.of(kind.window_rule, trainer)
     is_estimate = tokenizer is None or tokenizer == ""
     threshold = int(token_limit * (1 - ESTIMATE_ERROR)) if is_estimate else token_limit
     trigger_word = encodable(trigger_word.strip())
     prefix = f"{trigger_word} " if trigger_word else ""
     limit = _TokenLimit(threshold, on_too_long, prefix, t5_counter(tokenizer), is_estimate)
-    with hold_folder(root):
+    with hold_folder(root), ClipFiles(kind, settings, root.with_name(f"{root.name}.cut"), crf) as files:
         export = _Export(kind, root)
-        for chosen in choose_records(stores, choose, several=several):
+        for chosen in choose_records(stores, choose, is_seen=files.is_seen, cut=cut != "", several=several):
             row = _row(chosen, rules)
-            row["reason"] = encodable(chosen.reason or _unfit_clip(kind, chosen, row) or _fit_text(row, kind, limit))
+            row["reason"] = encodable(chosen.reason or files.check(chosen, row) or _fit_text(row, kind, limit))
             export.add(row)
         if not export.rows:
             raise ValueError("nothing to export: there are no captions in the stores")
@@ -112,7 +126,7 @@ def export_dataset(
         if not is_exported(kind, root, export.pairs, clips, overwrite):
             write_export(kind, root, export.pairs, clips)
         if kind.config_suffix:
-            atomic_write(kind.config_path(root), kind.config(root, trigger_word, TrainerSettings()))
+            atomic_write(kind.config_path(root), kind.config(root, trigger_word, settings))
         report = ExportReport(
             layout=kind.name,
             output_dir=root,
@@ -120,8 +134,9 @@ def export_dataset(
             token_limit=token_limit,
             threshold=threshold,
             read_back=f"read back as {kind.trainer} reads it: all {len(export.pairs)} pairs are right",
-            command=kind.command(root, trigger_word, TrainerSettings()),
-            options=options | {"cleaning": rules, "trigger_word": trigger_word, "seed": seed},
+            command=kind.command(root, trigger_word, settings),
+            options=options
+            | {"cleaning": rules, "trigger_word": trigger_word, "trainer": asdict(settings), "seed": seed},
         )
         report.save(export.report_rows(limit))
     return report
@@ -137,15 +152,20 @@ def check_export(
     on_too_long: str = "report",
     clips: str = "link",
     tokenizer: Any = None,
-    trigger_word: str = "",
+    trainer: TrainerSettings | Mapping[str, Any] | None = None,
+    cut: str = "",
+    crf: int = 18,
     several: bool = False,
     empty_share: float = 0.0,
+    trigger_word: str = "",
 ) -> None:
     """Check arguments of `export_dataset`, for example before the captions are made; it raises the same ValueErrors."""
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
     _check_value("layout", layout, LAYOUTS)
     _check_value("on_too_long", on_too_long, ("report", "trim", "refuse"))
     _check_value("clips", clips, ("link", "copy", "hardlink"))
+    _check_value("cut", cut, ("", "encode"))
+    _check_value("crf", crf, range(52))
     if set(rules) - set(CLEANING):
         raise ValueError(f"cleaning={rules!r}: must be of {', '.join(map(repr, CLEANING))}")
     if token_limit < 2:
@@ -154,6 +174,8 @@ def check_export(
     t5_counter(tokenizer)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     _check_captions(kind, several, empty_share, trigger_word)
+    if reason := kind.unfit_settings(TrainerSettings.of(kind.window_rule, trainer)):
+        raise ValueError(f"trainer: {reason}")
     if reason := kind.unfit_root(root):
         raise ValueError(f"output_dir: {reason}")
     is_exported(kind, root, [], clips, overwrite=True)  # raises for a folder that holds something else
@@ -194,9 +216,10 @@ class _TokenLimit:
         return self.count_tokens(self.prefix + caption)
 
 
-def _check_value(name: str, value: Any, values: Sequence[str] | dict[str, Any]) -> None:
+def _check_value(name: str, value: Any, values: Sequence[Any] | dict[str, Any]) -> None:
     if value not in values:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, values))}")
+        names = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(repr, values))
+        raise ValueError(f"{name}={value!r}: must be one of {names}")
 
 
 class _Export:
@@ -277,6 +300,7 @@ class _Export:
                 "over_limit": row["num_t5_tokens"] > limit.threshold,
                 "near_duplicate": bool(repeats[number]),
                 "same_file_as": "" if clip_of[first] == clip else self.rows[self.places[first]]["video"],
+                "csv_cell": csv_cell(row["text"]) if self.layout.has_csv else "",
             }
             number += 1
 
@@ -297,52 +321,12 @@ def _row(chosen: Chosen, rules: Sequence[str]) -> dict[str, Any]:
         "store": encodable(str(chosen.store)),
         "request": record.get("request", ""),
         "num_t5_tokens": None,
+        "part": PARTS[chosen.part].format(window_name(record)),
+        "not_taken": chosen.not_taken,
+        "saw": seen_part(record),
         "facts": {},
         "strip": "",
     }
-
-
-def _unfit_clip(kind: Layout, chosen: Chosen, row: dict[str, Any]) -> str:
-    """Why a clip cannot be exported, or "" with its digest in the row."""
-    suffix = chosen.clip.suffix.lower()
-    if kind.clip_suffixes and suffix not in kind.clip_suffixes:
-        return f"{kind.trainer} takes only {', '.join(sorted(kind.clip_suffixes))}, not {suffix or 'no suffix at all'}"
-    try:
-        if not stat.S_ISREG(os.stat(chosen.clip).st_mode):  # a pipe would have no end
-            return "the clip is not a regular file"
-        row["sha256"] = file_sha256(chosen.clip)
-    except (OSError, ValueError) as error:
-        return f"the clip cannot be read: {getattr(error, 'strerror', None) or error}"
-    captioned = chosen.record.get("video_sha256")
-    if captioned and captioned != row["sha256"]:
-        return "the clip has changed since it was captioned; caption it again"
-    if (
-        not captioned or kind.needs_facts
-    ):  # without it nothing tells that this file was captioned, and a store of someone
-        try:  # else may name any
-            info = load_clip(chosen.clip, FrameSampling("uniform", 1)).info
-        except VideoError as error:
-            return f"the clip cannot be read as a video: {error.reason}"
-        size = (info.width, info.height) if "90 degrees" in info.orientation else (info.height, info.width)  # as stored
-        facts = {"num_frames": info.num_frames, "height": size[0], "width": size[1]}
-        row["facts"] = facts | {"fps": info.average_fps, "duration": info.num_frames / info.average_fps}
-    if kind.with_strips:
-        row["strip"] = _strip_of(chosen)
-    return ""
-
-
-def _strip_of(chosen: Chosen) -> str:
-    """The picture strip of a record, or "" if its store does not have it."""
-    store = _store(chosen.store)
-    with suppress(ValueError):
-        store.read_strip(chosen.record)
-        return str(store.strip_path(chosen.record))
-    return ""
-
-
-@lru_cache(maxsize=8)
-def _store(path: Path) -> CaptionStore:
-    return CaptionStore(path)
 
 
 def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 from capkit import __version__
 from capkit.export.write import report_of
 from capkit.files import atomic_writer, now
-from capkit.text import escape, plain_text, plural
+from capkit.text import escape, is_formula, plain_text, plural
 
 OPENING_WORDS = 4
 _TEXT, _NUMBER, _FLAG = "str", "Int64", "boolean"
@@ -24,7 +24,8 @@ COLUMNS = {
     **{"video": _TEXT, "file": _TEXT, "status": _TEXT, "reason": _TEXT, "text": _TEXT, "original": _TEXT},
     **{"edited": "bool", "changed_by": _TEXT, "num_words": _NUMBER, "num_t5_tokens": _NUMBER},
     **{"t5_is_estimate": _FLAG, "over_limit": _FLAG, "boilerplate_opening": _TEXT, "near_duplicate": _FLAG},
-    **{"same_file_as": _TEXT, "store": _TEXT, "request": _TEXT},
+    **{"same_file_as": _TEXT, "part": _TEXT, "not_taken": _TEXT, "saw": _TEXT, "csv_cell": _TEXT},
+    **{"store": _TEXT, "request": _TEXT},
 }
 """The table's columns and their types."""
 COUNTED = {
@@ -32,6 +33,10 @@ COUNTED = {
     "near_duplicate": ("caption", "nearly like another clip's"),
     "changed_by": ("caption", "changed by cleaning; the originals are in the report"),
     "same_file_as": ("clip", "with the content of another"),
+    "part": ("caption", "of a part of a file: see `part` in the report"),
+    "not_taken": ("file", "of which another part has a caption too, which was not taken"),
+    "saw": ("caption", "made from a part of what it is of: see `saw` in the report"),
+    "csv_cell": ("caption", "that spreadsheets, or other readers of CSV, read otherwise: see `csv_cell` in the report"),
 }
 
 
@@ -84,7 +89,11 @@ class ExportReport:
             as tokens; of exported clips only, like all that follows;
         over_limit: more tokens than `threshold`;
         near_duplicate: nearly the caption of another clip;
-        same_file_as: another clip with the same content, or "".
+        same_file_as: another clip with the same content, or "";
+        part: what of the clip it is a caption of, unless it is the entire file;
+        not_taken: another part of the clip that has a caption too, or "";
+        saw: how much of that part the captioner saw, such as "24 of 60 s", unless it is all;
+        csv_cell: why a reader of CSV other than the trainer would misread it, or "".
         """
         rows = json.loads(self.path.read_text(encoding="utf-8"))["clips"]
         return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
@@ -175,3 +184,13 @@ def shared_openings(texts: Iterable[str]) -> pd.DataFrame:
     starts = Counter(" ".join(re.findall(r"\w+(?:['’-]\w+)*", text.lower())[:OPENING_WORDS]) for text in texts)
     rows = [(opening, count) for opening, count in starts.most_common(20) if count > 1 and opening]
     return pd.DataFrame(rows, columns=["opening", "num_captions"])
+
+
+def csv_cell(text: str) -> str:
+    """Why a text is written to a CSV for the trainer as it is, but other readers misread it; or "".
+
+    The trainer would learn an apostrophe that keeps a spreadsheet from running a text as a formula.
+    """
+    if "\0" in text:
+        return "has NULs, at which Python's csv module stops before 3.11"
+    return f"begins with {text[0]!r}: spreadsheets take it for a formula" if is_formula(text) else ""

@@ -68,8 +68,11 @@ def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str, o
     if root.is_symlink() and not root.exists():
         raise ValueError(f"output_dir: {root} is a link to {os.readlink(root)!r}, which is not there")
     report = report_of(root)
-    if os.path.lexists(report) and not (report.is_file() and _begins_with(report, REPORT_BEGINS)):
-        raise ValueError(f"output_dir: {report}, where the report goes, is something else; choose another folder")
+    config = layout.config_path(root) if layout.config_suffix else report
+    for path, mark in ((report, REPORT_BEGINS), (config, b"capkit")):
+        if os.path.lexists(path) and not (path.is_file() and mark in _first_bytes(path)):
+            what = "report goes" if path == report else "trainer's settings go"
+            raise ValueError(f"output_dir: {path}, where the {what}, is something else; choose another folder")
     if not root.exists() or root.is_dir() and not any(root.iterdir()):
         return False
     if not root.is_dir():
@@ -186,6 +189,6 @@ def _first_difference(layout: Layout, folder: Path, root: Path, pairs: Sequence[
     return f"{len(places)} of {len(pairs)} clips are missing, such as {min(places)}" if places else ""
 
 
-def _begins_with(path: Path, content: bytes) -> bool:
+def _first_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(len(content)) == content
+        return file.read(100)

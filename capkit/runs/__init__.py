@@ -3,7 +3,7 @@
 from capkit.console import is_interactive
 from capkit.files import output_folder
 from capkit.runs.caption import caption_clips, check_numbers
-from capkit.runs.clip_ids import clip_id, window_name
+from capkit.runs.clip_ids import clip_id, seen_part, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
 from capkit.runs.index import Records, is_stopped
 from capkit.runs.manifests import Item, choose_columns, read_rows
@@ -36,6 +36,7 @@ __all__ = [
     "caption_clips",
     "check_numbers",
     "clip_id",
+    "seen_part",
     "window_name",
     "DEMO_CLIPS",
     "Item",

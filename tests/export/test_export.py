@@ -13,13 +13,14 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from video_factory import encode_clip
+from video_factory import encode_clip, tiny_clip
 
 import capkit
 from capkit import CaptionStore
 from capkit.export import CLEANING, LAYOUTS, ExportBusy, ExportError, export_dataset
 from capkit.export.layouts import LINE_SEPARATORS
 from capkit.files import file_sha256 as sha256_of
+from capkit.runs import TrainerSettings
 
 TEXTS = {
     "plain": " A dog runs.",
@@ -53,13 +54,13 @@ NAMES = [
 
 
 def write_store(path, folder, captions):
-    """A store with records of files that hold something each; captions: {clip name: text or fields}."""
+    """A store with records of clips, each of its own content; captions: {clip name: text or fields}."""
     records = []
     for number, (clip, fields) in enumerate(captions.items()):
         file = folder / clip
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(f"not a video: {clip}".encode())
+            file.write_bytes(tiny_clip(clip))
         records.append(a_record(f"{path.stem} {number}", file, fields))
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return CaptionStore(path)
@@ -215,7 +216,8 @@ class TestEveryCaptionAndEveryName:
         written = [row.text for row in report.exported.itertuples()]
         assert all(text.startswith("ZORP ") != LAYOUTS[layout].adds_trigger for text in written)
         assert not any(letter in text for text in written for letter in LINE_SEPARATORS + "\t")
-        assert ("ZORP" in report.command) == LAYOUTS[layout].adds_trigger
+        config = LAYOUTS[layout].config(tmp_path / "out", "ZORP", TrainerSettings())
+        assert ("ZORP" in report.command + config) == LAYOUTS[layout].adds_trigger
         clips = [path for path in (tmp_path / "out").rglob("*.mp4")]
         assert len(clips) == len(report.exported) and not any(clip.is_symlink() for clip in clips)
         by_content = {sha256_of(str(clip)): clip for clip in clips}
@@ -319,6 +321,7 @@ class TestWhichCaption:
         secret, pipe = tmp_path / "secret", tmp_path / "clips" / "pipe.mov"
         secret.write_text("root:x:0:0\n" * 100)
         store = make_store({"good.mp4": "A dog.", "text.mp4": unknown, "true.mp4": unknown})
+        (tmp_path / "clips" / "text.mp4").write_text("not a video")
         encode_clip(tmp_path / "clips" / "true.mp4", range(3))
         os.mkfifo(pipe)
         for number, video in enumerate((pipe, "/dev/zero", secret, tmp_path, "\ud800.mp4")):
@@ -456,7 +459,8 @@ class TestFolder:
             export_dataset(store, layout, root)
         report = export_dataset(store, layout, root, overwrite=True)
         assert report.exported["text"].iloc[0] == "Our dog." and "all 2 pairs are right" in report.read_back
-        assert {path.name for path in root.parent.iterdir()} == {"out", "out.export.json"}
+        suffix = LAYOUTS[layout].config_suffix
+        assert {path.name for path in root.parent.iterdir()} == {"out", "out.export.json", f"out{suffix}"}
         (root / latents).mkdir(parents=True)
         with pytest.raises(ValueError, match=f"holds {latents}/, which a trainer has computed from clips"):
             export_dataset(store, layout, root, overwrite=True)

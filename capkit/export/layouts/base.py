@@ -11,6 +11,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import yaml
+
 from capkit.runs import TrainerSettings, trainer_problem
 
 # What str.splitlines breaks at. Some trainers break a caption at all of these, some only at "\n" and "\r".
@@ -125,6 +127,11 @@ class Layout(ABC):
             return f"{path} has {misread[0]!r} in it, which `datasets` takes for a pattern; choose another folder"
         return ""
 
+    @property
+    def has_csv(self) -> bool:
+        """Whether captions are cells of a CSV."""
+        return any(table.endswith(".csv") for table in self.tables)
+
     def unfit_settings(self, settings: TrainerSettings) -> str:
         """Why the trainer cannot be set so, or ""."""
         if (settings.num_frames - 1) % self.frames_step == 0:
@@ -133,8 +140,8 @@ class Layout(ABC):
 
     @property
     def is_choosy(self) -> bool:
-        """Whether `unfit_clip` or the decoder can refuse a clip, so that its file must be opened."""
-        return bool(self.decoder) or self.fewest_frames > 1
+        """Whether a clip must be opened: `unfit_clip` or the decoder can refuse it, or its facts are needed."""
+        return bool(self.decoder) or self.fewest_frames > 1 or self.needs_facts
 
     def unfit_clip(self, num_frames: int, average_fps: float, settings: TrainerSettings) -> str:
         """Why the trainer cannot take a clip of so many frames, or "": it would stop, or pass over it."""
@@ -183,6 +190,11 @@ def write_text(path: Path, parts: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(parts)
+
+
+def write_yaml(settings: dict[str, Any]) -> str:
+    """Settings for a trainer as YAML, as `Layout.config` returns them."""
+    return "# Written by capkit's export.\n" + yaml.safe_dump(settings, sort_keys=False)
 
 
 def shorten(text: str, limit: int = 60) -> str:
