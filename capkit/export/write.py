@@ -68,8 +68,8 @@ def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str, o
     if root.is_symlink() and not root.exists():
         raise ValueError(f"output_dir: {root} is a link to {os.readlink(root)!r}, which is not there")
     report = report_of(root)
-    config = layout.config_path(root) if layout.config_suffix else report
-    for path, mark in ((report, REPORT_BEGINS), (config, b"capkit")):
+    marks = {report: REPORT_BEGINS} | ({layout.config_path(root): b"capkit"} if layout.config_suffix else {})
+    for path, mark in marks.items():
         if os.path.lexists(path) and not (path.is_file() and mark in _first_bytes(path)):
             what = "report goes" if path == report else "trainer's settings go"
             raise ValueError(f"output_dir: {path}, where the {what}, is something else; choose another folder")
@@ -165,7 +165,7 @@ def _replace_folder(new: Path, root: Path) -> None:
 
 
 def _first_difference(layout: Layout, folder: Path, root: Path, pairs: Sequence[Pair]) -> str:
-    """What differs from the pairs when a folder, which is or will be the root, is read as the trainer reads it, or ""."""
+    """What differs from the pairs when a folder that is or will be the root is read as its trainer does, or ""."""
     places = {pair.name: place for place, pair in enumerate(pairs)}  # of those not read yet
     clip_folders = [path / layout.clip_folder for path in (folder, root)]
     try:
