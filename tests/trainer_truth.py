@@ -1,4 +1,4 @@
-"""How trainers take frames out of a clip, written down a second time from their sources (see `capkit.runs.trainers`)."""
+"""How trainers take frames out of a clip, written down a second time from the sources in `capkit.runs.trainers`."""
 
 import numpy as np
 
@@ -60,13 +60,13 @@ def finetrainers(reader, num_frames):
     return reader.get_batch(range(len(reader)))
 
 
-def sat(reader, max_num_frames, fps=8, skip=3.0):
+def sat(reader, max_num_frames, rate=8, skip=3.0):
     actual_fps, length = reader.get_avg_fps(), len(reader)
     start = int(skip)
-    if length / actual_fps * fps > max_num_frames:
+    if length / actual_fps * rate > max_num_frames:
         num_frames = max_num_frames
-        end = int(start + num_frames / fps * actual_fps)
-        end_safty = min(int(start + num_frames / fps * actual_fps), int(length))
+        end = int(start + num_frames / rate * actual_fps)
+        end_safty = min(int(start + num_frames / rate * actual_fps), int(length))
         indices = np.arange(start, end, (end - start) // num_frames).astype(int)
         frames = reader.get_batch(np.arange(start, end_safty))
         frames = frames[indices - start]

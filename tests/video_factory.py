@@ -137,7 +137,7 @@ def _sixty_frames():
 
 
 def tiny_clip(own=""):
-    """The bytes of an MP4 of 60 frames that every trainer takes, with a text of its own in a box that players pass over."""
+    """The bytes of an MP4 of 60 frames that every trainer takes; its own text is in a box that players pass over."""
     text = own.encode()
     return _sixty_frames() + struct.pack(">I4s", 8 + len(text), b"free") + text
 

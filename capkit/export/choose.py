@@ -109,9 +109,9 @@ def choose_records(
     """Choose a current, successful record for each clip, in the order of the stores.
 
     Captions edited by hand are preferred to all others, whatever `choose` says; then those of the window that the
-    trainer sees, then those of the entire file. Of captions with the same settings the latest is taken. A caption of
-    another part of a clip is one of a clip of its own if that is to be cut out, and else never chosen, because a trainer
-    would see other frames.
+    trainer sees, then those of the entire file. Of captions with the same settings the latest is taken. Captions of
+    other windows are those of clips of their own if these are cut out, and else never chosen, because the trainer would
+    see other frames.
 
     Args:
         stores: a caption store or its file, or several.
@@ -274,7 +274,7 @@ def _describe_ambiguous(num_clips: int, first: list[dict[str, Any]]) -> str:
             example = example or plain_text(f"[{{{json.dumps(name)}: {list(values)[-1]}}}]")
     flow = quote(f"choose: {example}")
     return (
-        f"several captions of {plural(num_clips, 'clip')}, the first {plain_text(first[0]['video'])}; choose='latest' takes "
-        "the latest of each, but what was edited by hand wins (papermill: -p choose latest). Or name a value of what they "
-        f"differ in, such as choose={example} (papermill: -y {flow}):{choices}"
+        f"several captions of {plural(num_clips, 'clip')}, the first {plain_text(first[0]['video'])}; choose='latest' "
+        "takes the latest of each, but what was edited by hand wins (papermill: -p choose latest). Or name a value of "
+        f"what they differ in, such as choose={example} (papermill: -y {flow}):{choices}"
     )

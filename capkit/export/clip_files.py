@@ -49,7 +49,7 @@ class ClipFiles:
         self._cutter.close()
 
     def is_seen(self, record: dict[str, Any]) -> bool:
-        """Whether a record's window is what the trainer sees of the clip; True too if it cannot take the clip at all."""
+        """Whether a record's window is what the trainer sees of the clip; True too if it cannot take the clip."""
         rule, video = self._layout.window_rule, record["video"]
         if not rule:
             return False
@@ -112,7 +112,7 @@ class ClipFiles:
         return reason, found | {"fps": info.average_fps}
 
     def _cut(self, chosen: Chosen, row: dict[str, Any]) -> str:
-        """Cut a window out, unless that was done before; the reason why it cannot be, or "" with the file in the row."""
+        """Cut a window out, unless that was done before; why it cannot be, or "" with the file in the row."""
         facts = self._facts(chosen.clip, by_decord=False)
         if isinstance(facts, str):
             return f"the clip cannot be read as a video: {facts}"

@@ -53,8 +53,8 @@ def export_dataset(
 
     Texts edited by hand are preferred to the model's, and captions of the window that the trainer sees to those of the
     entire file. What the trainer cannot take is refused clip by clip with the reason: clips that are missing or have
-    changed since, that its decoder cannot open or that are too short for it, captions of other windows, captions that it
-    would read differently. The folder gets its name only after it has been read back correctly; a report, and the file of
+    changed since, that its decoder cannot open or that are too short, captions of other windows, captions that it would
+    read differently. The folder gets its name only after it has been read back correctly; a report, and the file of
     settings that some trainers need, are written beside it. Captions are kept in temporary files beside it meanwhile,
     because a million take gigabytes.
 
@@ -71,11 +71,11 @@ def export_dataset(
         tokenizer: T5 tokenizer or its folder, such as `tokenizer/` of a CogVideoX checkpoint; None or "" to estimate.
             Because estimates err, captions then count as too long from a tenth below the limit.
         overwrite: replace an earlier export in this layout, if nothing else is in its folder.
-        trainer: what the trainer is set to, `TrainerSettings` or its fields: {"num_frames": 49}. It decides which window of
-            a clip the trainer sees and which clips it can take, and is in the command.
-        cut: "encode" cuts windows that the trainer would not see as they are out of their clips, each as a clip of its
-            own: the very frames, encoded anew as H.264 without sound, in `<output_dir>.cut/`, which the export links to.
-            An export that was stopped goes on with those in it. "" refuses them.
+        trainer: what the trainer is set to, `TrainerSettings` or its fields: {"num_frames": 49}. It tells which window
+            of a clip the trainer sees and which clips it can take, and is in the command.
+        cut: "encode" makes clips of windows that the trainer would not see as they are: just their frames, encoded anew
+            as H.264 without sound, in `<output_dir>.cut/`, which the export links to. An export that was stopped goes
+            on with those in it. "" refuses such windows.
         crf: quality of these, see `capkit.video.cutting.cut_clip`.
         several: export all captions of a clip that `choose` matches, in its order, or all that there are without it,
             such as long and short ones or the samples of a sweep; only where the layout has room for them.

@@ -27,7 +27,7 @@ def window_name(record: Mapping[str, Any]) -> str:
 
 
 def seen_part(record: Mapping[str, Any]) -> str:
-    """How much of its clip or window a caption rests on, such as "24 of 60 s"; "" if all of it, or if that is not known.
+    """How much of its clip or window a caption rests on, such as "24 of 60 s"; "" if it is all of it, or not known.
 
     A frame stands for the time until the next one would come.
     """

@@ -7,8 +7,8 @@
   to 4k + 1 frames, and a clip of which one frame is left stops it, because `squeeze` takes the frame's dimension away.
 - "cogvideox-factory" (a-r-r-o-w/cogvideox-factory 223add1, training/cogvideox/dataset.py, one frame bucket of F): as
   "cogvideo"; fewer than F frames stop it, because n // F is 0.
-- "finetrainers" (a-r-r-o-w/finetrainers f476c37, finetrainers/functional/video.py, one bucket of F): F frames spread over
-  the entire clip; a shorter clip is used in full.
+- "finetrainers" (a-r-r-o-w/finetrainers f476c37, finetrainers/functional/video.py, one bucket of F): F frames spread
+  over the entire clip; a shorter clip is used in full.
 - "sat" (zai-org/CogVideo 7a1af71, sat/data_video.py, SFTDataset): without the first 3 frames, F frames at about `fps` a
   second; of clips too short for that every ((n - 6) // F)-th without the last 3 either, or 4k + 1 frames as they come.
   It stops where the last frame that it wants is not there, as in clips that are hardly longer than F / fps seconds.

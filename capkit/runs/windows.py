@@ -47,8 +47,8 @@ def cut_into(
         timeout_seconds: longest time to list one file's frames.
 
     Raises:
-        ValueError: both are set, `window_seconds` is below 0.1, unknown trainer, a setting out of range or without effect,
-            or a trainer and an item with a window of its own.
+        ValueError: both are set, `window_seconds` is below 0.1, unknown trainer, a setting out of range or without
+            effect, or a trainer and an item with a window of its own.
     """
     items = check_items(items)
     settings = {"num_frames": num_frames, "frames_per_second": frames_per_second, "stride": stride}

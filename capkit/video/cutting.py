@@ -52,7 +52,8 @@ def cut_clip(source: str, first: int, last: int, target: str, crf: int) -> None:
                 frames = read_frames(source, lambda times, info, wanted=wanted: wanted)[0]
                 assert isinstance(frames, np.ndarray)
                 height, width = (side - side % 2 for side in frames.shape[1:3])
-                stream.height, stream.width = height, width
+                if start == 0:
+                    stream.height, stream.width = height, width
                 for tick, pixels in zip(ticks[start:].tolist(), frames, strict=False):
                     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels[:height, :width]), format="rgb24")
                     frame.pts, frame.time_base = tick, time_base

@@ -7,8 +7,8 @@ from trainer_truth import LOADERS, frames_taken
 from capkit.runs import TRAINERS, TrainerSettings, trainer_indices, trainer_problem, trainer_span
 
 RATES = (8.0, 10.0, 12.0, 15.0, 16.0, 24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60.0)
-MORE = {"sat": [{}, {"fps": 16}], "videox-fun": [{}, {"stride": 1}, {"stride": 4}]}
-NAMES = {"fps": "frames_per_second"}
+MORE = {"sat": [{}, {"rate": 16}], "videox-fun": [{}, {"stride": 1}, {"stride": 4}]}
+NAMES = {"rate": "frames_per_second"}
 
 
 def settings_of(num_frames, more):
@@ -21,7 +21,7 @@ def test_all_trainers_have_a_loader_to_compare_with():
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_frames_are_those_that_the_trainers_loader_takes(trainer):
-    """Clips of 1 to 200 frames at 5 to 60 frames a second; the spans hold just the frames from the first to the last."""
+    """Clips of 1 to 200 frames at 5 to 60 a second; the spans hold just the frames from the first to the last."""
     for more in MORE.get(trainer, [{}]):
         for num_frames in (9, 49, 81):
             settings = settings_of(num_frames, more)

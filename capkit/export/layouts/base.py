@@ -69,15 +69,15 @@ class Layout(ABC):
         with_strips: `Pair.strip` is written.
         needs_package: a Python package that is not installed with capkit.
         packs_clips: clips are copied into archives by `write`, not placed in `clip_folder`.
-        launch: template of `command`, with the fields root and config (quoted for a shell), path (not quoted), table (the
-            first), trigger, and those of `TrainerSettings`.
+        launch: template of `command`, with the fields root and config (quoted for a shell), path (not quoted), table
+            (the first), trigger, and those of `TrainerSettings`.
         needs: versions of packages that the trainer needs, in words; added to `command`.
         config_suffix: of the file beside the root that `config` fills and `command` names; "" for none.
-        decoder: "decord" if the trainer reads clips with decord 0.6.0: clips that it cannot open, or counts otherwise, are
-            refused then. "" for a decoder that reads what capkit reads.
+        decoder: "decord" if the trainer reads clips with decord 0.6.0: clips that it cannot open, or counts otherwise,
+            are refused then. "" for a decoder that reads what capkit reads.
         fewest_frames: that a clip must have.
-        window_rule: the one of `capkit.runs.TRAINERS` whose rule tells which frames of a clip the trainer sees, and which
-            clips it cannot take; "" if it sees the entire clip.
+        window_rule: the one of `capkit.runs.TRAINERS` whose rule tells which frames of a clip the trainer sees, and
+            which clips it cannot take; "" if it sees the entire clip.
         frames_step: the number of frames that the trainer is set to must be a multiple of it, and 1.
         uses_datasets: the trainer gives the root to `load_dataset`.
     """
@@ -173,7 +173,7 @@ class Layout(ABC):
         return root.with_name(root.name + self.config_suffix)
 
     def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
-        """What the trainer reads as its settings, if `config_suffix` is set; its first line must have "capkit" in it."""
+        """What the trainer reads as its settings, if `config_suffix` is set; its first line must name capkit."""
         return ""
 
     def command(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:

@@ -55,8 +55,8 @@ class CogVideo(TwoLists):
     """zai-org/CogVideo, `finetune/`: one line a clip in `prompts.txt` and `videos.txt`, the clips in `videos/`.
 
     Captions must not contain line breaks. Latents and first frames are cached by the clip's stem. Clips are read with
-    decord. Facts: zai-org/CogVideo 7a1af71, finetune/datasets/utils.py and finetune/schemas/args.py. Flags without which
-    it stops: --model_path --model_name --model_type --training_type --output_dir --data_root --caption_column
+    decord. Facts: zai-org/CogVideo 7a1af71, finetune/datasets/utils.py and finetune/schemas/args.py. Flags without
+    which it stops: --model_path --model_name --model_type --training_type --output_dir --data_root --caption_column
     --video_column --train_resolution --report_to. Others here: --train_epochs --mixed_precision. Of the resolution,
     frames x height x width, the frames must be 8 N + 1.
     """
@@ -70,16 +70,16 @@ class CogVideo(TwoLists):
     launch = (
         "accelerate launch train.py --model_path THUDM/CogVideoX1.5-5B --model_name cogvideox1.5-t2v "
         "--model_type t2v --training_type lora --train_resolution {num_frames}x768x1360 --train_epochs 10 "
-        "--mixed_precision bf16 --report_to tensorboard --data_root {root} --caption_column prompts.txt --video_column videos.txt "
-        "--output_dir OUTPUT_DIR  # in CogVideo/finetune"
+        "--mixed_precision bf16 --report_to tensorboard --data_root {root} --caption_column prompts.txt "
+        "--video_column videos.txt --output_dir OUTPUT_DIR  # in CogVideo/finetune"
     )
 
 
 class Diffusers(TwoLists):
     """diffusers, `examples/cogvideo`: one line a clip in `prompts.txt` and `videos.txt`, the clips in `videos/`.
 
-    Captions must not contain line breaks. `--id_token` is put before them without a space, so it must end with one. Clips
-    are read with decord, all before training begins. Facts: huggingface/diffusers 02303d1,
+    Captions must not contain line breaks. `--id_token` is put before them without a space, so it must end with one.
+    Clips are read with decord, all before training begins. Facts: huggingface/diffusers 02303d1,
     examples/cogvideo/train_cogvideox_lora.py. Its flags here: --pretrained_model_name_or_path --instance_data_root
     --caption_column --video_column --id_token --height --width --fps --max_num_frames --train_batch_size
     --num_train_epochs --mixed_precision --output_dir.
@@ -120,5 +120,6 @@ class CogVideoXFactory(TwoLists):
         "accelerate launch training/cogvideox/cogvideox_text_to_video_lora.py "
         "--pretrained_model_name_or_path THUDM/CogVideoX-5b --data_root {root} --caption_column prompts.txt "
         "--video_column videos.txt {trigger}--height_buckets 480 --width_buckets 720 --frame_buckets {num_frames} "
-        "--max_num_frames {num_frames} --train_batch_size 1 --mixed_precision bf16 --output_dir OUTPUT_DIR  # in cogvideox-factory"
+        "--max_num_frames {num_frames} --train_batch_size 1 --mixed_precision bf16 --output_dir OUTPUT_DIR"
+        "  # in cogvideox-factory"
     )

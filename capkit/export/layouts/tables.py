@@ -3,8 +3,8 @@
 All but VideoX-Fun read with `load_dataset("videofolder")`, which finds `metadata.jsonl` or `.csv` (never `.json`) and
 has four traps. It takes words in file names for splits: beside a clip called `test_1.mp4` there is no split "train"
 any more; so clips are renamed (see `capkit.export.clip_names`). It converts captions that all look like dates to times
-(JSON), and captions such as "12" and "None" to numbers and missing values (CSV). It ignores rows without a clip
-and clips without a row. And it takes `[`, `*`, `?`, `::` and `$HOME` in the path of the folder for patterns, for a chain of
+(JSON), and captions such as "12" and "None" to numbers and missing values (CSV). It ignores rows without a clip and
+clips without a row. And it takes `[`, `*`, `?`, `::` and `$HOME` in the path of the folder for patterns, for a chain of
 file systems and for a variable (huggingface/datasets 3.4.1 and 5.2.0, data_files.py and utils/file_utils.py).
 """
 
@@ -83,8 +83,8 @@ class Finetrainers(VideoFolder):
     A second metadata file is an error, and a .tar or .parquet anywhere below the root makes it a web dataset in some
     versions. `b'...'` is taken for bytes and unwrapped. Facts: a-r-r-o-w/finetrainers f476c37,
     finetrainers/data/dataset.py and finetrainers/args.py. Its flags here: --parallel_backend --model_name
-    --pretrained_model_name_or_path --dataset_config --training_type --train_steps --batch_size --output_dir. Clips are read
-    with torchvision.io.VideoReader, which 0.26 no longer has, and which `datasets` from 3.4 to 3.5 returns.
+    --pretrained_model_name_or_path --dataset_config --training_type --train_steps --batch_size --output_dir. Clips are
+    read with torchvision.io.VideoReader, which 0.26 no longer has, and which `datasets` from 3.4 to 3.5 returns.
     """
 
     name = "finetrainers"
@@ -125,9 +125,9 @@ class CogKit(VideoFolder):
     """CogKit, text to video: a videofolder in `train/`. Latents are cached in `train/.cache` by the clip's stem.
 
     Facts: THUDM/CogKit 1633285, quickstart/scripts/train.py, which takes --yaml and no other flag, and the fields that
-    src/cogkit/finetune/base/base_args.py and diffusion/schemas/args.py need. Of `train_resolution`, frames, height, width,
-    the frames must be 8 N + 1. Clips are read with torchvision.io.VideoReader, which 0.26 no longer has, and which
-    `datasets` from 3.4 to 3.5 returns; pyproject.toml asks for 3.4.
+    src/cogkit/finetune/base/base_args.py and diffusion/schemas/args.py need. Of `train_resolution`, which is frames,
+    height, width, the frames must be 8 N + 1. Clips are read with torchvision.io.VideoReader, which 0.26 no longer has,
+    and which `datasets` from 3.4 to 3.5 returns; pyproject.toml asks for 3.4.
     """
 
     name = "cogkit"
@@ -189,11 +189,11 @@ class VideoXFun(Layout):
     """VideoX-Fun: `metadata.json`, a list of rows with paths relative to the root.
 
     It is opened in the locale encoding, so everything is written in ASCII. Clips are read with decord. Facts:
-    aigc-apps/VideoX-Fun 804a425, videox_fun/data/dataset_image_video.py and scripts/cogvideox_fun/train_lora.py, .sh. Its
-    flags here: --pretrained_model_name_or_path --train_data_dir --train_data_meta --train_mode --enable_bucket
+    aigc-apps/VideoX-Fun 804a425, videox_fun/data/dataset_image_video.py and scripts/cogvideox_fun/train_lora.py, .sh.
+    Its flags here: --pretrained_model_name_or_path --train_data_dir --train_data_meta --train_mode --enable_bucket
     --random_hw_adapt --training_with_video_token_length --video_sample_n_frames --video_sample_stride --use_peft_lora
-    --low_vram --vae_mini_batch --train_batch_size --num_train_epochs --mixed_precision --output_dir. The published models,
-    called InP, need the train mode "inpaint"; "normal" is the default.
+    --low_vram --vae_mini_batch --train_batch_size --num_train_epochs --mixed_precision --output_dir. The published
+    models, called InP, need the train mode "inpaint"; "normal" is the default.
     """
 
     name = "videox-fun"
