@@ -1,4 +1,4 @@
-"""Layouts of data sets to keep and to share, with several captions a clip and its picture strip: WebDataset, Parquet."""
+"""Layouts of data sets to keep or share, with several captions a clip and its picture strip: WebDataset, Parquet."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ROWS_AT_ONCE = 500
 class WebDataset(Layout):
     """WebDataset shards `clips-00000.tar` and on, of 1 GiB or 1,000 clips; the clips are copied into them.
 
-    Each clip has `dog.mp4`, `dog.json` with `captions`, `dog.txt` with the first of them and, if the stores have those of
-    all clips, `dog.webp`, the frames as the captioner saw them. `load_dataset("webdataset")` takes what is before the
-    first "." of a name for the key of a sample, and the first samples must have the same members; so all clips must be
-    .mp4. huggingface/datasets 5.2.0: packaged_modules/webdataset/webdataset.py.
+    Each clip has `dog.mp4`, `dog.json` with `captions`, `dog.txt` with the first of them and, if the stores have those
+    of all clips, `dog.webp`, the frames as the captioner saw them. `load_dataset("webdataset")` takes what is before
+    the first "." of a name for the key of a sample, and the first samples must have the same members; so all clips
+    must be .mp4. Facts: huggingface/datasets 5.2.0, packaged_modules/webdataset/webdataset.py.
     """
 
     name = "webdataset"
@@ -99,10 +99,10 @@ def _shard(number: int) -> str:
 
 
 class VideoFolderParquet(VideoFolder):
-    """`metadata.parquet` among the clips: `captions`, the first of them as `caption`, and `strip`, a picture of the frames.
+    """`metadata.parquet` among the clips: `captions`, the first of them as `caption`, and `strip`: the frames.
 
-    `load_dataset("videofolder")` gives clips, captions and pictures. A clip whose strip its store does not have any more
-    has none. huggingface/datasets 5.2.0: packaged_modules/folder_based_builder/folder_based_builder.py.
+    `load_dataset("videofolder")` gives clips, captions and pictures. A clip whose strip its store does not have has
+    none. Facts: huggingface/datasets 5.2.0, packaged_modules/folder_based_builder/folder_based_builder.py.
     """
 
     name = "metadata-parquet"

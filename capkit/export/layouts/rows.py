@@ -86,9 +86,9 @@ def _read_one_a_line(file: Path, begin: str, end: str) -> Iterator[str]:
 class DiffSynth(Rows):
     """DiffSynth-Studio: `metadata.jsonl` with `video` and `prompt`, paths relative to `--dataset_base_path`.
 
-    It is opened in the locale encoding. Of a clip the first `--num_frames` frames are taken (4 N + 1; fewer of a short
-    clip), read with imageio. modelscope/DiffSynth-Studio fed7b18: diffsynth/core/data/unified_dataset.py, operators.py,
-    diffsynth/diffusion/parsers.py, examples/wanvideo/model_training/lora/Wan2.1-T2V-1.3B.sh.
+    It is opened in the locale encoding. Of a clip the first `--num_frames` frames are taken, 4 N + 1 (fewer of a short
+    clip), read with imageio. Facts: modelscope/DiffSynth-Studio fed7b18, diffsynth/core/data/unified_dataset.py and
+    operators.py, diffsynth/diffusion/parsers.py and examples/wanvideo/model_training/lora/Wan2.1-T2V-1.3B.sh.
     """
 
     name = "diffsynth"
@@ -99,11 +99,11 @@ class DiffSynth(Rows):
     clip_suffixes = frozenset((".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm"))
     launch = (
         "accelerate launch examples/wanvideo/model_training/train.py --dataset_base_path {root} "
-        "--dataset_metadata_path {root}/{table} --height 480 --width 832 --num_frames {num_frames} --model_id_with_origin_paths "
-        '"Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*.safetensors,Wan-AI/Wan2.1-T2V-1.3B:'
-        'models_t5_umt5-xxl-enc-bf16.pth,Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth" --learning_rate 1e-4 --num_epochs 5 '
-        "--remove_prefix_in_ckpt pipe.dit. --output_path OUTPUT_DIR --lora_base_model dit "
-        '--lora_target_modules "q,k,v,o,ffn.0,ffn.2" --lora_rank 32  # in DiffSynth-Studio'
+        "--dataset_metadata_path {root}/{table} --height 480 --width 832 --num_frames {num_frames} "
+        '--model_id_with_origin_paths "Wan-AI/Wan2.1-T2V-1.3B:diffusion_pytorch_model*.safetensors,'
+        'Wan-AI/Wan2.1-T2V-1.3B:models_t5_umt5-xxl-enc-bf16.pth,Wan-AI/Wan2.1-T2V-1.3B:Wan2.1_VAE.pth" '
+        "--learning_rate 1e-4 --num_epochs 5 --remove_prefix_in_ckpt pipe.dit. --output_path OUTPUT_DIR "
+        "--lora_base_model dit --lora_target_modules q,k,v,o,ffn.0,ffn.2 --lora_rank 32  # in DiffSynth-Studio"
     )
 
 
@@ -124,10 +124,10 @@ class DiffSynthCSV(DiffSynth):
 class LTX2(Rows):
     """LTX-2's trainer: `dataset.jsonl` with `video` and `caption`, paths relative to the table.
 
-    Clips with fewer frames than the smallest bucket are left out (8 N + 1 frames from the start, read with PyAV).
-    Embeddings and latents go to `.precomputed/` by the clip's path, and stay for another caption unless `--overwrite` is
-    given. `--lora-trigger` goes before every caption, with a space. Lightricks/LTX-2 400fd31, packages/ltx-trainer:
-    scripts/process_dataset.py, process_captions.py, process_videos.py, docs/dataset-preparation.md, docs/quick-start.md.
+    Clips with fewer frames than the smallest bucket are left out; the first 8 N + 1 are read, with PyAV. Embeddings and
+    latents go to `.precomputed/` by the clip's path, and stay for another caption unless `--overwrite` is given.
+    `--lora-trigger` goes before every caption, with a space. Facts: Lightricks/LTX-2 400fd31, packages/ltx-trainer,
+    scripts/process_dataset.py, process_captions.py and process_videos.py, docs/dataset-preparation.md.
     """
 
     name = "ltx-2"
@@ -139,8 +139,8 @@ class LTX2(Rows):
     adds_trigger = True
     trigger_flag = "--lora-trigger"
     launch = (
-        "uv run python scripts/process_dataset.py {root}/{table} --resolution-buckets 960x544x{num_frames} --model-path MODEL_FILE "
-        "--text-encoder-path GEMMA_FOLDER {trigger}&& uv run python scripts/train.py configs/t2v_lora.yaml"
+        "uv run python scripts/process_dataset.py {root}/{table} --resolution-buckets 960x544x{num_frames} "
+        "--model-path MODEL_FILE --text-encoder-path GEMMA_FOLDER {trigger}&& uv run python scripts/train.py configs/t2v_lora.yaml"
         '  # in LTX-2/packages/ltx-trainer, with preprocessed_data_root: "{path}/.precomputed" in the file'
     )
 
@@ -175,10 +175,10 @@ class DiffusionPipe(Layout):
     """diffusion-pipe: `captions.json` among the clips, a list of captions for each file name, and a data set in
     TOML beside the root.
 
-    All captions of a clip are trained on, in turn. Files are opened in the locale encoding; captions are not changed.
-    Clips shorter than the smallest of `frame_buckets`, at the model's rate, are left out;
-    the first frames are taken, read with PyAV by ComfyUI. tdrussell/diffusion-pipe 8f83dbf: utils/dataset.py,
-    utils/common.py, models/base.py, examples/dataset.toml, README.md.
+    All captions of a clip are trained on, in turn, and not changed. Files are opened in the locale encoding. Clips
+    shorter than the smallest of `frame_buckets` at the model's rate (Wan: 16 a second) are left out; the first frames
+    are taken, read with PyAV by ComfyUI. Facts: tdrussell/diffusion-pipe 8f83dbf, utils/dataset.py, utils/common.py,
+    models/base.py, examples/dataset.toml and README.md.
     """
 
     name = "diffusion-pipe"
@@ -204,20 +204,22 @@ class DiffusionPipe(Layout):
 
     def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
         return (
-            "# for diffusion-pipe, by capkit\nresolutions = [512]\nenable_ar_bucket = true\nmin_ar = 0.5\nmax_ar = 2.0\nnum_ar_buckets = 7\n"
+            "# Written by capkit's export.\n"
+            "resolutions = [512]\nenable_ar_bucket = true\nmin_ar = 0.5\nmax_ar = 2.0\nnum_ar_buckets = 7\n"
             f"frame_buckets = [1, {settings.num_frames}]\n\n[[directory]]\n"
             f"path = {toml_string(str(root / self.clip_folder))}\nnum_repeats = 1\n"
         )
 
 
 class FastVideo(Rows):
-    """FastVideo: `videos2caption.json`, a list of rows with `path`, relative to `videos/`, and `cap`, a list of captions.
+    """FastVideo: `videos2caption.json`, a list of rows with `path`, below `videos/`, and `cap`, a list of captions.
 
-    One of them is drawn for each pass. `fps`, `num_frames` and `resolution` must be there too, whatever its guide shows,
-    or reading stops. It is read with `load_dataset("json")`, so captions must not look like dates. Clips longer than
-    `video_length_tolerance_range` (5) times the window that is trained on are left out: 15 s for 49 frames. hao-ai-lab/FastVideo
-    2f3d407: fastvideo/workflow/preprocess/components.py, fastvideo/pipelines/preprocess/preprocess_stages.py,
-    docs/training/data_preprocess.md; captions can be dropped with its own `training_cfg_rate`.
+    One of them is drawn for each pass. `fps`, `num_frames` and `resolution` must be there too, whatever its guide
+    shows, or reading stops. It is read with `load_dataset("json")`, so captions must not look like dates. Clips are left
+    out that are shorter than the window that is trained on, or longer than `video_length_tolerance_range` times it.
+    Facts: hao-ai-lab/FastVideo 2f3d407, fastvideo/workflow/preprocess/components.py, fastvideo/configs/configs.py,
+    fastvideo/pipelines/preprocess/preprocess_stages.py and docs/training/data_preprocess.md; captions can be dropped
+    with its own `training_cfg_rate`.
     """
 
     name = "fastvideo"
@@ -250,12 +252,13 @@ class FastVideo(Rows):
 class VideoTuna(Rows):
     """VideoTuna: `metadata.csv` with `path` and `caption`, read with pandas; paths count from `data_root`.
 
-    Clips are read with decord; one that it cannot read is replaced by another at random. VideoVerses/VideoTuna 0d49a54:
-    videotuna/data/datasets.py, datasets_utils.py, docs/datasets.md, shscripts/train_cogvideox_t2v_lora.sh.
+    Clips are read with decord; one that it cannot read is replaced by another at random. Facts: VideoVerses/VideoTuna
+    0d49a54, videotuna/data/datasets.py and datasets_utils.py, docs/datasets.md, shscripts/train_cogvideox_t2v_lora.sh.
     """
 
     name = "videotuna"
     trainer = "VideoTuna"
+    decoder = "decord"
     tables = ("metadata.csv",)
     clip_suffixes = frozenset((".mp4", ".avi", ".mov", ".flv", ".mkv", ".webm", ".wmv"))
     launch = (
@@ -271,8 +274,8 @@ class OpenSora(Rows):
 
     Paths are absolute, because others count from the folder in which it is started. `aspect_ratio` is height by width,
     `resolution` height times width. A random stretch of the frames is taken; " 16 FPS." or the like goes behind every
-    caption. Clips with fewer frames than a bucket has are left out. hpcaitech/Open-Sora 7ad6a96: docs/train.md,
-    opensora/datasets/datasets.py, bucket.py, utils.py, read_video.py, scripts/cnv/meta.py.
+    caption. Clips with fewer frames than every bucket are left out. Facts: hpcaitech/Open-Sora 7ad6a96, docs/train.md,
+    opensora/datasets/datasets.py, bucket.py, utils.py and read_video.py, scripts/cnv/meta.py.
     """
 
     name = "open-sora"
