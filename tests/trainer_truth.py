@@ -92,6 +92,45 @@ def videox_fun(reader, num_frames, stride=3):
         yield reader.get_batch(np.linspace(start, start + length - 1, count, dtype=int))
 
 
+def first(reader, num_frames):
+    """Of imageio and PyAV: the first frames, 4 k + 1 of a clip that is shorter than F."""
+    count = min(len(reader), num_frames)
+    while count > 1 and count % 4 != 1:
+        count -= 1
+    return reader.get_batch(range(count))
+
+
+def ltx_2(reader, num_frames):
+    if len(reader) < num_frames:
+        raise ValueError("skipped")
+    return reader.get_batch(range(len(reader)))[:num_frames]
+
+
+def diffusion_pipe(reader, num_frames, framerate=16):
+    import torch
+
+    frames = int(len(reader) * framerate / reader.get_avg_fps())
+    if frames < num_frames:
+        raise ValueError("skipped: too short")
+    return reader.get_batch(torch.linspace(0, len(reader) - 1, frames).to(torch.int32).numpy())[:num_frames]
+
+
+def fastvideo(reader, num_frames, train_fps=16, tolerance=5):
+    fps = reader.get_avg_fps()
+    if len(reader) / fps > tolerance * (num_frames / train_fps):
+        raise ValueError("too long")
+    indices = np.arange(0, len(reader), fps / train_fps).astype(int)
+    if len(indices) < num_frames:
+        raise ValueError("too short, with drop_short_ratio 1")
+    return reader.get_batch(indices[:num_frames] if len(indices) > num_frames else indices)
+
+
+def ai_toolkit(reader, num_frames):
+    last = len(reader) - 1
+    interval = last / (num_frames - 1) if num_frames > 1 else 0
+    return reader.get_batch([min(int(round(i * interval)), last) for i in range(num_frames)])
+
+
 LOADERS = {
     "cogvideo": cogvideo,
     "cogkit": cogvideo,
@@ -100,6 +139,9 @@ LOADERS = {
     "finetrainers": finetrainers,
     "sat": sat,
     "videox-fun": lambda *arguments, **more: np.concatenate([*videox_fun(*arguments, **more)]),
+    "diffsynth": first,
+    "musubi": first,
+    **{"ltx-2": ltx_2, "diffusion-pipe": diffusion_pipe, "fastvideo": fastvideo, "ai-toolkit": ai_toolkit},
 }
 
 

@@ -15,6 +15,17 @@
 - "videox-fun" (aigc-apps/VideoX-Fun 804a425, videox_fun/data/dataset_image_video.py, ImageVideoDataset): each time
   another stretch, drawn at random, of which it takes every `video_sample_stride`-th frame, F in all or as many as there
   are. It never shows a clip of fewer frames than the stride: it prints the error and takes another clip.
+- "diffsynth" (modelscope/DiffSynth-Studio fed7b18, diffsynth/core/data/operators.py) and "musubi"
+  (kohya-ss/musubi-tuner 30c658c, src/musubi_tuner/dataset/image_video_dataset.py, `frame_extraction` "full"): the
+  first F frames, or of a shorter clip the first 4k + 1.
+- "ltx-2" (Lightricks/LTX-2 400fd31, packages/ltx-trainer/scripts/process_videos.py, one bucket of F): the first F
+  frames; a shorter clip is left out.
+- "diffusion-pipe" (tdrussell/diffusion-pipe 8f83dbf, utils/dataset.py, models/base.py): the clip is brought to the
+  model's rate, 16 a second for Wan, by frames spread over it; of these the first F. A clip of fewer is left out.
+- "fastvideo" (hao-ai-lab/FastVideo 2f3d407, fastvideo/workflow/preprocess/components.py): the first F frames at 16 a
+  second. A clip of fewer, or one that lasts longer than 5 F of them, is left out.
+- "ai-toolkit" (ostris/ai-toolkit 27a03a9, toolkit/dataloader_mixins.py, `num_frames`): F frames spread over the entire
+  clip; of a shorter one all, some several times.
 """
 
 from __future__ import annotations
@@ -29,6 +40,8 @@ from capkit.text import unknown_name
 from capkit.video import at_least_one, positive
 
 SAT_SKIPPED_FRAMES = 3
+WAN_RATE = 16
+_FEWER_AT_16 = "it leaves out clips of fewer than {} at 16 a second"
 
 
 @dataclass(frozen=True)
@@ -169,6 +182,37 @@ def _videox_fun(n: int, fps: float, settings: TrainerSettings) -> Taken:
     return sorted({*np.linspace(starts, starts + length - 1, count, dtype=int).ravel().tolist()}), ""
 
 
+def _first(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    return range(_4k_plus_1(min(n, settings.num_frames))), ""
+
+
+def _ltx_2(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if n < settings.num_frames:
+        return [], f"{n} frames are too few: it leaves out clips of fewer than its bucket, {settings.num_frames}"
+    return range(settings.num_frames), ""
+
+
+def _diffusion_pipe(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if (count := int(n * WAN_RATE / fps)) < settings.num_frames:
+        return [], f"{n} frames at {fps:.6g} a second are too few: {_FEWER_AT_16.format(settings.num_frames)}"
+    import torch  # whose float32 rounding decides
+
+    return sorted({*torch.linspace(0, n - 1, count).int()[: settings.num_frames].tolist()}), ""
+
+
+def _fastvideo(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if n / fps > (longest := 5 * settings.num_frames / WAN_RATE):
+        return [], f"{n / fps:.6g} s are too long: it leaves out clips of more than {longest:.6g} s"
+    if len(indices := np.arange(0, n, fps / WAN_RATE).astype(int)) < settings.num_frames:
+        return [], f"{n} frames at {fps:.6g} a second are too few: {_FEWER_AT_16.format(settings.num_frames)}"
+    return sorted({*indices[: settings.num_frames].tolist()}), ""
+
+
+def _ai_toolkit(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    interval = (n - 1) / max(settings.num_frames - 1, 1)
+    return sorted({min(round(number * interval), n - 1) for number in range(settings.num_frames)}), ""
+
+
 def _4k_plus_1(count: int) -> int:
     return max(count - (count - 1) % 4, 0)
 
@@ -181,6 +225,12 @@ _RULES: dict[str, Callable[[int, float, TrainerSettings], Taken]] = {
     "finetrainers": _finetrainers,
     "sat": _sat,
     "videox-fun": _videox_fun,
+    "diffsynth": _first,
+    "musubi": _first,
+    "ltx-2": _ltx_2,
+    "diffusion-pipe": _diffusion_pipe,
+    "fastvideo": _fastvideo,
+    "ai-toolkit": _ai_toolkit,
 }
 TRAINERS = tuple(_RULES)
 """Names of the trainers, which are those of layouts in `capkit.export`."""

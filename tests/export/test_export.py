@@ -146,7 +146,7 @@ HUGGING_FACE = {
     "metadata-jsonl": lambda root, **cache: read_video_folder(root, "text", **cache),
     "metadata-csv": lambda root, **cache: read_video_folder(root, "prompt", **cache),
 }
-assert READERS.keys() | HUGGING_FACE.keys() == LAYOUTS.keys()
+assert READERS.keys() | HUGGING_FACE.keys() < LAYOUTS.keys()  # the others: test_trainer_layouts.py
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def cross_product(tmp_path_factory):
     return write_store(folder / "captions.jsonl", folder, captions)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", READERS | HUGGING_FACE)
 class TestEveryCaptionAndEveryName:
     """The cross product of nasty texts and nasty names: read back right, or refused for a reason, never mispaired."""
 

@@ -74,7 +74,6 @@ def test_48_names_by_48_captions_are_read_back_pair_by_pair(cross_product, tmp_p
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 SETTINGS = TrainerSettings()
-TRAINERS = [name for name, kind in LAYOUTS.items() if kind.window_rule]
 MUST_HAVE = {
     "cogvideo": """--model_path --model_name --model_type --training_type --output_dir --data_root --caption_column
         --video_column --train_resolution --report_to""",
@@ -86,6 +85,7 @@ MUST_HAVE = {
     "cogkit": "--yaml",
     "cogkit-i2v": "--yaml",
 }
+TRAINERS = [*MUST_HAVE]  # the others: test_trainer_layouts.py
 SCRIPTS = {
     "cogvideox-factory": "training/cogvideox/cogvideox_text_to_video_lora.py",
     "videox-fun": "scripts/cogvideox_fun/train_lora.py",
@@ -173,19 +173,20 @@ def test_a_file_of_someone_else_is_not_replaced_by_the_settings(tmp_path, layout
 class TestFolders:
     @pytest.fixture
     def store(self, tmp_path):
-        clip = encode_clip(tmp_path / "a.mp4", range(60))
+        clip = encode_clip(tmp_path / "a.mp4", range(120))
         (store := CaptionStore(tmp_path / "captions.jsonl")).append(make_record(0, clip))
         return store
 
     @pytest.mark.parametrize("name", ["a [1]", "what*", "what?", "a::b", "$HOME", "${HOME}"])
     def test_that_datasets_misreads_are_refused_and_others_are_not(self, store, tmp_path, name):
         for layout, kind in LAYOUTS.items():
-            if layout in HUGGING_FACE:
+            if kind.uses_datasets:
                 with pytest.raises(ValueError, match="which `datasets` takes for a pattern; choose another folder"):
                     export_dataset(store, layout, tmp_path / name / layout)
-            elif "${" not in name or layout != "sat":
+            elif "${" not in name or layout not in ("sat", "videotuna"):
                 export_dataset(store, layout, tmp_path / name / layout)
-            assert kind.uses_datasets == (layout in HUGGING_FACE)
+            with_datasets = (*HUGGING_FACE, "webdataset", "metadata-parquet", "fastvideo")
+            assert kind.uses_datasets == (layout in with_datasets)
 
     @pytest.mark.parametrize("name", ["a [1]", "a::b", "$HOME"])
     def test_datasets_does_misread_them(self, store, tmp_path, name):

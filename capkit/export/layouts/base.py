@@ -76,6 +76,7 @@ class Layout(ABC):
         decoder: "decord" if the trainer reads clips with decord 0.6.0: clips that it cannot open, or counts otherwise,
             are refused then. "" for a decoder that reads what capkit reads.
         fewest_frames: that a clip must have.
+        takes_short: whether it takes clips of fewer frames than it is set to.
         window_rule: the one of `capkit.runs.TRAINERS` whose rule tells which frames of a clip the trainer sees, and
             which clips it cannot take; "" if it sees the entire clip.
         frames_step: the number of frames that the trainer is set to must be a multiple of it, and 1.
@@ -101,6 +102,7 @@ class Layout(ABC):
     config_suffix = ""
     decoder = ""
     fewest_frames = 1
+    takes_short = True
     window_rule = ""
     frames_step = 1
     uses_datasets = False
@@ -141,12 +143,13 @@ class Layout(ABC):
     @property
     def is_choosy(self) -> bool:
         """Whether a clip must be opened: `unfit_clip` or the decoder can refuse it, or its facts are needed."""
-        return bool(self.decoder) or self.fewest_frames > 1 or self.needs_facts
+        return bool(self.decoder) or self.fewest_frames > 1 or not self.takes_short or self.needs_facts
 
     def unfit_clip(self, num_frames: int, average_fps: float, settings: TrainerSettings) -> str:
         """Why the trainer cannot take a clip of so many frames, or "": it would stop, or pass over it."""
-        if num_frames < self.fewest_frames:
-            return f"{num_frames} frames are too few: {self.trainer} takes {self.fewest_frames} or more"
+        fewest = self.fewest_frames if self.takes_short else settings.num_frames
+        if num_frames < fewest:
+            return f"{num_frames} frames are too few: {self.trainer} takes {fewest} or more"
         problem = trainer_problem(self.window_rule, num_frames, average_fps, settings) if self.window_rule else ""
         return f"{self.trainer} cannot take it: {problem}" if problem else ""
 

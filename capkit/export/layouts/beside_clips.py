@@ -54,6 +54,7 @@ class Musubi(BesideClips):
     trainer = "musubi-tuner"
     config_suffix = ".toml"
     frames_step = 4
+    window_rule = "musubi"
     clip_suffixes = frozenset((".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"))
     launch = (
         "python src/musubi_tuner/wan_cache_latents.py --dataset_config {config} --vae VAE_FILE && "
@@ -96,6 +97,7 @@ class SimpleTuner(BesideClips):
     holds_several = True
     config_suffix = ".json"
     newline = ""
+    takes_short = False
     clip_suffixes = Musubi.clip_suffixes | {".3gp", ".ogv"}
     launch = "simpletuner train  # in SimpleTuner, with {config} as data_backend_config in config/config.json"
 
@@ -113,12 +115,6 @@ class SimpleTuner(BesideClips):
         clips |= {"metadata_backend": "discovery"}
         texts = {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True}
         return json.dumps([clips, texts | {"cache_dir": str(root / "cache" / "text")}]) + "\n"
-
-    def unfit_clip(self, num_frames: int, average_fps: float, settings: TrainerSettings) -> str:
-        too_few = f"{num_frames} frames are too few: SimpleTuner leaves out clips of fewer than {settings.num_frames}"
-        return too_few if num_frames < settings.num_frames else ""
-
-    fewest_frames = 2  # so that clips are opened
 
 
 class OneTrainer(BesideClips):
@@ -161,6 +157,7 @@ class AIToolkit(BesideClips):
 
     name = "ai-toolkit"
     trainer = "ai-toolkit"
+    window_rule = "ai-toolkit"
     clip_suffixes = frozenset((".mp4", ".avi", ".mov", ".webm", ".mkv", ".wmv", ".m4v", ".flv"))
     latents = ("videos/_latent_cache", "videos/_t_e_cache")
     launch = (

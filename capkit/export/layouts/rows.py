@@ -96,6 +96,7 @@ class DiffSynth(Rows):
     tables = ("metadata.jsonl",)
     path, caption = "video", "prompt"
     frames_step = 4
+    window_rule = "diffsynth"
     clip_suffixes = frozenset((".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm"))
     launch = (
         "accelerate launch examples/wanvideo/model_training/train.py --dataset_base_path {root} "
@@ -135,12 +136,15 @@ class LTX2(Rows):
     tables = ("dataset.jsonl",)
     path = "video"
     frames_step = 8
+    window_rule = "ltx-2"
+    takes_short = False
     latents = (".precomputed",)
     adds_trigger = True
     trigger_flag = "--lora-trigger"
     launch = (
         "uv run python scripts/process_dataset.py {root}/{table} --resolution-buckets 960x544x{num_frames} "
-        "--model-path MODEL_FILE --text-encoder-path GEMMA_FOLDER {trigger}&& uv run python scripts/train.py configs/t2v_lora.yaml"
+        "--model-path MODEL_FILE --text-encoder-path GEMMA_FOLDER {trigger}&& "
+        "uv run python scripts/train.py configs/t2v_lora.yaml"
         '  # in LTX-2/packages/ltx-trainer, with preprocessed_data_root: "{path}/.precomputed" in the file'
     )
 
@@ -163,6 +167,7 @@ class MusubiRows(Rows):
     tables = ("metadata.jsonl",)
     path = "video_path"
     config_suffix, frames_step, launch = Musubi.config_suffix, Musubi.frames_step, Musubi.launch
+    window_rule = "musubi"
 
     def row(self, pair: Pair) -> dict[str, Any]:
         return {self.path: str(pair.place), self.caption: pair.text}
@@ -183,6 +188,9 @@ class DiffusionPipe(Layout):
 
     name = "diffusion-pipe"
     trainer = "diffusion-pipe"
+    frames_step = 4
+    window_rule = "diffusion-pipe"
+    fewest_frames = 2
     holds_several = True
     config_suffix = ".toml"
     tables = ("videos/captions.json",)
@@ -215,8 +223,8 @@ class FastVideo(Rows):
     """FastVideo: `videos2caption.json`, a list of rows with `path`, below `videos/`, and `cap`, a list of captions.
 
     One of them is drawn for each pass. `fps`, `num_frames` and `resolution` must be there too, whatever its guide
-    shows, or reading stops. It is read with `load_dataset("json")`, so captions must not look like dates. Clips are left
-    out that are shorter than the window that is trained on, or longer than `video_length_tolerance_range` times it.
+    shows, or reading stops. It is read with `load_dataset("json")`, so captions must not look like dates. Clips are
+    left out that are shorter than the window that is trained on, or longer than `video_length_tolerance_range` of them.
     Facts: hao-ai-lab/FastVideo 2f3d407, fastvideo/workflow/preprocess/components.py, fastvideo/configs/configs.py,
     fastvideo/pipelines/preprocess/preprocess_stages.py and docs/training/data_preprocess.md; captions can be dropped
     with its own `training_cfg_rate`.
@@ -224,6 +232,9 @@ class FastVideo(Rows):
 
     name = "fastvideo"
     trainer = "FastVideo"
+    frames_step = 4
+    window_rule = "fastvideo"
+    uses_datasets = True
     holds_several = True
     needs_facts = True
     tables = ("videos2caption.json",)
@@ -259,6 +270,7 @@ class VideoTuna(Rows):
     name = "videotuna"
     trainer = "VideoTuna"
     decoder = "decord"
+    takes_short = False
     tables = ("metadata.csv",)
     clip_suffixes = frozenset((".mp4", ".avi", ".mov", ".flv", ".mkv", ".webm", ".wmv"))
     launch = (
@@ -267,6 +279,9 @@ class VideoTuna(Rows):
         "data.params.train.params.data_root={root} data.params.validation.params.csv_path={root}/{table} "
         "data.params.validation.params.data_root={root} --auto_resume  # in VideoTuna"
     )
+
+    def unfit_root(self, root: Path) -> str:
+        return f"{root} has '${{' in it, which VideoTuna replaces; choose another folder" if "${" in str(root) else ""
 
 
 class OpenSora(Rows):
