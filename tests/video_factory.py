@@ -133,7 +133,7 @@ def encode_clip(
 @cache
 def _sixty_frames():
     with tempfile.TemporaryDirectory() as folder:
-        return encode_clip(Path(folder) / "a.mp4", range(60), size=(32, 32)).read_bytes()
+        return encode_clip(Path(folder) / "a.mp4", range(60), fps=16, size=(32, 32)).read_bytes()
 
 
 def tiny_clip(own=""):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -53,7 +52,7 @@ REFUSED = {
     "av1.mp4": (
         {"codec": "libsvtav1", "size": (64, 64)},
         DECORD,
-        r"decord (cannot open it \(codec|has no decoder of) (av1|AV1)",
+        r"decord (?:cannot open it .codec|has no decoder of) (?:av1|AV1)",
     ),
     "hides frames.mp4": (
         {"edit": (10, 49), "numbers": range(99)},
@@ -77,7 +76,7 @@ REFUSED = {
     "147.mp4": ({"numbers": range(147), "fps": Fraction(24000, 1001)}, ["sat"], "147 frames at 23.976 a second: it st"),
     "at 4.mp4": ({"numbers": range(30), "fps": 4}, ["sat"], "it stops at fewer than the 8 a second"),
     "two.mp4": ({"numbers": range(2)}, ["videox-fun"], "2 frames are too few: it passes over .* its stride, 3"),
-    "film.mkv": ({}, ["sidecar", "sat"], "takes only .mp4(, .mov)?|takes only .mov, .mp4, not .mkv"),
+    "film.mkv": ({}, ["sidecar", "sat"], "takes only .*.mp4, not .mkv"),
     "film.avi": ({"codec": "mpeg4"}, ["sidecar", "sat"], "takes only .*, not .avi"),
     "film.webm": ({"codec": "libvpx"}, ["sidecar", "cogkit", "finetrainers"], "takes only .*, not .webm"),
 }
@@ -168,7 +167,7 @@ def test_captions_of_what_a_trainer_sees_are_exported_for_it(captioner, clips, t
 
 class TestWhichCaption:
     def records(self, clips):
-        """Of 100 frames at 10 a second, CogVideo takes 0 to 96 with 49 frames, 0 to 33 with 33."""
+        """Of 100 frames at 10 a second, CogVideo takes 0 to 96 with 49 frames, 0 to 80 with 41."""
         video = clips("ten.mp4", range(100), fps=10)
         part = {"end_seconds": 9.7, "text": "What is seen.", "duration_seconds": 9.7}
         entire = {"text": "All of it.", "duration_seconds": 60.0}
@@ -181,13 +180,13 @@ class TestWhichCaption:
         assert (row["text"], row["part"]) == ("What is seen.", "0 to 9.7 s: what the trainer sees")
         assert row["not_taken"] == "the entire file" and row["saw"] == ""
         assert "1 caption of a part of a file" in str(report) and "1 file of which another part has" in str(report)
-        row = export_dataset(store, "cogvideo", tmp_path / "b", trainer={"num_frames": 33}).exported.iloc[0]
+        row = export_dataset(store, "cogvideo", tmp_path / "b", trainer={"num_frames": 41}).exported.iloc[0]
         assert (row["text"], row["part"], row["not_taken"]) == ("All of it.", "", "0 to 9.7 s")
         assert row["saw"] == "24 of 60 s"
 
     def test_alone_a_window_that_the_trainer_does_not_see_is_refused(self, clips, tmp_path):
         store = store_of(tmp_path / "a.jsonl", self.records(clips)[::2])
-        report = export_dataset(store, "cogvideo", tmp_path / "a", trainer={"num_frames": 33})
+        report = export_dataset(store, "cogvideo", tmp_path / "a", trainer={"num_frames": 41})
         assert (
             "has captions of parts only (0 to 9.7 s), and the trainer would see other"
             in report.refused["reason"].item()
@@ -250,11 +249,9 @@ class TestCut:
         assert found["All of it."].part == "" and found["From 5.0."].part == "5 to 10 s: cut out and encoded anew"
         assert json.loads(report.path.read_text())["options"]["cut"] == "encode"
         assert {path.suffix for path in (tmp_path / "out.cut").iterdir()} == {".mp4"}
-        shutil.rmtree(tmp_path / "out.cut")
-        again = export_dataset(
-            store, "cogvideo", tmp_path / "out", cut="encode", clips="copy"
-        )  # the same: nothing is written
-        assert len(again.exported) == 4
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
+        assert len(export_dataset(store, "cogvideo", tmp_path / "out", cut="encode", clips="copy").exported) == 4
+        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
 
     def test_without_it_windows_beside_the_entire_file_are_not_taken(self, store, tmp_path):
         report = export_dataset(store, "cogvideo", tmp_path / "out")

@@ -222,6 +222,6 @@ def test_cells_that_spreadsheets_run_reach_the_trainer_unchanged_and_the_report_
     )
     assert "5 captions that spreadsheets, or other readers of CSV, read otherwise" in str(report)
     plain = export_dataset(store, "metadata-jsonl", tmp_path / "jsonl")
-    assert not plain.exported["csv_cell"].any() and "spreadsheets" not in str(plain)
+    assert not plain.exported["csv_cell"].any() and "that spreadsheets" not in str(plain)
     for_people = report.table.map(spreadsheet_cell)["text"]
     assert list(for_people) == ["'" + text for text in texts[:4]] + ["a\\0b runs by", texts[5]]
