@@ -275,7 +275,7 @@ class _Export:
         """The rows of `ExportReport.table`; the trigger word counts for tokens only."""
         counts = np.diff([*self.firsts, len(self.places)])
         clip_of = np.repeat(np.arange(len(counts)), counts)
-        repeats = near_duplicates(self.captions, clip_of)
+        repeats = near_duplicates(self.captions, clip_of.tolist())
         digests = np.array([int(self.rows[place]["sha256"][:15], 16) for place in self.places])
         _, first_of, kind_of = np.unique(digests, return_index=True, return_inverse=True)
         number = 0  # of a caption among those that are exported

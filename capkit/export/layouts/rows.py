@@ -43,7 +43,8 @@ class Rows(Layout):
         file, rows = root / self.tables[0], map(self.row, pairs)
         if file.suffix == ".csv":
             first = next(rows)
-            write_text(file, map(csv_line, chain([first.keys()], (row.values() for row in chain([first], rows)))))
+            lines = (csv_line(row.values()) for row in chain([first], rows))
+            write_text(file, chain([csv_line(first)], lines))
         elif file.suffix == ".jsonl":
             write_text(file, (f"{json.dumps(row)}\n" for row in rows))
         else:
