@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import isclose
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from capkit.export.choose import CUT, Chosen
+from capkit.export.choose import CUT, Choice, Chosen, ChosenRecords, choose_records
 from capkit.export.clip_names import safe_stem
-from capkit.export.layouts import Layout
+from capkit.export.layouts import LAYOUTS, Layout
+from capkit.export.write import ExportError
 from capkit.files import file_sha256
 from capkit.runs import CaptionStore, TrainerSettings, trainer_span
 from capkit.video import FrameSampling, VideoError, VideoInfo, WorkerProcess, load_clip
@@ -22,6 +24,20 @@ from capkit.video import FrameSampling, VideoError, VideoInfo, WorkerProcess, lo
 READ_SECONDS, CUT_SECONDS = 60.0, 3600.0  # longest times for a clip
 MOST_KEPT = 10_000  # clips of which the facts are kept, for others with the same content
 Facts = tuple[np.ndarray, VideoInfo, str]  # as from `read_facts`
+
+
+def choose_for(
+    layout: str,
+    stores: Any,
+    choose: Choice | Sequence[Choice] = (),
+    trainer: TrainerSettings | Mapping[str, Any] | None = None,
+    cut: str = "",
+    several: bool = False,
+) -> ChosenRecords:
+    """What `export_dataset` with the same arguments chooses: a record for each clip, or why there is none."""
+    kind = LAYOUTS[layout]
+    with ClipFiles(kind, TrainerSettings.of(kind.window_rule, trainer), Path(), 0) as files:
+        return choose_records(stores, choose, is_seen=files.is_seen, cut=cut != "", several=several)
 
 
 class ClipFiles:
@@ -123,12 +139,15 @@ class ClipFiles:
         first, last = int(inside[0]), int(inside[-1])
         origin = f"{chosen.clip}\0{row['sha256']}\0{self._crf}".encode("utf-8", "surrogateescape")
         name = f"{safe_stem(chosen.clip.stem) or 'clip'}_{first}-{last}-x{hashlib.sha256(origin).hexdigest()[:10]}.mp4"
-        self._cuts.mkdir(exist_ok=True)
-        if not (target := self._cuts / name).exists():
-            arguments = (str(chosen.clip), first, last, str(target), self._crf)
-            done = _call(self._cutter, CUT_SECONDS, *arguments)
-            if isinstance(done, str):
-                return f"the window cannot be cut out: {done}"
+        try:
+            self._cuts.mkdir(exist_ok=True)
+            if not (target := self._cuts / name).exists():
+                arguments = (str(chosen.clip), first, last, str(target), self._crf)
+                if reason := _call(self._cutter, CUT_SECONDS, *arguments):
+                    return f"the window cannot be cut out: {reason}"
+        except OSError as error:
+            advice = "windows cut out so far are kept: make room, and the same export goes on"
+            raise ExportError(f"{self._cuts}: cannot be written: {error.strerror}; {advice}") from error
         row |= {"clip": str(target), "sha256": file_sha256(target)}
         return ""
 

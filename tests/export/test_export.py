@@ -181,10 +181,16 @@ NOT_IN = {
 
 @pytest.fixture(scope="module")
 def cross_product(tmp_path_factory):
-    """A store with every text for a clip of every name, in folders of their own, so that many stems are equal."""
+    """A store with every text for a clip of every name, in folders of their own, so that many stems are equal.
+
+    All clips have the same content, so that only one is looked into.
+    """
     folder = tmp_path_factory.mktemp("cross product")
     pairs = itertools.product(enumerate(TEXTS.values()), NAMES)
     captions = {f"my videos/{number}/{name}": text for (number, text), name in pairs}
+    for clip in captions:
+        (folder / clip).parent.mkdir(parents=True, exist_ok=True)
+        (folder / clip).write_bytes(tiny_clip())
     return write_store(folder / "captions.jsonl", folder, captions)
 
 
@@ -220,9 +226,8 @@ class TestEveryCaptionAndEveryName:
         assert ("ZORP" in report.command + config) == LAYOUTS[layout].adds_trigger
         clips = [path for path in (tmp_path / "out").rglob("*.mp4")]
         assert len(clips) == len(report.exported) and not any(clip.is_symlink() for clip in clips)
-        by_content = {sha256_of(str(clip)): clip for clip in clips}
         for row in report.exported.itertuples():
-            assert by_content[sha256_of(row.video)] == tmp_path / "out" / row.file
+            assert (tmp_path / "out" / row.file).samefile(row.video)
 
 
 # ---- one caption a clip --------------------------------------------------------------------------------------------
@@ -611,7 +616,7 @@ export_dataset(sys.argv[1], "sidecar", sys.argv[2])
         assert (root / "a.txt").read_text() == before.exported["text"].iloc[0] + "\n" and not aside.exists()
 
     def test_a_second_export_to_the_same_folder_is_refused(self, store, tmp_path, monkeypatch):
-        def export_again(*_):
+        def export_again(*_, **settings):
             with pytest.raises(ExportBusy, match="another thread of this process .* is exporting to this folder"):
                 export_dataset(store, "cogvideo", tmp_path / "out")
             return []
