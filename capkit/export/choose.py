@@ -141,8 +141,8 @@ def choose_records(
     chosen, ambiguous = ChosenRecords(sources), []
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         attempts = {number: chosen.record(number)[1] for number in order[start:end].tolist()}
-        for numbers, *how in _clips_of(attempts, choices, is_seen, cut):
-            chosen.append(numbers[0], *how)
+        for numbers, reason, part, other in _clips_of(attempts, choices, is_seen, cut):
+            chosen.append(numbers[0], reason, part, other)
             if len(numbers) > 1:
                 ambiguous.append(numbers)
     if ambiguous:

@@ -63,10 +63,10 @@ def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str, o
     if root.is_symlink() and not root.exists():
         raise ValueError(f"output_dir: {root} is a link to {os.readlink(root)!r}, which is not there")
     report = report_of(root)
-    own = [(report, REPORT_BEGINS, "the report goes")]
+    beside = [(report, REPORT_BEGINS, "the report goes")]
     if layout.config_suffix:
-        own.append((layout.config_path(root), b"capkit", "the trainer's settings go"))
-    for path, mark, what in own:
+        beside.append((layout.config_path(root), b"capkit", "the trainer's settings go"))
+    for path, mark, what in beside:
         if os.path.lexists(path) and not (path.is_file() and mark in _first_bytes(path)):
             raise ValueError(f"output_dir: {path}, where {what}, is something else; choose another folder")
     if not root.exists() or root.is_dir() and not any(root.iterdir()):
