@@ -275,8 +275,8 @@ def _cut(arguments: argparse.Namespace) -> Callable[[list[Item]], list[Item]]:
     from capkit.runs import cut_into
 
     a = arguments
-    parts = (a.window_seconds, a.trainer or "", a.trainer_num_frames, a.timeout_seconds)
-    parts += (a.trainer_frames_per_second, a.trainer_stride)
+    settings = (a.trainer_num_frames, a.timeout_seconds, a.trainer_frames_per_second, a.trainer_stride)
+    parts = (a.window_seconds, a.trainer or "", *settings)
     cut_into([], *parts)  # wrong arguments are an error before anything starts
     return lambda items: cut_into(items, *parts)
 

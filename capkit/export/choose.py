@@ -143,9 +143,9 @@ def choose_records(
     chosen, ambiguous = ChosenRecords(sources), []
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         attempts = {number: chosen.record(number)[1] for number in order[start:end].tolist()}
-        for numbers, *how in _clips_of(attempts, choices, is_seen, cut, several):
+        for numbers, reason, part, other in _clips_of(attempts, choices, is_seen, cut, several):
             for number in numbers if several else numbers[:1]:
-                chosen.append(number, *how)
+                chosen.append(number, reason, part, other)
             if len(numbers) > 1 and not several:
                 ambiguous.append(numbers)
     if ambiguous:

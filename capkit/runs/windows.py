@@ -148,7 +148,7 @@ def trainer_windows(
     for item, listing in _with_frame_times(items, timeout_seconds):
         if item.start or item.end is not None:
             raise ValueError(f"{item.video}: has start or end, but a trainer takes the complete file; cut it first")
-        times, info = listing or ((), None)
+        times, info = listing or (np.empty(0), None)
         if info and (span := trainer_span(trainer, times, info.average_fps, settings)):
             item = replace(item, start=span[0], end=span[1])
         parts.append(item)

@@ -10,6 +10,7 @@ import numpy as np
 
 from capkit.video.container import VideoError
 from capkit.video.reading import read_frames, read_timestamps
+from capkit.video.seen import Frames
 
 READ_BYTES = 2**28  # of frames that are in memory at a time
 TICKS_PER_SECOND = 90_000  # of uneven times
@@ -49,8 +50,7 @@ def cut_clip(source: str, first: int, last: int, target: str, crf: int) -> None:
             stream.codec_context.time_base, stream.codec_context.colorspace = time_base, BT601
             for start in range(0, len(ticks), at_once):
                 wanted = [*range(first + start, min(first + start + at_once, last + 1))]
-                frames = read_frames(source, lambda times, info, wanted=wanted: wanted)[0]
-                assert isinstance(frames, np.ndarray)
+                frames = _read(source, wanted)
                 height, width = (side - side % 2 for side in frames.shape[1:3])
                 if start == 0:
                     stream.height, stream.width = height, width
@@ -71,3 +71,9 @@ def cut_clip(source: str, first: int, last: int, target: str, crf: int) -> None:
         raise VideoError(source, f"frames {first} to {last} cannot be encoded: {error.strerror}") from error
     finally:
         Path(part).unlink(missing_ok=True)
+
+
+def _read(source: str, indices: list[int]) -> Frames:
+    frames = read_frames(source, lambda times, info: indices)[0]
+    assert isinstance(frames, np.ndarray)  # full frames
+    return frames

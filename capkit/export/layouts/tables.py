@@ -112,8 +112,8 @@ class Finetrainers(VideoFolder):
         yield from ((clip, self.as_read(text)[0]) for clip, text in super().read(root))
 
     def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
-        data = {"data_root": str(root), "dataset_type": "video"}
-        data |= {"video_resolution_buckets": [[settings.num_frames, 480, 720]]}
+        data: dict[str, Any] = {"data_root": str(root), "dataset_type": "video"}
+        data["video_resolution_buckets"] = [[settings.num_frames, 480, 720]]
         data |= {"id_token": trigger_word} if trigger_word else {}
         return json.dumps({"written_by": "capkit's export", "datasets": [data]}) + "\n"
 
