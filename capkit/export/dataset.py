@@ -273,9 +273,9 @@ class _Export:
 
     def report_rows(self, limit: _TokenLimit) -> Iterator[dict[str, Any]]:
         """The rows of `ExportReport.table`; the trigger word counts for tokens only."""
-        counts = np.diff([*self.firsts, len(self.places)])
+        counts = np.diff(np.append(self.firsts, len(self.places)))
         clip_of = np.repeat(np.arange(len(counts)), counts)
-        repeats = near_duplicates(self.captions, clip_of.tolist())
+        repeats = near_duplicates(self.captions, clip_of)
         digests = np.array([int(self.rows[place]["sha256"][:15], 16) for place in self.places])
         _, first_of, kind_of = np.unique(digests, return_index=True, return_inverse=True)
         number = 0  # of a caption among those that are exported
