@@ -41,13 +41,9 @@ def is_formula(value: object) -> bool:
 
 def spreadsheet_cell(value: object) -> object:
     """A cell of a table for people: an apostrophe before what a spreadsheet would run, NULs as escapes."""
-    return (
-        f"'{value}".replace("\0", r"\0")
-        if is_formula(value)
-        else value.replace("\0", r"\0")
-        if isinstance(value, str)
-        else value
-    )
+    if not isinstance(value, str):
+        return value
+    return ("'" if is_formula(value) else "") + value.replace("\0", r"\0")
 
 
 def _escape(match: re.Match[str]) -> str:

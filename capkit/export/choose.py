@@ -204,13 +204,8 @@ def _clips_of(
         yield numbers, reason, SEEN if numbers[0] in seen else ENTIRE, others[0] if others else -1
     elif not cut:
         names = [window_name(next(iter(of_one.values()))) for of_one in windows.values()]
-        some = f"has captions of parts only ({', '.join(names[:3])}"
-        yield (
-            [max(captions)],
-            f"{some}), and the trainer would see other frames; cut='encode' makes clips of them",
-            ENTIRE,
-            -1,
-        )
+        reason = f"has captions of parts only ({', '.join(names[:3])}), and the trainer would see other frames"
+        yield [max(captions)], f"{reason}; cut='encode' makes clips of them", ENTIRE, -1
     for of_one in windows.values() if cut else ():
         if not seen.keys() & of_one.keys():
             yield *_candidates([of_one], choices, several), CUT, -1

@@ -36,8 +36,8 @@ def choose_for(
 ) -> ChosenRecords:
     """What `export_dataset` with the same arguments chooses: a record for each clip, or why there is none."""
     kind = LAYOUTS[layout]
-    with ClipFiles(kind, TrainerSettings.of(kind.window_rule, trainer), Path(), 0) as files:
-        return choose_records(stores, choose, is_seen=files.is_seen, cut=cut != "", several=several)
+    with ClipFiles(kind, TrainerSettings.of(kind.window_rule, trainer), Path() if cut else None) as files:
+        return choose_records(stores, choose, is_seen=files.is_seen, cut=bool(cut), several=several)
 
 
 class ClipFiles:
@@ -45,11 +45,11 @@ class ClipFiles:
 
     Args:
         layout, settings: of the trainer.
-        cuts: folder of the windows that are cut out; made when there is one. Those in it are used again.
+        cuts: folder of the windows that are cut out, made when there is one; those in it are used again. None: none are.
         crf: quality of these, as of `cut_clip`.
     """
 
-    def __init__(self, layout: Layout, settings: TrainerSettings, cuts: Path, crf: int):
+    def __init__(self, layout: Layout, settings: TrainerSettings, cuts: Path | None, crf: int = 18):
         self._layout, self._settings, self._cuts, self._crf = layout, settings, cuts, crf
         self._reader = WorkerProcess("capkit.video.facts", "read_facts")
         self._cutter = WorkerProcess("capkit.video.cutting", "cut_clip")
@@ -65,7 +65,10 @@ class ClipFiles:
         self._cutter.close()
 
     def is_seen(self, record: dict[str, Any]) -> bool:
-        """Whether a record's window is what the trainer sees of the clip; True too if it cannot take the clip."""
+        """Whether a record's window is what the trainer sees of the clip.
+
+        Of a clip that the trainer cannot take, all are, if none is cut out: the clip is refused for that reason then.
+        """
         rule, video = self._layout.window_rule, record["video"]
         if not rule:
             return False
@@ -75,7 +78,7 @@ class ClipFiles:
                 span = trainer_span(rule, facts[0], facts[1].average_fps, self._settings)
             self._span = (video, span)
         if (seen := self._span[1]) is None:
-            return True
+            return self._cuts is None
         start, end = record.get("start_seconds") or 0.0, record.get("end_seconds")
         ends = (end, seen[1])
         same_end = end == seen[1] if None in ends else isclose(*ends, abs_tol=1e-6)  # type: ignore[arg-type]  # floats
@@ -86,8 +89,8 @@ class ClipFiles:
         clip = chosen.clip
         reason = "" if chosen.part == CUT else self._unfit_suffix(clip)
         reason = reason or _unfit_content(chosen, row)
-        if not reason and chosen.part == CUT:
-            reason = self._cut(chosen, row)
+        if not reason and chosen.part == CUT and self._cuts:
+            reason = self._cut(chosen, row, self._cuts)
         if not reason and self._layout.with_strips:
             row["strip"] = self._strip(chosen)
         if reason or not self._layout.is_choosy:
@@ -127,7 +130,7 @@ class ClipFiles:
         reason = self._layout.unfit_clip(info.num_frames, info.average_fps, self._settings)
         return reason, found | {"fps": info.average_fps}
 
-    def _cut(self, chosen: Chosen, row: dict[str, Any]) -> str:
+    def _cut(self, chosen: Chosen, row: dict[str, Any], cuts: Path) -> str:
         """Cut a window out, unless that was done before; why it cannot be, or "" with the file in the row."""
         facts = self._facts(chosen.clip, by_decord=False)
         if isinstance(facts, str):
@@ -140,14 +143,14 @@ class ClipFiles:
         origin = f"{chosen.clip}\0{row['sha256']}\0{self._crf}".encode("utf-8", "surrogateescape")
         name = f"{safe_stem(chosen.clip.stem) or 'clip'}_{first}-{last}-x{hashlib.sha256(origin).hexdigest()[:10]}.mp4"
         try:
-            self._cuts.mkdir(exist_ok=True)
-            if not (target := self._cuts / name).exists():
+            cuts.mkdir(exist_ok=True)
+            if not (target := cuts / name).exists():
                 arguments = (str(chosen.clip), first, last, str(target), self._crf)
                 if reason := _call(self._cutter, CUT_SECONDS, *arguments):
                     return f"the window cannot be cut out: {reason}"
         except OSError as error:
             advice = "windows cut out so far are kept: make room, and the same export goes on"
-            raise ExportError(f"{self._cuts}: cannot be written: {error.strerror}; {advice}") from error
+            raise ExportError(f"{cuts}: cannot be written: {error.strerror}; {advice}") from error
         row |= {"clip": str(target), "sha256": file_sha256(target)}
         return ""
 

@@ -110,9 +110,10 @@ def export_dataset(
     trigger_word = encodable(trigger_word.strip())
     prefix = f"{trigger_word} " if trigger_word else ""
     limit = _TokenLimit(threshold, on_too_long, prefix, t5_counter(tokenizer), is_estimate)
-    with hold_folder(root), ClipFiles(kind, settings, root.with_name(f"{root.name}.cut"), crf) as files:
+    cuts = root.with_name(f"{root.name}.cut") if cut else None
+    with hold_folder(root), ClipFiles(kind, settings, cuts, crf) as files:
         export = _Export(kind, root)
-        for chosen in choose_records(stores, choose, is_seen=files.is_seen, cut=cut != "", several=several):
+        for chosen in choose_records(stores, choose, is_seen=files.is_seen, cut=bool(cut), several=several):
             row = _row(chosen, rules)
             row["reason"] = encodable(chosen.reason or files.check(chosen, row) or _fit_text(row, kind, limit))
             export.add(row)

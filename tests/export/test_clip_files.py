@@ -15,7 +15,7 @@ from trainer_truth import LOADERS, frames_taken
 from video_factory import encode_clip, read_numbers, trim_by_edit_list
 
 from capkit import CaptionStore
-from capkit.export import LAYOUTS, export_dataset
+from capkit.export import LAYOUTS, ExportError, clip_files, export_dataset
 from capkit.export.clip_files import ClipFiles
 from capkit.runs import caption_shard, cut_into, find_clips, unseen_by_trainer
 from capkit.video.reading import read_frames
@@ -288,6 +288,30 @@ export_dataset(sys.argv[1], "cogvideo", sys.argv[2], cut="encode")
         before = first.stat().st_mtime_ns
         assert len(export_dataset(store, "cogvideo", tmp_path / "out", cut="encode").exported) == 4
         assert first.stat().st_mtime_ns == before and len([*(tmp_path / "out.cut").iterdir()]) == 2
+
+    def test_windows_of_a_clip_that_the_trainer_cannot_take_as_a_whole(self, clips, tmp_path):
+        clip = clips("fifty-one at 8.mp4", range(51), fps=8)
+        store = store_of(tmp_path / "a.jsonl", [(clip, {"end_seconds": 5.0}), clips("good.mp4")])
+        report = export_dataset(store, "sat", tmp_path / "a")
+        assert "it stops, because it wants frame 51 too" in report.refused["reason"].item()
+        report = export_dataset(store, "sat", tmp_path / "b", cut="encode", clips="copy")
+        row = next(report.exported.itertuples())
+        assert numbers_in(tmp_path / "b" / row.file) == list(range(40)) and len(report.exported) == 2
+
+    def test_a_full_disk_stops_the_export_and_what_is_cut_out_stays(self, store, tmp_path, monkeypatch):
+        done = clip_files._call
+
+        def full(worker, seconds, *arguments):
+            if len(arguments) == 5 and arguments[1]:
+                raise OSError(28, "No space left on device")
+            return done(worker, seconds, *arguments)
+
+        monkeypatch.setattr(clip_files, "_call", full)
+        with pytest.raises(
+            ExportError, match="out.cut: cannot be written: No space left on device; windows cut out so far"
+        ):
+            export_dataset(store, "cogvideo", tmp_path / "out", cut="encode")
+        assert len([*(tmp_path / "out.cut").iterdir()]) == 1 and not (tmp_path / "out").exists()
 
     def test_crf_and_a_changed_film_give_other_clips(self, store, tmp_path):
         export_dataset(store, "cogvideo", tmp_path / "out", cut="encode")
