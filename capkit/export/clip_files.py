@@ -45,7 +45,7 @@ class ClipFiles:
 
     Args:
         layout, settings: of the trainer.
-        cuts: folder of the windows that are cut out, made when there is one; those in it are used again. None: none are.
+        cuts: folder of the windows that are cut out, made when there is one; those in it are used again. None: none.
         crf: quality of these, as of `cut_clip`.
     """
 
@@ -98,7 +98,7 @@ class ClipFiles:
         if (content := row["sha256"]) not in self._known:
             if len(self._known) == MOST_KEPT:
                 self._known.clear()
-            self._known[content] = self._look_at(Path(row["clip"]))
+            self._known[content] = self._unfit(Path(row["clip"]))
         reason, row["facts"] = self._known[content]
         return reason
 
@@ -116,7 +116,7 @@ class ClipFiles:
             return ""
         return f"{self._layout.trainer} takes only {', '.join(sorted(suffixes))}, not {suffix or 'no suffix at all'}"
 
-    def _look_at(self, clip: Path) -> tuple[str, dict[str, Any]]:
+    def _unfit(self, clip: Path) -> tuple[str, dict[str, Any]]:
         """Why the trainer cannot take a clip, or "" with `Pair.facts`."""
         facts = self._facts(clip, self._layout.decoder == "decord")
         if isinstance(facts, str):

@@ -286,6 +286,14 @@ def test_several_captions_of_a_clip(sweep, tmp_path, layout):
         export_dataset(sweep, layout, tmp_path / "one")
 
 
+def test_texts_edited_by_hand_stand_among_the_others(sweep, tmp_path):
+    sweep.edit(sweep.current()[1]["request"], "By hand.")
+    report = export_dataset(sweep, "diffusion-pipe", tmp_path / "out", several=True, choose=[LONG, SHORT])
+    assert list(report.exported["text"])[:3] == ["A small dog runs in a.", "By hand.", "Dog in a, 1."]
+    assert list(report.exported["edited"])[:3] == [False, True, False]
+    assert_read_back("diffusion-pipe", tmp_path / "out", report)
+
+
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - set(SEVERAL)))
 def test_where_the_trainer_reads_one_caption_several_are_refused(sweep, tmp_path, layout):
     with pytest.raises(ValueError, match=r"several=True: .* reads one caption a clip; .* simpletuner, diffusion-pipe"):
@@ -466,3 +474,27 @@ def test_the_command_has_the_trainers_flags_and_names_what_is_there(with_strips,
     assert set(re.findall(r"(?<=\s)--[\w.-]+", command)) == FLAGS[alike]
     assert ("ZORP" in command) == LAYOUTS[layout].adds_trigger
     assert str(root) in command.replace("'\"'\"'", "'").replace("\\'", "'") and "{" not in command.replace("[{", "")
+
+
+# ---- what the trainers leave out -----------------------------------------------------------------------------------
+
+FEW = "48 frames are too few: .* takes 49 or more"
+LEFT_OUT = {
+    **dict.fromkeys(("ltx-2", "ltx-2-csv", "simpletuner", "videotuna"), (48, 16, FEW)),
+    "diffusion-pipe": (76, 25, "76 frames at 25 a second are too few: it leaves out clips of fewer than 49 at 16"),
+    "fastvideo": (500, 25, "20 s are too long: it leaves out clips of more than 15.3125 s"),
+}
+
+
+@pytest.mark.parametrize("layout", LEFT_OUT)
+def test_what_a_trainer_leaves_out_is_refused_and_the_clip_beside_it_exported(tmp_path, clip, layout):
+    num_frames, fps, message = LEFT_OUT[layout]
+    store = write_store(tmp_path / "store", [("good.mp4", "A good dog runs.")], clip)
+    other = encode_clip(tmp_path / "other.mp4", range(num_frames), fps=fps, size=(32, 48))
+    store.append(make_record(7, other))
+    report = export_dataset(store, layout, tmp_path / "out")
+    assert list(report.exported["text"]) == ["A good dog runs."]
+    assert re.search(message, report.refused["reason"].item())
+    longer = encode_clip(tmp_path / "longer.mp4", range(77), fps=25, size=(32, 48))
+    store.append(make_record(8, longer))
+    assert len(export_dataset(store, layout, tmp_path / "longer").exported) == 2
