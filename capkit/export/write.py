@@ -178,12 +178,12 @@ def _first_difference(layout: Layout, folder: Path, root: Path, pairs: Sequence[
             if texts != pair.texts:
                 found, wanted = (shorten(" | ".join(map(str, some))) for some in (texts, pair.texts))
                 return f"{clip.name} has the caption {found}, not {wanted}"
-            if digests and digests[0][0] != file_sha256(pair.clip):
-                return f"{clip.name} is not {pair.clip}"
             here = clip_folders[0] / clip.name
-            if not (
-                digests or here.exists() and (here.samefile(pair.clip) or file_sha256(here) == file_sha256(pair.clip))
-            ):
+            if not digests and not here.exists():
+                return f"{clip.name} is missing"
+            if not digests and here.samefile(pair.clip):
+                continue
+            if (digests[0][0] if digests else file_sha256(here)) != file_sha256(pair.clip):
                 return f"{clip.name} is not {pair.clip}"
     except NOT_READ as error:
         return f"it stops: {error}"
