@@ -45,7 +45,7 @@ class ClipFiles:
 
     Args:
         layout, settings: of the trainer.
-        cuts: folder of the windows that are cut out, made when there is one; those in it are used again. None: none.
+        cuts: folder of windows that are cut out, made when there is one; those in it are used again. None: none are.
         crf: quality of these, as of `cut_clip`.
     """
 

@@ -36,7 +36,7 @@ COUNTED = {
     "part": ("caption", "of a part of a file: see `part` in the report"),
     "not_taken": ("file", "of which another part has a caption too, which was not taken"),
     "saw": ("caption", "made from a part of what it is of: see `saw` in the report"),
-    "csv_cell": ("caption", "that spreadsheets, or other readers of CSV, read otherwise: see `csv_cell` in the report"),
+    "csv_cell": ("caption", "that spreadsheets take for formulas: see `csv_cell` in the report"),
 }
 
 
@@ -93,7 +93,7 @@ class ExportReport:
         part: what of the clip it is a caption of, unless it is the entire file;
         not_taken: another part of the clip that has a caption too, or "";
         saw: how much of that part the captioner saw, such as "24 of 60 s", unless it is all;
-        csv_cell: why a reader of CSV other than the trainer would misread it, or "".
+        csv_cell: why a spreadsheet that opens the CSV would misread it, or "".
         """
         rows = json.loads(self.path.read_text(encoding="utf-8"))["clips"]
         return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
@@ -187,10 +187,8 @@ def shared_openings(texts: Iterable[str]) -> pd.DataFrame:
 
 
 def csv_cell(text: str) -> str:
-    """Why a text is written to a CSV for the trainer as it is, but other readers misread it; or "".
+    """Why a spreadsheet misreads a text in a CSV, or "".
 
-    The trainer would learn an apostrophe that keeps a spreadsheet from running a text as a formula.
+    It is written as it is: a trainer would learn an apostrophe that keeps a spreadsheet from running it.
     """
-    if "\0" in text:
-        return "has NULs, at which Python's csv module stops before 3.11"
     return f"begins with {text[0]!r}: spreadsheets take it for a formula" if is_formula(text) else ""

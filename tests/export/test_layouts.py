@@ -66,7 +66,7 @@ def test_48_names_by_48_captions_are_read_back_pair_by_pair(cross_product, tmp_p
     refused = {CAPTIONS[int(Path(video).parent.name)] for video in report.refused["video"]}
     assert len(report.refused) == len(refused) * 48 and len(wanted) == (48 - len(refused)) * 48
     fine = [text for text in CAPTIONS if text.strip() and not re.search(f"[{LINE_SEPARATORS}]", text)]
-    assert len(refused & {*fine}) <= 5  # such as dates where load_dataset reads JSON
+    assert len(refused & {*fine}) <= 8  # such as dates where load_dataset reads JSON
     for text, row in ((CAPTIONS[int(Path(row.video).parent.name)], row) for row in report.exported.itertuples()):
         assert row.text == text.strip()
 
@@ -217,13 +217,13 @@ def test_cells_that_spreadsheets_run_reach_the_trainer_unchanged_and_the_report_
             path.hardlink_to(clip)
         store.append(make_record(number, path, text=text))
     report = export_dataset(store, "metadata-csv", tmp_path / "csv")
-    assert pd.read_csv(tmp_path / "csv" / "metadata.csv")["caption"].to_list() == texts
+    read = [text for text in texts if "\0" not in text]
+    assert pd.read_csv(tmp_path / "csv" / "metadata.csv")["caption"].to_list() == read
+    assert "has NULs: pandas before 3 reads only what is before them" in report.refused["reason"].item()
     cells = list(report.exported["csv_cell"])
-    assert (
-        [bool(cell) for cell in cells] == [True] * 5 + [False] and "NULs" in cells[4] and "begins with '='" in cells[0]
-    )
-    assert "5 captions that spreadsheets, or other readers of CSV, read otherwise" in str(report)
+    assert [bool(cell) for cell in cells] == [True] * 4 + [False] and "begins with '='" in cells[0]
+    assert "4 captions that spreadsheets take for formulas" in str(report)
     plain = export_dataset(store, "metadata-jsonl", tmp_path / "jsonl")
     assert not plain.exported["csv_cell"].any() and "that spreadsheets" not in str(plain)
-    for_people = report.table.map(spreadsheet_cell)["text"]
+    for_people = plain.table.map(spreadsheet_cell)["text"]
     assert list(for_people) == ["'" + text for text in texts[:4]] + ["a\\0b runs by", texts[5]]

@@ -113,6 +113,8 @@ class Layout(ABC):
 
     def unfit(self, text: str) -> str:
         """Why a caption does not fit this layout, or ""."""
+        if self.has_csv and "\0" in text:
+            return "has NULs: pandas before 3 reads only what is before them, and Python's csv before 3.11 stops"
         captions = self.as_read(text)
         if captions == [text]:
             return ""

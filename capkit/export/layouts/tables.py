@@ -248,7 +248,7 @@ def check_split_names(folder: Path) -> None:
 
 def as_pandas_reads(text: str) -> list[Any]:
     """What pandas reads for a caption in a CSV file of its own."""
-    if text.count(" ") > 1 and "\0" not in text:
+    if text.count(" ") > 1:
         return [text]  # neither a number nor one of pandas' words for a missing value: saves parsing most captions
     content = "".join(map(csv_line, [("file_name", "caption"), ("a.mp4", text)]))
     return pd.read_csv(io.StringIO(content, newline=""))["caption"].to_list()
