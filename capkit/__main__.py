@@ -139,9 +139,11 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--num-frames", type=int, default=24, help="maximum number of sampled frames")
     add("--frames-per-second", type=float, help="for --frame-sampling fps")
     add("--window-seconds", type=float, help="caption long videos in windows of this length")
-    trainers = "cogvideo, cogkit, diffusers or sat"
+    trainers = "cogvideo, cogkit, diffusers, cogvideox-factory, finetrainers, sat or videox-fun"
     add("--trainer", type=_text, help=f"caption only the part of each video that {trainers} trains on")
     add("--trainer-num-frames", type=int, help="number of frames that the trainer is set to; default: 49")
+    add("--trainer-frames-per-second", type=float, help="that sat is set to, 8 (default) or 16")
+    add("--trainer-stride", type=int, help="that videox-fun is set to; default: 3")
     add("--decoding", type=_json, default={}, help="JSON, such as '{\"max_new_tokens\": 300}'")
     add("--batch-size", type=int, default=8, help="clips in a batch of the model")
     add("--num-readers", type=int, default=2, help="clips that are read in parallel")
@@ -279,7 +281,9 @@ def _cut(arguments: argparse.Namespace) -> Callable[[list[Item]], list[Item]]:
     """Function from clips to the windows of them that the arguments ask for."""
     from capkit.runs import cut_into
 
-    parts = (arguments.window_seconds, arguments.trainer or "", arguments.trainer_num_frames, arguments.timeout_seconds)
+    a = arguments
+    settings = (a.trainer_num_frames, a.timeout_seconds, a.trainer_frames_per_second, a.trainer_stride)
+    parts = (a.window_seconds, a.trainer or "", *settings)
     cut_into([], *parts)  # wrong arguments are an error before anything starts
     return lambda items: cut_into(items, *parts)
 

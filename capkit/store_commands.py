@@ -127,13 +127,14 @@ def _stores(path: Path) -> list[Path]:
 
 
 def _print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> None:
-    from capkit.runs import mark_text
+    from capkit.runs import mark_text, seen_part
 
     for record in records:
         start, end = record.get("start_seconds"), record.get("end_seconds")
         is_window = bool(start) or end is not None
         window = f" ({start or 0:g} s to {'the end' if end is None else f'{end:g} s'})" if is_window else ""
-        print("\n" + plain_text(f"{record['video']}{window}"))
+        seen = seen_part(record)
+        print("\n" + plain_text(f"{record['video']}{window}" + (seen and f" [saw only {seen}]")))
         text = f"error: {record['error']}" if record["status"] != "ok" else record["text"].strip()
         text = record.get("edited_text", text)
         print(plain_text(f"  {' '.join(text.split())}"))

@@ -34,6 +34,18 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def is_formula(value: object) -> bool:
+    """Whether a spreadsheet that opens a CSV would take a cell for a formula, and run it."""
+    return isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
+
+
+def spreadsheet_cell(value: object) -> object:
+    """A cell of a table for people: an apostrophe before what a spreadsheet would run, NULs as escapes."""
+    if not isinstance(value, str):
+        return value
+    return ("'" if is_formula(value) else "") + value.replace("\0", r"\0")
+
+
 def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 

@@ -12,6 +12,7 @@ from functools import partial
 import psutil
 import pytest
 from paths import GOLDEN, ROOT
+from store_records import make_record
 
 import capkit.__main__
 from capkit import CaptionStore
@@ -63,6 +64,16 @@ class TestShow:
         for path in (shard, shard.parent):
             code, printed = main("show", path)
             assert code == 0 and f"{store.path.parent / 'captions_strips'}/\n" in printed
+
+    def test_a_caption_that_saw_only_part_is_marked(self, main, tmp_path):
+        store = CaptionStore(tmp_path / "captions.jsonl")
+        for number, fields in enumerate(
+            ({"duration_seconds": 60.0}, {}, {"end_seconds": 40.0, "duration_seconds": 40.0})
+        ):
+            store.append(make_record(number, tmp_path / f"{number}.mp4", **fields))
+        _, printed = main("show", store.path)
+        assert "0.mp4 [saw only 24 of 60 s]\n" in printed and "1.mp4\n" in printed
+        assert "2.mp4 (0 s to 40 s) [saw only 24 of 40 s]\n" in printed
 
     @pytest.mark.skipif(os.name != "posix", reason="pipes")
     def test_pipes_devices_and_the_root_are_not_waited_for(self, main, tmp_path):

@@ -2,6 +2,7 @@
 
 from capkit.export.choose import choose_records
 from capkit.export.cleaning import CLEANING, clean
+from capkit.export.clip_files import choose_for
 from capkit.export.dataset import check_export, export_dataset
 from capkit.export.layouts import LAYOUTS
 from capkit.export.report import ExportReport
@@ -14,6 +15,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "check_export",
+    "choose_for",
     "choose_records",
     "clean",
     "export_dataset",

@@ -25,15 +25,16 @@ def name_clips(clips: Iterable[Path]) -> Iterator[str]:
     Args:
         clips: different files; gone through twice.
     """
-    count = Counter(_safe_stem(clip.stem).lower() for clip in clips)
+    count = Counter(safe_stem(clip.stem).lower() for clip in clips)
     for clip in clips:
-        stem = _safe_stem(clip.stem)
+        stem = safe_stem(clip.stem)
         if not stem or count[stem.lower()] > 1:
             digest = hashlib.sha256(str(clip).encode("utf-8", "surrogateescape")).hexdigest()[:10]
             stem = f"{stem or 'clip'}-x{digest}"
         yield stem + clip.suffix.lower()
 
 
-def _safe_stem(stem: str) -> str:
+def safe_stem(stem: str) -> str:
+    """A file's name without suffix, made safe; "" if nothing is left."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-")[:MAX_STEM_LENGTH].strip("_-")
     return re.sub("videos", "clips", SPLIT_WORD.sub(r"\1clip", plain), flags=re.IGNORECASE)

@@ -16,7 +16,7 @@ import pandas as pd
 from capkit import __version__
 from capkit.export.write import report_of
 from capkit.files import atomic_writer, now
-from capkit.text import escape, plain_text, plural
+from capkit.text import escape, is_formula, plain_text, plural
 
 OPENING_WORDS = 4
 _TEXT, _NUMBER, _FLAG = "str", "Int64", "boolean"
@@ -24,7 +24,8 @@ COLUMNS = {
     **{"video": _TEXT, "file": _TEXT, "status": _TEXT, "reason": _TEXT, "text": _TEXT, "original": _TEXT},
     **{"edited": "bool", "mark": _TEXT, "changed_by": _TEXT, "num_words": _NUMBER, "num_t5_tokens": _NUMBER},
     **{"t5_is_estimate": _FLAG, "over_limit": _FLAG, "boilerplate_opening": _TEXT, "near_duplicate": _FLAG},
-    **{"same_file_as": _TEXT, "store": _TEXT, "request": _TEXT},
+    **{"same_file_as": _TEXT, "part": _TEXT, "not_taken": _TEXT, "saw": _TEXT, "csv_cell": _TEXT},
+    **{"store": _TEXT, "request": _TEXT},
 }
 """The table's columns and their types."""
 COUNTED = {
@@ -32,6 +33,10 @@ COUNTED = {
     "near_duplicate": ("caption", "nearly like another clip's"),
     "changed_by": ("caption", "changed by cleaning; the originals are in the report"),
     "same_file_as": ("clip", "with the content of another"),
+    "part": ("caption", "of a part of a file: see `part` in the report"),
+    "not_taken": ("file", "of which another part has a caption too, which was not taken"),
+    "saw": ("caption", "made from a part of what it is of: see `saw` in the report"),
+    "csv_cell": ("caption", "that spreadsheets take for formulas: see `csv_cell` in the report"),
 }
 
 
@@ -49,8 +54,9 @@ class ExportReport:
         command: how to start the trainer.
         options: the other arguments of the export.
         num_left_out: captions that were left out because of their marks; another one of the clip may be there instead.
-        counts: how many clips were "exported" and "refused" and, of the former, for how many each column of `COUNTED`
-            holds, how many are "over_limit", and the "most_tokens" of one.
+        counts: how many captions were "exported" and "refused" and, of the former, for how many each column of
+            `COUNTED` holds, how many are "over_limit", and the "most_tokens" of one; how many "clips" were exported,
+            and how many of them with an "empty" caption.
     """
 
     layout: str
@@ -71,7 +77,9 @@ class ExportReport:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row for each clip of the stores, as written to `path`; a million take gigabytes of memory.
+        """A row for each clip of the stores, or for each of its captions if it has several, as written to `path`.
+
+        A million take gigabytes of memory.
 
         video, store, request: where the caption is from;
         file: the clip in the export, relative to `output_dir`; "" if refused;
@@ -79,12 +87,16 @@ class ExportReport:
         original, text: the caption before and after cleaning; with the trigger word unless the trainer adds it;
         edited: it was edited by hand;
         mark: "right", "unsure" ..., see `CaptionStore.mark`, or "";
-        changed_by: cleaning rules that changed it, and "trimmed";
+        changed_by: cleaning rules that changed it, "trimmed", or "emptied": its clip is of the empty share;
         num_words, num_t5_tokens, t5_is_estimate, boilerplate_opening: as in `describe`, with the trigger word counted
             as tokens; of exported clips only, like all that follows;
         over_limit: more tokens than `threshold`;
         near_duplicate: nearly the caption of another clip;
-        same_file_as: another clip with the same content, or "".
+        same_file_as: another clip with the same content, or "";
+        part: what of the clip it is a caption of, unless it is the entire file;
+        not_taken: another part of the clip that has a caption too, or "";
+        saw: how much of that part the captioner saw, such as "24 of 60 s", unless it is all;
+        csv_cell: why a spreadsheet that opens the CSV would misread it, or "".
         """
         rows = json.loads(self.path.read_text(encoding="utf-8"))["clips"]
         return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
@@ -125,6 +137,8 @@ class ExportReport:
         self.counts[row["status"]] += 1
         if row["status"] == "exported":
             self.counts.update(name for name in ("over_limit", *COUNTED) if row[name])
+            self.counts["clips"] += row["is_first"]
+            self.counts["empty"] += row["is_first"] and row["is_empty"]
             self.counts["most_tokens"] = max(self.counts["most_tokens"], row["num_t5_tokens"])
 
     def __str__(self) -> str:
@@ -141,11 +155,13 @@ class ExportReport:
         else:
             tokens = f"the longest caption has {self.counts['most_tokens']} T5 tokens "
             tokens += f"({'estimated' if is_estimate else 'counted'}); {self.token_limit} are kept"
-        num_exported, num_refused = self.counts["exported"], self.counts["refused"]
         marks = " or ".join(self.options["leave_out"])
         left_out = f"{plural(self.num_left_out, 'caption')} left out, marked {marks}; leave_out=[] exports them, too"
+        captions = f" with {plural(self.counts['exported'], 'caption')}" if self.options["several"] else ""
+        exported = f"{plural(self.counts['clips'], 'clip')}{captions} exported for {self.layout} to {self.output_dir}"
         return [
-            f"{plural(num_exported, 'clip')} exported for {self.layout} to {self.output_dir}, {num_refused} refused",
+            f"{exported}, {self.counts['refused']} refused",
+            *([f"{plural(num, 'clip')} with an empty caption"] if (num := self.counts["empty"]) else []),
             self.read_back,
             tokens,
             *(f"{plural(num, noun)} {rest}" for name, (noun, rest) in COUNTED.items() if (num := self.counts[name])),
@@ -174,3 +190,11 @@ def shared_openings(texts: Iterable[str]) -> pd.DataFrame:
     starts = Counter(" ".join(re.findall(r"\w+(?:['’-]\w+)*", text.lower())[:OPENING_WORDS]) for text in texts)
     rows = [(opening, count) for opening, count in starts.most_common(20) if count > 1 and opening]
     return pd.DataFrame(rows, columns=["opening", "num_captions"])
+
+
+def csv_cell(text: str) -> str:
+    """Why a spreadsheet misreads a text in a CSV, or "".
+
+    It is written as it is: a trainer would learn an apostrophe that keeps a spreadsheet from running it.
+    """
+    return f"begins with {text[0]!r}: spreadsheets take it for a formula" if is_formula(text) else ""

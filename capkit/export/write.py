@@ -9,12 +9,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from tarfile import TarError
 
 from capkit.export.layouts import Layout, Pair, shorten
 from capkit.files import Busy, file_sha256, hold_lock
 
 REPORT_BEGINS = b'{\n "layout": "'
+NOT_READ = (ValueError, KeyError, IndexError, TypeError, OSError, TarError)
+"""What reading a folder raises that holds something else than an export, or that a trainer would stop at."""
 # What file systems without links answer, some of them Windows', or those of a link to another file system.
 NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -63,8 +68,12 @@ def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str, o
     if root.is_symlink() and not root.exists():
         raise ValueError(f"output_dir: {root} is a link to {os.readlink(root)!r}, which is not there")
     report = report_of(root)
-    if os.path.lexists(report) and not (report.is_file() and _begins_with(report, REPORT_BEGINS)):
-        raise ValueError(f"output_dir: {report}, where the report goes, is something else; choose another folder")
+    beside = [(report, REPORT_BEGINS, "the report goes")]
+    if layout.config_suffix:
+        beside.append((layout.config_path(root), b"capkit", "the trainer's settings go"))
+    for path, mark, what in beside:
+        if os.path.lexists(path) and not (path.is_file() and mark in _first_bytes(path)):
+            raise ValueError(f"output_dir: {path}, where {what}, is something else; choose another folder")
     if not root.exists() or root.is_dir() and not any(root.iterdir()):
         return False
     if not root.is_dir():
@@ -76,15 +85,16 @@ def is_exported(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str, o
                 "new clips of the same names too. Delete it, or choose another folder"
             )
     names = []
-    with suppress(ValueError, KeyError, IndexError, OSError):
-        for clip, _ in layout.read(root):
+    with suppress(*NOT_READ):
+        for clip, *_ in layout.read(root):
             names.append(clip.name)
     own = layout.caption_files(names) | {(Path(layout.clip_folder) / name).as_posix() for name in names}
     if foreign := next((file for file in _files(root) if file not in own), ""):
         raise ValueError(f"output_dir: {root} holds {foreign!r}, not part of such an export; choose another folder")
     other = "other captions"
-    if not _first_difference(layout, root, pairs):
-        made = (_how_made(root / layout.clip_folder / pair.name, pair.clip) for pair in pairs)
+    if not _first_difference(layout, root, root, pairs):
+        placed = [] if layout.packs_clips else pairs
+        made = (_how_made(root / layout.clip_folder / pair.name, pair.clip) for pair in placed)
         if not (differing := next((way for way in made if way != clips), "")):
             return True
         other = f"this export with clips={differing!r}, not {clips!r}"
@@ -129,10 +139,10 @@ def write_export(layout: Layout, root: Path, pairs: Sequence[Pair], clips: str) 
         place: dict[str, Callable[[Path, Path], object]]
         place = {"link": os.symlink, "copy": shutil.copyfile, "hardlink": os.link}
         (part / layout.clip_folder).mkdir(parents=True, exist_ok=True)
-        for pair in pairs:
+        for pair in [] if layout.packs_clips else pairs:
             place[clips](pair.clip, part / layout.clip_folder / pair.name)
         layout.write(part, pairs)
-        if difference := _first_difference(layout, part, pairs):
+        if difference := _first_difference(layout, part, root, pairs):
             raise ExportError(f"{root}: read back as {layout.trainer} reads it, {difference}; nothing was exported")
         _replace_folder(part, root)
     except OSError as error:
@@ -155,24 +165,31 @@ def _replace_folder(new: Path, root: Path) -> None:
     shutil.rmtree(old)
 
 
-def _first_difference(layout: Layout, root: Path, pairs: Sequence[Pair]) -> str:
-    """What differs from the pairs when the root is read as the trainer reads it, or ""."""
+def _first_difference(layout: Layout, folder: Path, root: Path, pairs: Sequence[Pair]) -> str:
+    """What differs from the pairs when a folder that is or will be the root is read as its trainer does, or ""."""
     places = {pair.name: place for place, pair in enumerate(pairs)}  # of those not read yet
+    clip_folders = [path / layout.clip_folder for path in (folder, root)]
     try:
-        for clip, text in layout.read(root):
-            place = places.pop(clip.name, None) if clip.parent == root / layout.clip_folder else None
+        for clip, rows in groupby(layout.read(folder), key=itemgetter(0)):
+            place = places.pop(clip.name, None) if clip.parent in clip_folders else None
             if place is None:
                 return f"{clip.name} is not expected, or occurs twice"
-            pair = pairs[place]
-            if text != pair.text:
-                return f"{clip.name} has the caption {shorten(str(text))}, not {shorten(pair.text)}"
-            if not (clip.exists() and (clip.samefile(pair.clip) or file_sha256(clip) == file_sha256(pair.clip))):
+            pair, [texts, *digests] = pairs[place], zip(*(row[1:] for row in rows), strict=True)
+            if texts != pair.texts:
+                found, wanted = (shorten(" | ".join(map(str, some))) for some in (texts, pair.texts))
+                return f"{clip.name} has the caption {found}, not {wanted}"
+            here = clip_folders[0] / clip.name
+            if not digests and not here.exists():
+                return f"{clip.name} is missing"
+            if not digests and here.samefile(pair.clip):
+                continue
+            if (digests[0][0] if digests else file_sha256(here)) != file_sha256(pair.clip):
                 return f"{clip.name} is not {pair.clip}"
-    except (ValueError, KeyError, IndexError, OSError) as error:
+    except NOT_READ as error:
         return f"it stops: {error}"
     return f"{len(places)} of {len(pairs)} clips are missing, such as {min(places)}" if places else ""
 
 
-def _begins_with(path: Path, content: bytes) -> bool:
+def _first_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(len(content)) == content
+        return file.read(100)

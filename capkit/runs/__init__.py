@@ -4,7 +4,7 @@ from capkit.console import is_interactive
 from capkit.files import output_folder
 from capkit.runs.auditing import Audit, audit
 from capkit.runs.caption import caption_clips, check_numbers
-from capkit.runs.clip_ids import clip_id, window_name
+from capkit.runs.clip_ids import clip_id, seen_part, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
 from capkit.runs.digests import digest_once
 from capkit.runs.fields import asked_prompt, check_fields, prompt_title, setting
@@ -28,7 +28,14 @@ from capkit.runs.store import (
     request_settings,
     to_frame,
 )
-from capkit.runs.windows import cut_into, unseen_by_trainer, write_webvtt
+from capkit.runs.trainers import (
+    TRAINERS,
+    TrainerSettings,
+    check_trainer,
+    trainer_indices,
+    trainer_problem,
+)
+from capkit.runs.windows import cut_into, trainer_span, unseen_by_trainer, write_webvtt
 
 __all__ = [
     "Audit",
@@ -36,6 +43,7 @@ __all__ = [
     "caption_clips",
     "check_numbers",
     "clip_id",
+    "seen_part",
     "window_name",
     "DEMO_CLIPS",
     "Item",
@@ -84,7 +92,13 @@ __all__ = [
     "request_settings",
     "digest_once",
     "to_frame",
+    "TRAINERS",
+    "TrainerSettings",
+    "check_trainer",
+    "trainer_indices",
+    "trainer_problem",
     "cut_into",
+    "trainer_span",
     "unseen_by_trainer",
     "write_webvtt",
 ]

@@ -1,13 +1,4 @@
-"""Cut videos into windows, write captions as WebVTT, and find the part of a clip that a trainer really sees.
-
-The rules of the CogVideoX trainers were read in their sources:
-
-- "cogvideo" (zai-org/CogVideo, finetune/) and "cogkit" (THUDM/CogKit): of n frames every (n // F)-th from the first,
-  F in all; a shorter clip is used in full, and its last frame repeated.
-- "diffusers" (examples/cogvideo): the same; a shorter clip is cut to 4k + 1 frames.
-- "sat" (zai-org/CogVideo, sat/): without the first 3 frames, F frames at about 8 a second; of clips too short for that
-  every ((n - 6) // F)-th without the last 3 either, or 4k + 1 frames as they come.
-"""
+"""Cut videos into windows, write captions as WebVTT, and find the part of a clip that a trainer really sees."""
 
 from __future__ import annotations
 
@@ -26,12 +17,10 @@ import numpy as np
 
 from capkit.files import atomic_write
 from capkit.runs.manifests import Item, check_items
-from capkit.text import unknown_name, without_controls
+from capkit.runs.trainers import DEFAULTS, TRAINERS, TrainerSettings, check_trainer, trainer_indices
+from capkit.text import without_controls
 from capkit.video import VideoError, VideoInfo, WorkerProcess, finite_float
 
-TRAINERS = ("cogvideo", "cogkit", "diffusers", "sat")
-TRAINER_FRAMES = 49
-SAT_SKIPPED_FRAMES, SAT_FRAMES_PER_SECOND = 3, 8
 LEAST_WINDOW_SECONDS = 0.1  # hardly more than a frame: nothing happens in less
 MOST_WINDOWS = 100_000  # of one video: more than a day of seconds
 LEAST_REMAINDER = 0.25  # of a window; a shorter rest at a video's end is added to the window before
@@ -43,6 +32,8 @@ def cut_into(
     trainer: str = "",
     num_frames: int | None = None,
     timeout_seconds: float = 60.0,
+    frames_per_second: float | None = None,
+    stride: int | None = None,
 ) -> list[Item]:
     """Cut items by `into_windows` if `window_seconds` is set, by `trainer_windows` if `trainer` is, else not at all.
 
@@ -51,21 +42,24 @@ def cut_into(
     Args:
         items: from `find_clips`.
         window_seconds: length of a window.
-        trainer, num_frames: as in `trainer_indices`; num_frames None is 49.
+        trainer: one of `TRAINERS`.
+        num_frames, frames_per_second, stride: what the trainer is set to, see `TrainerSettings`; None for the defaults.
         timeout_seconds: longest time to list one file's frames.
 
     Raises:
-        ValueError: both are set, `window_seconds` is below 0.1, unknown trainer, `num_frames` below 1 or without a
-            trainer, or a trainer and an item with a window of its own.
+        ValueError: both are set, `window_seconds` is below 0.1, unknown trainer, a setting out of range or without
+            effect, or a trainer and an item with a window of its own.
     """
     items = check_items(items)
-    if num_frames is not None and not trainer:
-        raise ValueError(f"num_frames={num_frames!r}: no effect without a trainer; one of {', '.join(TRAINERS)}")
+    settings = {"num_frames": num_frames, "frames_per_second": frames_per_second, "stride": stride}
+    given = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
+    if given and not trainer:
+        raise ValueError(f"{given[0]}: no effect without a trainer; one of {', '.join(TRAINERS)}")
     if window_seconds is not None and trainer:
         raise ValueError("window_seconds and trainer are both set: a trainer sees complete files, so choose one")
     if trainer:
-        num_frames = TRAINER_FRAMES if num_frames is None else num_frames
-        return trainer_windows(items, trainer, num_frames, timeout_seconds)
+        check_trainer(trainer)
+        return trainer_windows(items, trainer, TrainerSettings.of(trainer, settings), timeout_seconds)
     return items if window_seconds is None else into_windows(items, window_seconds, timeout_seconds)
 
 
@@ -139,76 +133,53 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}.{milliseconds % 1000:03}"
 
 
-def trainer_indices(
-    trainer: str, num_video_frames: int, average_fps: float, num_frames: int = TRAINER_FRAMES
-) -> list[int]:
-    """The positions of the frames of a video that a trainer sees, each once, in order.
-
-    Args:
-        trainer: one of `TRAINERS`.
-        num_video_frames, average_fps: of the video.
-        num_frames: F, the number of frames that the trainer is set to.
-
-    Returns:
-        At most `num_frames` positions; none where the trainer would find no frame ("sat", fewer than 7 frames).
-
-    Raises:
-        ValueError: unknown trainer, or a number below 1.
-    """
-    if trainer not in TRAINERS:
-        raise ValueError(unknown_name("trainer", trainer, TRAINERS, "there are"))
-    if type(num_frames) is not int or num_frames < 1 or num_video_frames < 1:
-        raise ValueError(f"num_frames={num_frames!r} of {num_video_frames!r}: must be whole numbers of at least 1")
-    if trainer != "sat":
-        indices = range(0, num_video_frames, max(num_video_frames // num_frames, 1))[:num_frames]
-        return list(indices[: _4k_plus_1(len(indices))] if trainer == "diffusers" else indices)
-    start, end = SAT_SKIPPED_FRAMES, num_video_frames - SAT_SKIPPED_FRAMES
-    step = 1
-    if num_video_frames / average_fps * SAT_FRAMES_PER_SECOND > num_frames:
-        end = int(start + num_frames / SAT_FRAMES_PER_SECOND * average_fps)
-        step = max((end - start) // num_frames, 1)
-    elif num_video_frames > num_frames:
-        step = max((end - start) // num_frames, 1)
-    else:
-        end = start + _4k_plus_1(max(end - start, 0))
-    return list(range(start, min(end, num_video_frames), step)[:num_frames])
-
-
-def _4k_plus_1(count: int) -> int:
-    return max(count - (count - 1) % 4, 0)
-
-
 def trainer_windows(
-    items: Iterable[Item], trainer: str, num_frames: int = TRAINER_FRAMES, timeout_seconds: float = 60.0
+    items: Iterable[Item], trainer: str, settings: TrainerSettings = DEFAULTS, timeout_seconds: float = 60.0
 ) -> list[Item]:
     """Cut each clip to the part that a trainer sees, from its first frame to its last, so that only this is captioned.
+
+    A clip that the trainer cannot take stays as it is: the export says why.
 
     Raises:
         ValueError: an item has a window of its own, which trainers do not support; or as in `trainer_indices`.
     """
-    trainer_indices(trainer, 1, 1.0, num_frames)
+    check_trainer(trainer)
     parts = []
     for item, listing in _with_frame_times(items, timeout_seconds):
         if item.start or item.end is not None:
             raise ValueError(f"{item.video}: has start or end, but a trainer takes the complete file; cut it first")
-        times, info = listing or ((), None)
-        indices = trainer_indices(trainer, len(times), info.average_fps, num_frames) if info else []
-        if indices:
-            start = float(times[indices[0]]) if indices[0] else 0.0
-            end = None if indices[-1] + 1 == len(times) else float(times[indices[-1] + 1])
-            item = replace(item, start=start, end=end)
+        times, info = listing or (np.empty(0), None)
+        if info and (span := trainer_span(trainer, times, info.average_fps, settings)):
+            item = replace(item, start=span[0], end=span[1])
         parts.append(item)
     return parts
 
 
+def trainer_span(
+    trainer: str, times: np.ndarray, average_fps: float, settings: TrainerSettings = DEFAULTS
+) -> tuple[float, float | None] | None:
+    """The window of a clip that a trainer sees, from its first frame to its last, as start and end in seconds.
+
+    None if it cannot take the clip; an end of None is the clip's.
+    """
+    indices = trainer_indices(trainer, len(times), average_fps, settings)
+    if not indices:
+        return None
+    first, after = indices[0], indices[-1] + 1
+    return float(times[first]) if first else 0.0, None if after == len(times) else float(times[after])
+
+
 def unseen_by_trainer(
-    records: Iterable[dict[str, Any]], trainer: str, num_frames: int = TRAINER_FRAMES, timeout_seconds: float = 60.0
+    records: Iterable[dict[str, Any]],
+    trainer: str,
+    settings: TrainerSettings = DEFAULTS,
+    timeout_seconds: float = 60.0,
 ) -> list[dict[str, Any]]:
     """Find captions that rest on frames before the first or after the last one that a trainer sees.
 
     Args:
         records: from `caption_clips` or `CaptionStore.current()`; errors and missing files are left out.
-        trainer, num_frames: as in `trainer_indices`.
+        trainer, settings: as in `trainer_indices`.
 
     Returns:
         For each such record `request`, `video`, `num_unseen` and `num_captioned` (frames), and the span that the
@@ -220,7 +191,7 @@ def unseen_by_trainer(
         if listing is None:
             continue
         times, info = listing
-        seen = trainer_indices(trainer, len(times), info.average_fps, num_frames)
+        seen = trainer_indices(trainer, len(times), info.average_fps, settings)
         captioned = record.get("frame_indices") or []
         unseen = [index for index in captioned if not seen or not seen[0] <= index <= seen[-1]]
         if unseen:

@@ -238,7 +238,7 @@ def agreement(
     return pd.DataFrame(results, index=captions.index, columns=list(columns)).astype(columns)
 
 
-def near_duplicates(texts: Sequence[str], clips: Sequence[Any]) -> np.ndarray:
+def near_duplicates(texts: Sequence[str], clips: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Find texts that nearly repeat one of another clip: the same words, or distinct runs of five words with a Jaccard
     index of at least 0.8.
 

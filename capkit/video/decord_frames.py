@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capkit.video.container import VideoError
+from capkit.video.pictures import VideoInfo
 
 DECORD_VERSION = "0.6.0"
 BLOCK_PIXELS = 16
@@ -53,6 +54,26 @@ def decode_with_decord(
     if difference:
         raise VideoError(path, f'decord gives {difference}; decoder="pyav" reads it right')
     return pixels
+
+
+def decord_problem(path: str, info: VideoInfo) -> str:
+    """Why a trainer that reads with decord would not get the frames that a player shows, or "".
+
+    decord counts packets, and with them frames that an edit list or the codec hides. Where it is not installed, only
+    AV1 is known to be a problem: decord 0.6.0 was built without a decoder of it.
+    """
+    try:
+        decord = _import_decord()
+    except ImportError:
+        return "decord has no decoder of AV1; encode it anew, as H.264" if info.codec == "av1" else ""
+    try:
+        num_frames = len(decord.VideoReader(os.path.abspath(path)))
+    except (decord.DECORDError, RuntimeError, UnicodeError):
+        return f"decord cannot open it (codec {info.codec}); encode it anew, as H.264"
+    if num_frames != info.num_frames:
+        counts = f"decord counts {num_frames} frames where a player shows {info.num_frames}"
+        return f"{counts}, because it is cut by an edit list or hides frames; encode it anew"
+    return ""
 
 
 def _largest_difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

@@ -59,7 +59,7 @@ class WorkerProcess:
         """The function's result.
 
         Raises:
-            VideoError, ImportError, MemoryError: raised by the function.
+            VideoError, ImportError, MemoryError, OSError: raised by the function.
             TimeoutError: it took longer than this, including the start of the process, which was killed.
             ChildProcessError: the process died, for example of another exception; the message has the exit code or
                 signal, and the end of stderr.
@@ -171,7 +171,7 @@ def serve(module: str, function: str, memory_bytes: int | None) -> None:
             signal.setitimer(signal.ITIMER_REAL, timeout_seconds + ORPHAN_SECONDS)
         try:
             result = called(*arguments)
-        except (VideoError, ImportError, MemoryError) as error:
+        except (VideoError, ImportError, MemoryError, OSError) as error:
             result = error.with_traceback(None)
         pickle.dump(result, results, protocol=5)
         results.flush()

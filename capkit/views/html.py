@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from capkit.runs import MARK_FIELDS, CaptionStore, CaptionStoreLike, mark_text, record_text, window_name
+from capkit.runs import (
+    MARK_FIELDS,
+    CaptionStore,
+    CaptionStoreLike,
+    mark_text,
+    record_text,
+    seen_part,
+    window_name,
+)
 from capkit.text import escape, without_controls
 
 if TYPE_CHECKING:
@@ -151,9 +159,13 @@ def mark_note(record: dict[str, Any]) -> str:
 
 
 def file_name(record: dict[str, Any]) -> str:
-    """The name of a record's video as HTML, isolated from the writing direction of the text around it; its window."""
-    window = window_name(record)
-    return f"<b><bdi>{escape(Path(record['video']).name)}</bdi></b>" + (window and f", {window}")
+    """The name of a record's video as HTML, isolated from the writing direction of the text around it.
+
+    With its window, and with how much of it was seen unless that is all.
+    """
+    window, seen = window_name(record), seen_part(record)
+    name = f"<b><bdi>{escape(Path(record['video']).name)}</bdi></b>" + (window and f", {window}")
+    return name + (seen and f', <span style="color:{RED}">saw only {seen}</span>')
 
 
 def note(html: str) -> str:

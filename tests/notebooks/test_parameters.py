@@ -36,7 +36,10 @@ def execute_here(name, **parameters):
         ("01", {"parts": {"window": 3}}, "unknown {'window'}; it may have window_seconds, or trainer and num_frames"),
         ("01", {"parts": {"num_frames": 9}}, "num_frames=9: no effect without a trainer"),
         ("01", {"parts": {"window_seconds": "3"}}, "window_seconds='3': must be a positive number"),
-        ("01", {"parts": {"trainer": "sat", "num_frames": 0}}, "num_frames=0"),
+        ("01", {"parts": {"trainer": "sat", "num_frames": 0}}, "num_frames must be a whole number, at least 1"),
+        ("01", {"parts": {"trainer": "sat", "stride": 2}}, "stride=2: has no effect on 'sat'"),
+        ("05", {"trainer": {"num_frames": 50}}, "num_frames=50: CogVideo's finetune/ takes only 8 N + 1"),
+        ("05", {"cut": "copy"}, "cut='copy': must be one of '', 'encode'"),
         (
             "01",
             {"parts": {"window_seconds": 1e-7}},

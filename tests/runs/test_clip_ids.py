@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from capkit import Decoding
-from capkit.runs import clip_id, request_settings, window_name
+from capkit.runs import clip_id, request_settings, seen_part, window_name
 from capkit.runs.store import ModelIdentity
 
 WINDOWS = [(0.0, None), (0.0, 2.0), (2.0, 4.0), (2.0, None), (2.0000001, None), (1e7 + 0.25, None), (1e7 + 0.5, None)]
@@ -36,3 +36,24 @@ def test_each_window_is_one_clip_and_settings_make_no_other():
 )
 def test_a_window_in_words(start, end, name):
     assert window_name({"video": "a.mp4", "start_seconds": start, "end_seconds": end}) == name
+
+
+@pytest.mark.parametrize(
+    "times, duration, start, part",
+    [
+        (range(24), 60.0, 0.0, "24 of 60 s"),
+        (range(24), 24.4, 0.0, ""),
+        (range(10), 9.6, 0.0, ""),
+        ([2.5 * i for i in range(24)], 120.0, 0.0, "60 of 120 s"),
+        ([2.5 * i for i in range(24)], 60.0, 0.0, ""),
+        ([5 + i for i in range(24)], 40.0, 5.0, "24 of 40 s"),  # in a window that begins at 5 s
+        ([5 + i for i in range(24)], 24.0, 5.0, ""),
+        ([0.0], 7200.25, 0.0, "1 of 7200.2 s"),
+        ([0.0], 0.04, 0.0, ""),
+        (None, 60.0, 0.0, ""),
+        (range(24), None, 0.0, ""),
+    ],
+)
+def test_how_much_a_caption_rests_on(times, duration, start, part):
+    found = {"timestamps_seconds": times and [float(time) for time in times], "duration_seconds": duration}
+    assert seen_part({"video": "a.mp4", "start_seconds": start} | found) == part

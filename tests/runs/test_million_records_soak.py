@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from store_records import an_error, make_record
+from video_factory import tiny_clip
 
 from capkit import Prompt
 from capkit.runs import Shard
@@ -18,10 +19,10 @@ from capkit.runs.clips import Item
 from capkit.runs.shards import SETTINGS_OF_RUN, write_plan
 
 NUM_RECORDS, NUM_SHARDS = int(os.environ.get("CAPKIT_SOAK_RECORDS", 10**6)), 4
-CONTENT = b"not a video"
 WORDS = """dog cat man woman runs walks jumps turns stops looks over under past to from the a red blue green small large
     lawn tree house street camera and then slowly quickly towards away with without stick coat""".split()
 LINKS_OF_A_FILE = 50_000  # ext4 takes 65,000
+CONTENT = tiny_clip()
 RECORD = make_record(77, Path("all"), video_sha256=hashlib.sha256(CONTENT).hexdigest())
 SETTINGS = {name: RECORD[name] for name in SETTINGS_OF_RUN}
 

@@ -5,9 +5,9 @@ import re
 import pytest
 from video_factory import cut, encode_clip
 
-from capkit.runs import cut_into, find_clips, write_webvtt
+from capkit.runs import TrainerSettings, cut_into, find_clips, write_webvtt
 from capkit.runs.clips import Item
-from capkit.runs.windows import TRAINERS, into_windows, trainer_indices, trainer_windows, unseen_by_trainer
+from capkit.runs.windows import into_windows, trainer_windows, unseen_by_trainer
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def test_one_way_of_cutting_is_chosen(folder):
     items = find_clips(folder / "long.mp4")
     assert cut_into(items) == items
     assert cut_into(items, 4.0) == into_windows(items, 4.0) != items
-    assert cut_into(items, trainer="cogkit", num_frames=9) == trainer_windows(items, "cogkit", 9) != items
+    assert (
+        cut_into(items, trainer="cogkit", num_frames=9) == trainer_windows(items, "cogkit", TrainerSettings(9)) != items
+    )
     for wrong, message in (
         ({"window_seconds": 4.0, "trainer": "cogkit"}, "choose one"),
         ({"window_seconds": 0}, "window_seconds=0"),
@@ -141,39 +143,13 @@ class TestWebVTT:
 
 
 class TestTrainers:
-    @pytest.mark.parametrize("trainer, num_video_frames, expected", [
-        ("cogvideo", 49, range(49)),
-        ("cogvideo", 97, range(49)),
-        ("cogkit", 98, range(0, 98, 2)),
-        ("cogvideo", 20, range(20)),
-        ("diffusers", 97, range(49)),
-        ("diffusers", 20, range(17)),
-        ("diffusers", 1, range(1)),
-        ("sat", 400, range(3, 3 + 49 * 3, 3)),
-        ("sat", 100, range(3, 52)),
-        ("sat", 40, range(3, 36)),
-        ("sat", 6, []),
-    ])  # fmt: skip
-    def test_the_frames_that_they_look_at(self, trainer, num_video_frames, expected):
-        assert trainer_indices(trainer, num_video_frames, 25.0, 49) == list(expected)
-
-    @pytest.mark.parametrize("trainer", TRAINERS)
-    def test_always_frames_of_the_video_and_never_too_many(self, trainer):
-        for count in [*range(1, 60), 97, 98, 150, 1000]:
-            for fps in (5.0, 8.0, 23.976, 60.0):
-                for num_frames in (1, 13, 49):
-                    indices = trainer_indices(trainer, count, fps, num_frames)
-                    assert len(indices) <= num_frames and indices == sorted(set(indices))
-                    assert all(0 <= index < count for index in indices)
-                    assert indices or trainer == "sat"
-
     def test_windows_hold_just_the_frames_that_are_seen(self, folder):
         """Of 100 frames at 10 a second: 49 with every second, the last is frame 96; 30 with every third, frame 87."""
         items = find_clips(folder / "long.mp4")
-        assert spans(trainer_windows(items, "cogvideo", 49)) == [(0.0, pytest.approx(9.7, abs=1e-4))]
-        assert spans(trainer_windows(items, "cogkit", 30)) == [(0.0, pytest.approx(8.8, abs=1e-4))]
-        assert spans(trainer_windows(items, "cogvideo", 100)) == [(0.0, None)]
-        assert spans(trainer_windows(items, "sat", 9))[0][0] == pytest.approx(0.3, abs=1e-4)
+        assert spans(trainer_windows(items, "cogvideo", TrainerSettings(49))) == [(0.0, pytest.approx(9.7, abs=1e-4))]
+        assert spans(trainer_windows(items, "cogkit", TrainerSettings(30))) == [(0.0, pytest.approx(8.8, abs=1e-4))]
+        assert spans(trainer_windows(items, "cogvideo", TrainerSettings(100))) == [(0.0, None)]
+        assert spans(trainer_windows(items, "sat", TrainerSettings(9)))[0][0] == pytest.approx(0.3, abs=1e-4)
 
     def test_captions_of_what_is_never_seen_are_flagged(self, folder):
         video = str(folder / "long.mp4")
@@ -183,14 +159,16 @@ class TestTrainers:
             record("gone.mp4", 0.0, 3.0, "Gone", frame_indices=[0]),
             {"video": video, "status": "error"},
         ]
-        (flagged,) = unseen_by_trainer(records, "cogvideo", 60)
+        (flagged,) = unseen_by_trainer(records, "cogvideo", TrainerSettings(60))
         assert (flagged["request"], flagged["num_unseen"], flagged["num_captioned"]) == (f"{video} 0.0", 2, 4)
         assert (flagged["seen_from_seconds"], flagged["seen_to_seconds"]) == (0.0, pytest.approx(5.9, abs=1e-4))
 
     def test_nonsense_is_refused(self, folder):
         with pytest.raises(ValueError, match="unknown trainer 'sora'; there are: cogvideo"):
             trainer_windows([], "sora")
-        with pytest.raises(ValueError, match="num_frames=0"):
-            trainer_windows([], "sat", 0)
+        with pytest.raises(ValueError, match="num_frames must be"):
+            cut_into([], trainer="sat", num_frames=0)
+        with pytest.raises(ValueError, match="stride=3: has no effect on .sat."):
+            cut_into([], trainer="sat", stride=3)
         with pytest.raises(ValueError, match="cut it first"):
             trainer_windows([Item(str(folder / "long.mp4"), end=3.0)], "sat")

@@ -301,6 +301,8 @@ def test_a_table_has_captions_in_full_and_errors_without_the_path():
     cells = [text_of(cell).strip() for cell in re.findall(r"<td .*?</td>", html)]
     assert cells[6:12] == ["a.mp4", ("word " * 300).strip(), "301", "eos", "-0.25", "1.23"]
     assert cells[12:] == ["b.mp4", "not captioned: no such file", "", "", "", ""] and "1 more in the store" in html
+    seen = record | {"timestamps_seconds": [float(second) for second in range(24)], "duration_seconds": 60.0}
+    assert "saw only 24 of 60 s" in text_of(captions_table([seen]).html) and "saw only" not in html
 
 
 class TestSideBySide:

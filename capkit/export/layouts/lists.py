@@ -54,17 +54,24 @@ def _lines(file: Iterable[str]) -> Iterator[str]:
 class CogVideo(TwoLists):
     """zai-org/CogVideo, `finetune/`: one line a clip in `prompts.txt` and `videos.txt`, the clips in `videos/`.
 
-    Captions must not contain line breaks. Latents and first frames are cached by the clip's stem.
+    Captions must not contain line breaks. Latents and first frames are cached by the clip's stem. Clips are read with
+    decord. Facts: zai-org/CogVideo 7a1af71, finetune/datasets/utils.py and finetune/schemas/args.py. Flags without
+    which it stops: --model_path --model_name --model_type --training_type --output_dir --data_root --caption_column
+    --video_column --train_resolution --report_to. Others here: --train_epochs --mixed_precision. Of the resolution,
+    frames x height x width, the frames must be 8 N + 1.
     """
 
     name = "cogvideo"
     trainer = "CogVideo's finetune/"
+    decoder = "decord"
+    window_rule = "cogvideo"
+    frames_step = 8
     latents = ("cache", "first_frames", ".cache")
     launch = (
         "accelerate launch train.py --model_path THUDM/CogVideoX1.5-5B --model_name cogvideox1.5-t2v "
-        "--model_type t2v --training_type lora --train_resolution 81x768x1360 --train_epochs 10 "
-        "--mixed_precision bf16 --data_root {root} --caption_column prompts.txt --video_column videos.txt "
-        "--output_dir OUTPUT_DIR  # in CogVideo/finetune"
+        "--model_type t2v --training_type lora --train_resolution {num_frames}x768x1360 --train_epochs 10 "
+        "--mixed_precision bf16 --report_to tensorboard --data_root {root} --caption_column prompts.txt "
+        "--video_column videos.txt --output_dir OUTPUT_DIR  # in CogVideo/finetune"
     )
 
 
@@ -72,17 +79,23 @@ class Diffusers(TwoLists):
     """diffusers, `examples/cogvideo`: one line a clip in `prompts.txt` and `videos.txt`, the clips in `videos/`.
 
     Captions must not contain line breaks. `--id_token` is put before them without a space, so it must end with one.
+    Clips are read with decord, all before training begins. Facts: huggingface/diffusers 02303d1,
+    examples/cogvideo/train_cogvideox_lora.py. Its flags here: --pretrained_model_name_or_path --instance_data_root
+    --caption_column --video_column --id_token --height --width --fps --max_num_frames --train_batch_size
+    --num_train_epochs --mixed_precision --output_dir.
     """
 
     name = "diffusers"
     trainer = "diffusers' train_cogvideox_lora.py"
+    decoder = "decord"
+    window_rule = "diffusers"
     adds_trigger = True
     trigger_end = " "
     launch = (
         "accelerate launch examples/cogvideo/train_cogvideox_lora.py "
         "--pretrained_model_name_or_path THUDM/CogVideoX-5b --instance_data_root {root} "
         "--caption_column prompts.txt --video_column videos.txt {trigger}--height 480 --width 720 --fps 8 "
-        "--max_num_frames 49 --train_batch_size 1 --num_train_epochs 30 --mixed_precision bf16 "
+        "--max_num_frames {num_frames} --train_batch_size 1 --num_train_epochs 30 --mixed_precision bf16 "
         "--output_dir OUTPUT_DIR  # in diffusers"
     )
 
@@ -90,16 +103,23 @@ class Diffusers(TwoLists):
 class CogVideoXFactory(TwoLists):
     """cogvideox-factory, now finetrainers' `examples/_legacy`: two lists as for CogVideo's `finetune/`.
 
-    Its data preparation caches latents beside the folder of clips.
+    Its data preparation caches latents beside the folder of clips, which are read with decord. Facts:
+    a-r-r-o-w/cogvideox-factory 223add1, training/cogvideox/dataset.py and args.py (the same files are in
+    a-r-r-o-w/finetrainers f476c37). Its flags here: --pretrained_model_name_or_path --data_root --caption_column
+    --video_column --id_token --height_buckets --width_buckets --frame_buckets --max_num_frames --train_batch_size
+    --mixed_precision --output_dir.
     """
 
     name = "cogvideox-factory"
     trainer = "cogvideox-factory"
+    decoder = "decord"
+    window_rule = "cogvideox-factory"
     latents = ("video_latents", "image_latents", "prompt_embeds", "cache", ".cache")
     adds_trigger = True
     launch = (
-        "accelerate launch training/cogvideox_text_to_video_lora.py "
+        "accelerate launch training/cogvideox/cogvideox_text_to_video_lora.py "
         "--pretrained_model_name_or_path THUDM/CogVideoX-5b --data_root {root} --caption_column prompts.txt "
-        "--video_column videos.txt {trigger}--height_buckets 480 --width_buckets 720 --frame_buckets 49 "
-        "--mixed_precision bf16 --output_dir OUTPUT_DIR  # in cogvideox-factory"
+        "--video_column videos.txt {trigger}--height_buckets 480 --width_buckets 720 --frame_buckets {num_frames} "
+        "--max_num_frames {num_frames} --train_batch_size 1 --mixed_precision bf16 --output_dir OUTPUT_DIR"
+        "  # in cogvideox-factory"
     )

@@ -1,10 +1,11 @@
 """Layouts of a table with one row a clip: CogKit, finetrainers, metadata.jsonl, metadata.csv, VideoX-Fun.
 
 All but VideoX-Fun read with `load_dataset("videofolder")`, which finds `metadata.jsonl` or `.csv` (never `.json`) and
-has three traps. It takes words in file names for splits: beside a clip called `test_1.mp4` there is no split "train"
+has four traps. It takes words in file names for splits: beside a clip called `test_1.mp4` there is no split "train"
 any more; so clips are renamed (see `capkit.export.clip_names`). It converts captions that all look like dates to times
-(JSON), and captions such as "12" and "None" to numbers and missing values (CSV). And it ignores rows without a clip
-and clips without a row.
+(JSON), and captions such as "12" and "None" to numbers and missing values (CSV). It ignores rows without a clip and
+clips without a row. And it takes `[`, `*`, `?`, `::` and `$HOME` in the path of the folder for patterns, for a chain of
+file systems and for a variable (huggingface/datasets 3.4.1 and 5.2.0, data_files.py and utils/file_utils.py).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from shlex import quote
+from typing import Any
 
 import pandas as pd
 
 from capkit.export.clip_names import SPLIT_WORD
-from capkit.export.layouts.base import Layout, Pair, write_text
+from capkit.export.layouts.base import Layout, Pair, write_text, write_yaml
+from capkit.runs import TrainerSettings
 
-_LOOKS_LIKE_A_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d.*)?")
+LOOKS_LIKE_A_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d.*)?")
 
 
 class VideoFolder(Layout):
@@ -35,10 +37,11 @@ class VideoFolder(Layout):
     clip_suffixes = frozenset((".mkv", ".mp4", ".avi", ".mpeg", ".mov"))
     tables: tuple[str, ...] = ("metadata.jsonl",)
     columns: tuple[str, ...] = ("caption", "prompt", "text")
+    uses_datasets = True
     launch = 'load_dataset("videofolder", data_dir={path!r}, split="train")  # Python, from datasets'
 
     def unfit(self, text: str) -> str:
-        if _LOOKS_LIKE_A_DATE.fullmatch(text):
+        if LOOKS_LIKE_A_DATE.fullmatch(text):
             return f"{self.trainer} could read {text!r} as a time instead of text"
         return super().unfit(text)
 
@@ -62,19 +65,15 @@ class VideoFolderCSV(VideoFolder):
     unfit = Layout.unfit  # pandas converts no dates
 
     def as_read(self, text: str) -> list[str]:
-        if text.count(" ") > 1 and "\0" not in text:
-            return [text]  # neither a number nor one of pandas' words for a missing value: saves parsing most captions
-        content = "".join(map(_csv_line, [("file_name", "caption"), ("a.mp4", text)]))
-        table = pd.read_csv(io.StringIO(content, newline=""))
-        return table["caption"].to_list()
+        return as_pandas_reads(text)
 
     def write(self, root: Path, pairs: Iterable[Pair]) -> None:
         rows = ((pair.name, *[pair.text] * len(self.columns)) for pair in pairs)
-        write_text(root / "metadata.csv", map(_csv_line, chain([("file_name", *self.columns)], rows)))
+        write_text(root / "metadata.csv", map(csv_line, chain([("file_name", *self.columns)], rows)))
 
     def read(self, root: Path) -> Iterator[tuple[Path, str]]:
         table = pd.read_csv(root / "metadata.csv")
-        _check_split_names(root)
+        check_split_names(root)
         yield from ((root / name, text) for name, text in zip(table["file_name"], table["caption"], strict=True))
 
 
@@ -82,13 +81,24 @@ class Finetrainers(VideoFolder):
     """finetrainers: `metadata.jsonl` in the root, which it prefers to all other layouts.
 
     A second metadata file is an error, and a .tar or .parquet anywhere below the root makes it a web dataset in some
-    versions. `b'...'` is taken for bytes and unwrapped.
+    versions. `b'...'` is taken for bytes and unwrapped. Facts: a-r-r-o-w/finetrainers f476c37,
+    finetrainers/data/dataset.py and finetrainers/args.py. Its flags here: --parallel_backend --model_name
+    --pretrained_model_name_or_path --dataset_config --training_type --train_steps --batch_size --output_dir. Clips are
+    read with torchvision.io.VideoReader, which 0.26 no longer has, and which `datasets` from 3.4 to 3.5 returns.
     """
 
     name = "finetrainers"
     trainer = "finetrainers"
     columns = ("caption",)
     adds_trigger = True
+    window_rule = "finetrainers"
+    needs = "torchvision 0.25 or older and datasets 3.4.1"
+    config_suffix = ".finetrainers.json"
+    launch = (
+        "torchrun --standalone --nproc_per_node=1 train.py --parallel_backend ptd --model_name cogvideox "
+        "--pretrained_model_name_or_path THUDM/CogVideoX-5b --dataset_config {config} --training_type lora "
+        "--train_steps 1000 --batch_size 1 --output_dir OUTPUT_DIR  # in finetrainers"
+    )
 
     def as_read(self, text: str) -> list[str]:
         return [text[2:-1] if text.startswith("b'") and text.endswith("'") else text]
@@ -101,34 +111,54 @@ class Finetrainers(VideoFolder):
             raise ValueError(f"{archives[0]} would be taken for the data set")
         yield from ((clip, self.as_read(text)[0]) for clip, text in super().read(root))
 
-    def command(self, root: Path, trigger_word: str) -> str:
-        data = {"data_root": str(root), "dataset_type": "video", "video_resolution_buckets": [[49, 480, 720]]}
-        if trigger_word:
-            data["id_token"] = trigger_word
-        config = json.dumps({"datasets": [data]}, ensure_ascii=False)
-        return (
-            f"printf %s {quote(config)} > training.json && torchrun --standalone --nproc_per_node=1 train.py "
-            "--parallel_backend ptd --model_name cogvideox --pretrained_model_name_or_path THUDM/CogVideoX-5b "
-            "--dataset_config training.json --training_type lora --train_steps 1000 --batch_size 1 "
-            "--output_dir OUTPUT_DIR  # in finetrainers"
-        )
+    def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
+        data: dict[str, Any] = {"data_root": str(root), "dataset_type": "video"}
+        data["video_resolution_buckets"] = [[settings.num_frames, 480, 720]]
+        data |= {"id_token": trigger_word} if trigger_word else {}
+        return json.dumps({"written_by": "capkit's export", "datasets": [data]}) + "\n"
+
+    def command(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
+        return super().command(root, "", settings)  # the trigger word is in the file
 
 
 class CogKit(VideoFolder):
-    """CogKit, text to video: a videofolder in `train/`. Latents are cached in `train/.cache` by the clip's stem."""
+    """CogKit, text to video: a videofolder in `train/`. Latents are cached in `train/.cache` by the clip's stem.
+
+    Facts: THUDM/CogKit 1633285, quickstart/scripts/train.py, which takes --yaml and no other flag, and the fields that
+    src/cogkit/finetune/base/base_args.py and diffusion/schemas/args.py need. Of `train_resolution`, which is frames,
+    height, width, the frames must be 8 N + 1. Clips are read with torchvision.io.VideoReader, which 0.26 no longer has,
+    and which `datasets` from 3.4 to 3.5 returns; pyproject.toml asks for 3.4.
+    """
 
     name = "cogkit"
+    window_rule = "cogkit"
+    frames_step = 8
+    needs = "torchvision 0.25 or older and datasets 3.4.1"
+    config_suffix = ".cogkit.yaml"
+    model = ("cogvideox1.5-t2v", "THUDM/CogVideoX1.5-5B")
     trainer = "CogKit"
     clip_folder = "train"
     tables: tuple[str, ...] = ("train/metadata.jsonl",)
     columns = ("prompt",)
     latents = ("train/.cache", ".cache", "cache")
     launch = (
-        "accelerate launch train.py --model_path THUDM/CogVideoX1.5-5B --model_name cogvideox1.5-t2v "
-        "--model_type t2v --training_type lora --train_resolution 81x768x1360 --train_epochs 1 "
-        "--mixed_precision bf16 --do_validation false --data_root {root} --output_dir OUTPUT_DIR"
-        "  # in CogKit/quickstart/scripts"
+        "torchrun --standalone --nproc_per_node=1 train.py --yaml {config}"
+        "  # in CogKit/quickstart/scripts, with your OUTPUT_DIR in that file"
     )
+
+    def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
+        name, path = self.model
+        model = {"name4train": root.name, "model_name": name, "model_path": path}
+        paths = {"data_root": str(root), "output_dir": "OUTPUT_DIR", "report_to": None}
+        training = {"training_type": "lora", "strategy": "DDP", "enable_packing": False, "mixed_precision": "bf16"}
+        training |= {"train_resolution": [settings.num_frames, 768, 1360], "train_epochs": 1, "batch_size": 1}
+        training |= {
+            "checkpointing_steps": 10,
+            "checkpointing_limit": 2,
+            "do_validation": False,
+            "validation_steps": None,
+        }
+        return write_yaml(model | paths | training)
 
 
 class CogKitImageToVideo(CogKit):
@@ -141,7 +171,7 @@ class CogKitImageToVideo(CogKit):
     trainer = "CogKit (image to video)"
     clip_folder = "train/videos"
     tables = ("train/metadata.jsonl", "train/videos/metadata.jsonl")
-    launch = CogKit.launch.replace("1.5-5B", "1.5-5B-I2V").replace("t2v", "i2v")
+    model = ("cogvideox1.5-i2v", "THUDM/CogVideoX1.5-5B-I2V")
 
     def write(self, root: Path, pairs: Iterable[Pair]) -> None:
         _write_json_lines(root / self.tables[0], ({"id": pair.stem, "prompt": pair.text} for pair in pairs))
@@ -158,16 +188,25 @@ class CogKitImageToVideo(CogKit):
 class VideoXFun(Layout):
     """VideoX-Fun: `metadata.json`, a list of rows with paths relative to the root.
 
-    It is opened in the locale encoding, so everything is written in ASCII.
+    It is opened in the locale encoding, so everything is written in ASCII. Clips are read with decord. Facts:
+    aigc-apps/VideoX-Fun 804a425, videox_fun/data/dataset_image_video.py and scripts/cogvideox_fun/train_lora.py, .sh.
+    Its flags here: --pretrained_model_name_or_path --train_data_dir --train_data_meta --train_mode --enable_bucket
+    --random_hw_adapt --training_with_video_token_length --video_sample_n_frames --video_sample_stride --use_peft_lora
+    --low_vram --vae_mini_batch --train_batch_size --num_train_epochs --mixed_precision --output_dir. The published
+    models, called InP, need the train mode "inpaint"; "normal" is the default.
     """
 
     name = "videox-fun"
     trainer = "VideoX-Fun"
+    decoder = "decord"
+    window_rule = "videox-fun"
     tables = ("metadata.json",)
     launch = (
         "accelerate launch --mixed_precision bf16 scripts/cogvideox_fun/train_lora.py "
         "--pretrained_model_name_or_path MODEL_FOLDER --train_data_dir {root} --train_data_meta {root}/metadata.json "
-        "--video_sample_n_frames 49 --video_sample_stride 3 --train_batch_size 1 --num_train_epochs 100 "
+        "--train_mode inpaint --enable_bucket --random_hw_adapt --training_with_video_token_length "
+        "--video_sample_n_frames {num_frames} --video_sample_stride {stride} --use_peft_lora --low_vram "
+        "--vae_mini_batch 1 --train_batch_size 1 --num_train_epochs 100 --mixed_precision bf16 "
         "--output_dir OUTPUT_DIR  # in VideoX-Fun"
     )
 
@@ -196,18 +235,27 @@ def _read_video_folder(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     tables = [path for path in folder.rglob("metadata.*") if path.suffix in (".csv", ".jsonl", ".parquet")]
     if tables != [folder / "metadata.jsonl"]:
         raise ValueError(f"must have one metadata.jsonl and no other table, but has {sorted(map(str, tables))}")
-    _check_split_names(folder)
+    check_split_names(folder)
     yield from ((folder / row["file_name"], row) for row in _read_json_lines(tables[0]))
 
 
-def _check_split_names(folder: Path) -> None:
+def check_split_names(folder: Path) -> None:
     """Raise ValueError if load_dataset would take a word in a file's name for a split."""
     for path in folder.rglob("*"):
         if any(SPLIT_WORD.search(part) for part in path.relative_to(folder).parts):
             raise ValueError(f"{path}: load_dataset takes the name for a split's")
 
 
-def _csv_line(row: tuple[str, ...]) -> str:
+def as_pandas_reads(text: str) -> list[Any]:
+    """What pandas reads for a caption in a CSV file of its own."""
+    if text.count(" ") > 1:
+        return [text]  # neither a number nor one of pandas' words for a missing value: saves parsing most captions
+    content = "".join(map(csv_line, [("file_name", "caption"), ("a.mp4", text)]))
+    return pd.read_csv(io.StringIO(content, newline=""))["caption"].to_list()
+
+
+def csv_line(row: Iterable[Any]) -> str:
+    """A line of CSV, with every value in quotes."""
     line = io.StringIO(newline="")
     csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="\n").writerow(row)
     return line.getvalue()

@@ -1,0 +1,236 @@
+"""Which frames of a clip a trainer looks at, and which clips it cannot take; as read in the trainers' sources.
+
+- "cogvideo" (zai-org/CogVideo 7a1af71, finetune/datasets/utils.py) and "cogkit" (THUDM/CogKit 1633285,
+  src/cogkit/finetune/datasets/utils.py): of n frames every (n // F)-th from the first, F in all; a shorter clip is used
+  in full, and its last frame repeated.
+- "diffusers" (huggingface/diffusers 02303d1, examples/cogvideo/train_cogvideox_lora.py): the same; what is left is cut
+  to 4k + 1 frames, and a clip of which one frame is left stops it, because `squeeze` takes the frame's dimension away.
+- "cogvideox-factory" (a-r-r-o-w/cogvideox-factory 223add1, training/cogvideox/dataset.py, one frame bucket of F): as
+  "cogvideo"; fewer than F frames stop it, because n // F is 0.
+- "finetrainers" (a-r-r-o-w/finetrainers f476c37, finetrainers/functional/video.py, one bucket of F): F frames spread
+  over the entire clip; a shorter clip is used in full.
+- "sat" (zai-org/CogVideo 7a1af71, sat/data_video.py, SFTDataset): without the first 3 frames, F frames at about `fps` a
+  second; of clips too short for that every ((n - 6) // F)-th without the last 3 either, or 4k + 1 frames as they come.
+  It stops where the last frame that it wants is not there, as in clips that are hardly longer than F / fps seconds.
+- "videox-fun" (aigc-apps/VideoX-Fun 804a425, videox_fun/data/dataset_image_video.py, ImageVideoDataset): each time
+  another stretch, drawn at random, of which it takes every `video_sample_stride`-th frame, F in all or as many as there
+  are. It never shows a clip of fewer frames than the stride: it prints the error and takes another clip.
+- "diffsynth" (modelscope/DiffSynth-Studio fed7b18, diffsynth/core/data/operators.py) and "musubi"
+  (kohya-ss/musubi-tuner 30c658c, src/musubi_tuner/dataset/image_video_dataset.py, `frame_extraction` "full"): the
+  first F frames, or of a shorter clip the first 4k + 1.
+- "ltx-2" (Lightricks/LTX-2 400fd31, packages/ltx-trainer/scripts/process_videos.py, one bucket of F): the first F
+  frames; a shorter clip is left out.
+- "diffusion-pipe" (tdrussell/diffusion-pipe 8f83dbf, utils/dataset.py, models/base.py): the clip is brought to the
+  model's rate, 16 a second for Wan, by frames spread over it; of these the first F. A clip of fewer is left out.
+- "fastvideo" (hao-ai-lab/FastVideo 2f3d407, fastvideo/workflow/preprocess/components.py): the first F frames at 16 a
+  second. A clip of fewer, or one that lasts longer than 5 F of them, is left out.
+- "ai-toolkit" (ostris/ai-toolkit 27a03a9, toolkit/dataloader_mixins.py, `num_frames`): F frames spread over the entire
+  clip; of a shorter one all, some several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from capkit.text import unknown_name
+from capkit.video import at_least_one, positive
+
+SAT_SKIPPED_FRAMES = 3
+WAN_RATE = 16
+_FEWER_AT_16 = "it leaves out clips of fewer than {} at 16 a second"
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """What a trainer is set to.
+
+    Attributes:
+        num_frames: F, how many frames of a clip it trains on.
+        frames_per_second: of "sat" only: 8 for CogVideoX, 16 for CogVideoX 1.5.
+        stride: of "videox-fun" only: it takes every so many-th frame.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    num_frames: int = 49
+    frames_per_second: float = 8.0
+    stride: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "stride"):
+            object.__setattr__(self, name, at_least_one(name, getattr(self, name)))
+        object.__setattr__(self, "frames_per_second", positive("frames_per_second", self.frames_per_second))
+
+    @classmethod
+    def of(cls, trainer: str, values: TrainerSettings | Mapping[str, Any] | None) -> TrainerSettings:
+        """Settings from a dictionary of the fields; None stands for a field's default.
+
+        Raises:
+            ValueError: also for an unknown field, or one that the trainer does not have.
+        """
+        if isinstance(values, TrainerSettings):
+            return values
+        given = {name: value for name, value in (values or {}).items() if value is not None}
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise ValueError("trainer settings: " + unknown_name("field", name, names, "there are"))
+            if (owner := OWNERS.get(name, trainer)) != trainer:
+                raise ValueError(f"{name}={given[name]!r}: has no effect on {trainer!r}; it belongs to {owner!r}")
+        return cls(**given)
+
+
+OWNERS = {"frames_per_second": "sat", "stride": "videox-fun"}
+"""Settings that only one trainer has."""
+DEFAULTS = TrainerSettings()
+Taken = tuple[Sequence[int], str]  # the frames, or none and the reason
+
+
+def trainer_indices(
+    trainer: str, num_video_frames: int, average_fps: float, settings: TrainerSettings = DEFAULTS
+) -> list[int]:
+    """The positions of the frames of a video that a trainer may see, each once, in order.
+
+    Args:
+        trainer: one of `TRAINERS`.
+        num_video_frames, average_fps: of the video, as the trainer's decoder counts them.
+
+    Returns:
+        None where the trainer cannot take the clip: `trainer_problem` says why.
+
+    Raises:
+        ValueError: unknown trainer, or no frames.
+    """
+    return [*_taken(trainer, num_video_frames, average_fps, settings)[0]]
+
+
+def trainer_problem(
+    trainer: str, num_video_frames: int, average_fps: float, settings: TrainerSettings = DEFAULTS
+) -> str:
+    """Why a trainer cannot take a clip of so many frames, or ""; arguments and errors as of `trainer_indices`."""
+    return _taken(trainer, num_video_frames, average_fps, settings)[1]
+
+
+def check_trainer(trainer: str) -> None:
+    """Raise ValueError unless it is one of `TRAINERS`."""
+    if trainer not in TRAINERS:
+        raise ValueError(unknown_name("trainer", trainer, TRAINERS, "there are"))
+
+
+def _taken(trainer: str, num_video_frames: int, average_fps: float, settings: TrainerSettings) -> Taken:
+    check_trainer(trainer)
+    return _RULES[trainer](at_least_one("num_video_frames", num_video_frames), average_fps, settings)
+
+
+def _cogvideo(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    return range(0, n, max(n // settings.num_frames, 1))[: settings.num_frames], ""
+
+
+def _diffusers(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    indices, _ = _cogvideo(n, fps, settings)
+    indices = indices[: _4k_plus_1(len(indices))]
+    return (indices, "") if len(indices) > 1 else ([], f"{n} frames are too few: it keeps 4k + 1, and stops at one")
+
+
+def _cogvideox_factory(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if n < settings.num_frames:
+        return [], f"{n} frames are too few: it stops at fewer than its frame bucket, {settings.num_frames}"
+    return _cogvideo(n, fps, settings)
+
+
+def _finetrainers(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if n <= settings.num_frames:
+        return range(n), ""
+    import torch  # whose float32 rounding decides
+
+    return torch.linspace(0, n - 1, settings.num_frames).long().tolist(), ""
+
+
+def _sat(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    num_frames, rate, start, end = settings.num_frames, settings.frames_per_second, SAT_SKIPPED_FRAMES, n
+    at_fps = f"{n} frames at {fps:.6g} a second"
+    if n / fps * rate > num_frames:
+        end = int(start + num_frames / rate * fps)
+        step = (end - start) // num_frames
+        if not step:
+            return [], f"{at_fps}: it stops at fewer than the {rate:g} a second that it is set to"
+        wanted = range(start, end, step)
+        if wanted[-1] >= n:
+            return [], f"{at_fps}: it stops, because it wants frame {wanted[-1]} too (the first is 0)"
+        return wanted[:num_frames], ""
+    end -= SAT_SKIPPED_FRAMES
+    if n > num_frames:
+        wanted = range(start, end, max((end - start) // num_frames, 1))[:num_frames]
+    else:
+        wanted = range(start, start + _4k_plus_1(end - start))
+    return (wanted, "") if wanted else ([], f"{n} frames are too few: it drops the first and the last 3")
+
+
+def _videox_fun(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    count = min(settings.num_frames, n // settings.stride)
+    if not count:
+        return [], f"{n} frames are too few: it passes over clips of fewer than its stride, {settings.stride}"
+    length = (count - 1) * settings.stride + 1
+    if n - length >= settings.stride:  # the stretches begin everywhere, so that each frame is in one
+        return range(n), ""
+    starts = np.arange(n - length + 1)
+    return sorted({*np.linspace(starts, starts + length - 1, count, dtype=int).ravel().tolist()}), ""
+
+
+def _first(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    return range(_4k_plus_1(min(n, settings.num_frames))), ""
+
+
+def _ltx_2(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if n < settings.num_frames:
+        return [], f"{n} frames are too few: it leaves out clips of fewer than its bucket, {settings.num_frames}"
+    return range(settings.num_frames), ""
+
+
+def _diffusion_pipe(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if (count := int(n * WAN_RATE / fps)) < settings.num_frames:
+        return [], f"{n} frames at {fps:.6g} a second are too few: {_FEWER_AT_16.format(settings.num_frames)}"
+    import torch  # whose float32 rounding decides
+
+    return sorted({*torch.linspace(0, n - 1, count).int()[: settings.num_frames].tolist()}), ""
+
+
+def _fastvideo(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if n / fps > (longest := 5 * settings.num_frames / WAN_RATE):
+        return [], f"{n / fps:.6g} s are too long: it leaves out clips of more than {longest:.6g} s"
+    if len(indices := np.arange(0, n, fps / WAN_RATE).astype(int)) < settings.num_frames:
+        return [], f"{n} frames at {fps:.6g} a second are too few: {_FEWER_AT_16.format(settings.num_frames)}"
+    return sorted({*indices[: settings.num_frames].tolist()}), ""
+
+
+def _ai_toolkit(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    interval = (n - 1) / max(settings.num_frames - 1, 1)
+    return sorted({min(round(number * interval), n - 1) for number in range(settings.num_frames)}), ""
+
+
+def _4k_plus_1(count: int) -> int:
+    return max(count - (count - 1) % 4, 0)
+
+
+_RULES: dict[str, Callable[[int, float, TrainerSettings], Taken]] = {
+    "cogvideo": _cogvideo,
+    "cogkit": _cogvideo,
+    "diffusers": _diffusers,
+    "cogvideox-factory": _cogvideox_factory,
+    "finetrainers": _finetrainers,
+    "sat": _sat,
+    "videox-fun": _videox_fun,
+    "diffsynth": _first,
+    "musubi": _first,
+    "ltx-2": _ltx_2,
+    "diffusion-pipe": _diffusion_pipe,
+    "fastvideo": _fastvideo,
+    "ai-toolkit": _ai_toolkit,
+}
+TRAINERS = tuple(_RULES)
+"""Names of the trainers, which are those of layouts in `capkit.export`."""

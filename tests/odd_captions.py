@@ -1,0 +1,55 @@
+"""48 odd captions and 48 odd names of clips, as tables, lists, sidecars and file systems may stumble over them."""
+
+import unicodedata
+
+SEPARATORS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+TEXTS = {
+    "plain": "A dog runs.",
+    "quotes": '"A" \'dog\', """says""" “woof” `now`; it\'s "',
+    "commas": "a, b,, c,",
+    "a comma in a number": "1,000 dogs run",
+    "a comma and two spaces": "A dog,  a cat, and a cow run.",
+    "starts like a comment": "# not a comment, %s {format} \\n \\u0041 $HOME",
+    "a formula": "=SUM(A1:A9) dogs",
+    "a sum": "+1 dog runs",
+    "a difference": "-2 dogs run",
+    "an address": "@dog runs along",
+    "emoji": "🐕‍🦺 runs 👩‍👩‍👧 🇸🇪 fast 🏃🏽‍♀️",
+    "right to left": "שלום a dog \u202eback מרחבא",
+    "accents": unicodedata.normalize("NFD", "Café à la crème"),
+    "byte order mark": "\ufeffA dog runs.",
+    "no-break spaces": "A\xa0dog\u2003runs\u3000now",
+    "zero width": "A\u200bdog\u200d runs\ufeff now",
+    "long": "The small dog runs over the green lawn and back again now. " * 91 + "It stops.",
+    "like a number": "007",
+    "like a fraction": "1e5",
+    "like a truth": "True",
+    "like nothing": "None",
+    "like no number": "NaN",
+    "like a date": "2024-05-17",
+    "like a time": "2024-05-17 10:00:00",
+    "like bytes": "b'A dog'",
+    "like JSON": '{"caption": ["A dog", null]}',
+    "like TOML": 'caption = "A dog" # [[directory]]',
+    "like HTML": "<b>A dog</b> &amp; a cat</s>",
+    "a trigger": "A [trigger] dog and a [name] cat",
+    "a path": "C:\\dogs\\new.mp4",
+    "zero": "A\0dog",
+    "tab": "A\tdog",
+    "spaces": "A   dog    runs",
+    "one letter": "x",
+    "a dot": ".",
+    **{f"separator {ord(letter):#x}": f"A dog runs.{letter}It barks." for letter in SEPARATORS},
+    "both line ends": "one\r\n\r\ntwo\n\nthree",
+    "an escaped line end": "one\\ntwo",
+    "pipes": "a | b || c",
+}
+NAMES = [
+    *("dog.mp4", " a dog .mp4", "dog.v1.mp4.mp4", 'it\'s "a", dog.mp4', "собака\t🐕.mp4", "DOG.MP4", "Dog.mp4"),
+    *("test_1.mp4", "b-train-2 videos.mp4", "validation.mp4", "eval-3.mp4", "dev.mp4", "labels.mp4", "videos.mp4"),
+    *("metadata.mp4", "captions.mp4", "prompts.mp4", "default.mp4", "clips-00000.mp4", "cache.mp4", "dataset.mp4"),
+    *("-.mp4", "--help.mp4", "_.mp4", ".hidden.mp4", "..mp4", "a b.mp4", "a  b.mp4", "a,b.mp4", "a;b.mp4", "a=b.mp4"),
+    *("=1.mp4", "#1.mp4", "%41.mp4", "$HOME.mp4", "~.mp4", "*.mp4", "[1].mp4", "{1}.mp4", "a\\b.mp4", "a\nb.mp4"),
+    *("a|b.mp4", "1.mp4", "007.mp4", "e\u0301.mp4", "\xe9.mp4", "名前.mp4", "x" * 200 + ".mp4"),
+]
+assert len(TEXTS) == len(NAMES) == 48
