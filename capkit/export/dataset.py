@@ -23,8 +23,6 @@ from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, s
 from capkit.text import encodable, plain_text
 from capkit.video import FrameSampling, VideoError, load_clip
 
-ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
-
 
 def export_dataset(
     stores: Any,
@@ -57,8 +55,7 @@ def export_dataset(
         trigger_word: goes before every caption and is counted; written only if the trainer cannot add it itself.
         on_too_long: "report", "trim" at the end of a sentence, or "refuse".
         clips: "link" (symbolic), "copy" or "hardlink".
-        tokenizer: T5 tokenizer or its folder, such as `tokenizer/` of a CogVideoX checkpoint; None or "" to estimate.
-            Because estimates err, captions then count as too long from a tenth below the limit.
+        tokenizer: of another T5, see `capkit.sweep.t5_counter`; None or "" for CogVideoX's.
         overwrite: replace an earlier export in this layout, if nothing else is in its folder.
 
     Raises:
@@ -76,11 +73,9 @@ def export_dataset(
     check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
-    is_estimate = tokenizer is None or tokenizer == ""
-    threshold = int(token_limit * (1 - ESTIMATE_ERROR)) if is_estimate else token_limit
     trigger_word = encodable(trigger_word.strip())
     prefix = f"{trigger_word} " if trigger_word else ""
-    limit = _TokenLimit(threshold, on_too_long, prefix, t5_counter(tokenizer), is_estimate)
+    limit = _TokenLimit(token_limit, on_too_long, prefix, t5_counter(tokenizer))
     with hold_folder(root):
         export = _Export(kind, root)
         for chosen in choose_records(stores, choose):
@@ -100,7 +95,6 @@ def export_dataset(
             output_dir=root,
             shared_openings=shared_openings(export.captions),
             token_limit=token_limit,
-            threshold=threshold,
             read_back=f"read back as {kind.trainer} reads it: all {len(export.pairs)} pairs are right",
             command=kind.command(root, trigger_word),
             options={"cleaning": rules, "on_too_long": on_too_long, "trigger_word": trigger_word, "clips": clips},
@@ -142,11 +136,10 @@ def check_export(
 class _TokenLimit:
     """How many T5 tokens a caption may have, and what to do with a longer one."""
 
-    threshold: int
+    num_tokens: int
     on_too_long: str
     prefix: str  # the trigger word and a space
     count_tokens: Callable[[str], int]
-    is_estimate: bool
 
     def count(self, caption: str) -> int:
         """T5 tokens of a caption with the trigger word."""
@@ -200,8 +193,7 @@ class _Export:
                 "file": (Path(self.layout.clip_folder) / self.pairs[number].name).as_posix(),
                 "num_words": count_words(caption),
                 "boilerplate_opening": stock_opening(caption),
-                "t5_is_estimate": limit.is_estimate,
-                "over_limit": row["num_t5_tokens"] > limit.threshold,
+                "over_limit": row["num_t5_tokens"] > limit.num_tokens,
                 "near_duplicate": bool(repeats[number]),
                 "same_file_as": "" if first == number else self.rows[self.places[first]]["video"],
             }
@@ -255,12 +247,11 @@ def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:
     if not text:
         return "the caption is empty"
     num_tokens = limit.count(text)
-    if num_tokens > limit.threshold and limit.on_too_long != "report":
-        counted = "estimated" if limit.is_estimate else "counted"
-        reason = f"has {num_tokens} T5 tokens ({counted}), more than {limit.threshold}"
+    if num_tokens > limit.num_tokens and limit.on_too_long != "report":
+        reason = f"has {num_tokens} T5 tokens, more than {limit.num_tokens}"
         if limit.on_too_long == "refuse":
             return reason
-        text = trim_to_sentence(text, limit.threshold, limit.count)
+        text = trim_to_sentence(text, limit.num_tokens, limit.count)
         if not text:
             return f"{reason}; not even its first sentence fits"
         row["changed_by"].append("trimmed")
