@@ -134,6 +134,7 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--num-frames", type=int, default=24, help="maximum number of sampled frames")
     add("--frames-per-second", type=float, help="for --frame-sampling fps")
     add("--window-seconds", type=float, help="caption long videos in windows of this length")
+    add("--shots", action="store_true", help="caption each shot of a film; needs pip install -e '.[shots]'")
     trainers = "cogvideo, cogkit, diffusers or sat"
     add("--trainer", type=_text, help=f"caption only the part of each video that {trainers} trains on")
     add("--trainer-num-frames", type=int, help="number of frames that the trainer is set to; default: 49")
@@ -269,7 +270,15 @@ def _cut(arguments: argparse.Namespace) -> Callable[[list[Item]], list[Item]]:
     """Function from clips to the windows of them that the arguments ask for."""
     from capkit.runs import cut_into
 
-    parts = (arguments.window_seconds, arguments.trainer or "", arguments.trainer_num_frames, arguments.timeout_seconds)
+    a = arguments
+    parts = (
+        a.window_seconds,
+        a.trainer or "",
+        a.trainer_num_frames,
+        a.timeout_seconds,
+        a.shots,
+        a.output / "cuts.jsonl",
+    )
     cut_into([], *parts)  # wrong arguments are an error before anything starts
     return lambda items: cut_into(items, *parts)
 

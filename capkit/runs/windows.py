@@ -26,6 +26,7 @@ import numpy as np
 
 from capkit.files import atomic_write
 from capkit.runs.manifests import Item, check_items
+from capkit.runs.shots import check_shots, into_shots
 from capkit.text import unknown_name, without_controls
 from capkit.video import VideoError, VideoInfo, WorkerProcess, finite_float
 
@@ -43,8 +44,11 @@ def cut_into(
     trainer: str = "",
     num_frames: int | None = None,
     timeout_seconds: float = 60.0,
+    shots: bool = False,
+    kept_cuts: str | os.PathLike[str] | None = None,
 ) -> list[Item]:
-    """Cut items by `into_windows` if `window_seconds` is set, by `trainer_windows` if `trainer` is, else not at all.
+    """Cut items by `trainer_windows` if `trainer` is set; else by `into_shots` if `shots` is, then by `into_windows` if
+    `window_seconds` is.
 
     An item whose file cannot be read stays as it is: captioning gives it a record with the error.
 
@@ -52,20 +56,29 @@ def cut_into(
         items: from `find_clips`.
         window_seconds: length of a window.
         trainer, num_frames: as in `trainer_indices`; num_frames None is 49.
-        timeout_seconds: longest time to list one file's frames.
+        timeout_seconds: longest time to list one file's frames, or without progress in the search for its cuts.
+        shots: cut where the shots of a film change; with `window_seconds`, shots that last longer are cut again.
+        kept_cuts: a file that keeps the cuts, see `into_shots`.
 
     Raises:
-        ValueError: both are set, `window_seconds` is below 0.1, unknown trainer, `num_frames` below 1 or without a
-            trainer, or a trainer and an item with a window of its own.
+        ValueError: a trainer is set with another way of cutting, `window_seconds` is below 0.1, unknown trainer,
+            `num_frames` below 1 or without a trainer, or a trainer and an item with a window of its own.
+        ImportError: PySceneDetect, which `shots` needs, is not installed.
     """
     items = check_items(items)
     if num_frames is not None and not trainer:
         raise ValueError(f"num_frames={num_frames!r}: no effect without a trainer; one of {', '.join(TRAINERS)}")
-    if window_seconds is not None and trainer:
-        raise ValueError("window_seconds and trainer are both set: a trainer sees complete files, so choose one")
+    if type(shots) is not bool:
+        raise ValueError(f"shots={shots!r}: must be true or false")
+    if trainer and (shots or window_seconds is not None):
+        other = "shots" if shots else "window_seconds"
+        raise ValueError(f"{other} and trainer are both set: a trainer sees complete files, so choose one")
     if trainer:
         num_frames = TRAINER_FRAMES if num_frames is None else num_frames
         return trainer_windows(items, trainer, num_frames, timeout_seconds)
+    if shots:
+        check_shots()
+        items = into_shots(items, None if kept_cuts is None else Path(kept_cuts), timeout_seconds)
     return items if window_seconds is None else into_windows(items, window_seconds, timeout_seconds)
 
 

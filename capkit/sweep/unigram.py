@@ -1,4 +1,4 @@
-"""Count the pieces into which a SentencePiece unigram model cuts a text, as T5's tokenizer does; needs no sentencepiece.
+"""Count the pieces into which a SentencePiece unigram model cuts a text, as T5's tokenizer does, without sentencepiece.
 
 Written after google/sentencepiece, src/normalizer.cc and src/unigram_model.cc. `tokenizers` counts otherwise for some
 texts: it replaces marks that follow a letter one by one, and adds scores in another precision.
@@ -105,7 +105,7 @@ class UnigramModel:
         return "".join(replaced)
 
     def _longest(self, text: str, at: int) -> tuple[int, str]:
-        """How many characters from `at` on the model replaces, and by what, from its double-array trie (Darts-clone)."""
+        """How many characters from `at` on it replaces, and by what; from its double-array trie (Darts-clone)."""
         length, replacement, node = 0, "", _offset(self._units[0])
         for end in range(at, len(text)):
             for byte in text[end].encode():
