@@ -50,13 +50,14 @@ def into_shots(items: Iterable[Item], kept_cuts: Path | None = None, timeout_sec
     shots = []
     for item in items:
         cuts = None if item.error else found.get(item.video)
-        if cuts is None or isinstance(cuts, str):
-            shots.append(replace(item, error=cuts or item.error))
+        if isinstance(cuts, str):
+            item = replace(item, error=cuts)
+        starts = _shot_starts(cuts, item) if isinstance(cuts, tuple) else [item.start]
+        if len(starts) == 1:
+            shots.append(item)
             continue
-        starts = _shot_starts(cuts, item)
         ends = [*starts[1:], item.end]
-        alone = {} if len(starts) == 1 else {"reference": None}
-        shots += [replace(item, start=s, end=e, **alone) for s, e in zip(starts, ends, strict=True)]
+        shots += [replace(item, start=s, end=e, reference=None) for s, e in zip(starts, ends, strict=True)]
     return shots
 
 

@@ -35,7 +35,9 @@ class UnigramModel:
     """
 
     def __init__(self, path: Path) -> None:
-        pieces, trainer, normalizer = [], {}, {}
+        pieces: list[dict[int, Any]] = []
+        trainer: dict[int, Any] = {}
+        normalizer: dict[int, Any] = {}
         try:
             for number, value in _fields(path.read_bytes()):
                 if number == 1:

@@ -42,16 +42,17 @@ class CutFinder:
         self.times, self.info = times, info
         self.cuts: list[int] = []
         self.share = 0.0
+        self._height = 0
         self._detector = AdaptiveDetector(min_scene_len=0)
         self._reach = int(np.clip(LEAST_SHOT_SECONDS * info.average_fps, 3, 60))  # frames looked at after a cut
-        self._recent = deque[tuple[int, NDArray[np.int16]]](
-            maxlen=self._reach + 1
-        )  # indices, colours of 16 x 16 fields
+        # Indices, and the colours of 16 x 16 fields.
+        self._recent = deque[tuple[int, NDArray[np.int16]]](maxlen=self._reach + 1)
         self._candidates = deque[int]()
         self._back = 0  # the frame at which the latest flash is over
 
     def set_format(self, frame: VideoFrame, video: VideoFile) -> None:
-        """Does nothing: pictures are compared as they are stored."""
+        """Have all pictures in the shape of the first, though the film may change it."""
+        self._height = self._height or max(round(WIDTH * frame.height / frame.width), 1)
 
     def wants(self, index: int) -> bool:
         """False: damage of a frame does not stop the search."""
@@ -62,8 +63,7 @@ class CutFinder:
         import cv2
         from scenedetect import FrameTimecode
 
-        height = max(round(WIDTH * frame.height / frame.width), 1)
-        pixels = frame.to_ndarray(format="bgr24", width=WIDTH, height=height, interpolation="AREA")
+        pixels = frame.to_ndarray(format="bgr24", width=WIDTH, height=self._height, interpolation="AREA")
         place = FrameTimecode(index, fps=25.0)  # only the index is used
         self._candidates.extend(cut.frame_num for cut in self._detector.process_frame(place, pixels))
         few = cv2.resize(pixels, (16, 16), interpolation=cv2.INTER_AREA)
