@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from ffmpeg_truth import ffmpeg
 from shot_films import make_film
 from video_factory import cut, encode_clip
 
@@ -116,6 +117,13 @@ class TestIntoShots:
         greys = [150] * 20 + [250] * 2 + [150] * 20
         path = str(encode_clip(tmp_path / "flash.mp4", greys, fps=10, draw=draw_grey))
         assert into_shots([Item(path)]) == [Item(path)]
+
+    def test_a_film_that_changes_its_size(self, tmp_path):
+        first, second = flat_film(tmp_path / "1.mkv", 20), flat_film(tmp_path / "2.mkv", 0, 20, size=(64, 160))
+        (tmp_path / "list").write_text(f"file '{first}'\nfile '{second}'\n")
+        path = tmp_path / "both.mkv"
+        assert ffmpeg("-f", "concat", "-safe", "0", "-i", tmp_path / "list", "-c", "copy", path)[0] == 0
+        assert spans(into_shots([Item(str(path))])) == [(0, 2.0), (2.0, None)]
 
     def test_a_film_that_cannot_be_searched_has_an_error_and_the_others_are_cut(self, film, tmp_path):
         short = cut(film, tmp_path / "short.mp4", 0.5)
