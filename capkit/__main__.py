@@ -271,16 +271,9 @@ def _cut(arguments: argparse.Namespace) -> Callable[[list[Item]], list[Item]]:
     from capkit.runs import cut_into
 
     a = arguments
-    parts = (
-        a.window_seconds,
-        a.trainer or "",
-        a.trainer_num_frames,
-        a.timeout_seconds,
-        a.shots,
-        a.output / "cuts.jsonl",
-    )
+    parts = (a.window_seconds, a.trainer or "", a.trainer_num_frames, a.timeout_seconds, a.shots)
     cut_into([], *parts)  # wrong arguments are an error before anything starts
-    return lambda items: cut_into(items, *parts)
+    return lambda items: cut_into(items, *parts, a.output / "cuts.jsonl")
 
 
 def _local_device() -> str:

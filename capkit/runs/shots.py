@@ -64,7 +64,7 @@ def into_shots(items: Iterable[Item], kept_cuts: Path | None = None, timeout_sec
 def _shot_starts(cuts: Cuts, item: Item) -> list[float]:
     starts, end = [item.start], cuts[1] if item.end is None else item.end
     for cut in cuts[0]:
-        if cut - starts[-1] >= LEAST_SHOT_SECONDS and end - cut >= LEAST_SHOT_SECONDS:
+        if round(min(cut - starts[-1], end - cut), 3) >= LEAST_SHOT_SECONDS:
             starts.append(cut)
     return starts
 

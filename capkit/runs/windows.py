@@ -47,10 +47,12 @@ def cut_into(
     shots: bool = False,
     kept_cuts: str | os.PathLike[str] | None = None,
 ) -> list[Item]:
-    """Cut items by `trainer_windows` if `trainer` is set; else by `into_shots` if `shots` is, then by `into_windows` if
+    """Cut items into windows as a trainer does, where their shots change, by time, or not at all.
+
+    This is `trainer_windows` if `trainer` is set; else `into_shots` if `shots` is, and then `into_windows` if
     `window_seconds` is.
 
-    An item whose file cannot be read stays as it is: captioning gives it a record with the error.
+    An item whose file cannot be read stays as it is, or gets an error: captioning gives it a record with the error.
 
     Args:
         items: from `find_clips`.

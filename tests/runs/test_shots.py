@@ -109,9 +109,9 @@ class TestIntoShots:
         assert into_shots([inner]) == [inner]
 
     def test_no_shot_is_shorter_than_half_a_second(self, tmp_path):
-        path = flat_film(tmp_path / "quick.mp4", 20, 3, 3, 20, 4)
+        path = flat_film(tmp_path / "quick.mp4", 20, 3, 3, 20, 5, 5, 4)
         starts = [item.start for item in into_shots([Item(path)])]
-        assert starts == pytest.approx([0, 2.0, 2.6])
+        assert starts == pytest.approx([0, 2.0, 2.6, 4.6, 5.1])
 
     def test_a_flash_is_no_cut(self, tmp_path):
         greys = [150] * 20 + [250] * 2 + [150] * 20
