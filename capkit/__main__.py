@@ -139,6 +139,7 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--num-frames", type=int, default=24, help="maximum number of sampled frames")
     add("--frames-per-second", type=float, help="for --frame-sampling fps")
     add("--window-seconds", type=float, help="caption long videos in windows of this length")
+    add("--shots", action="store_true", help="caption each shot of a film; needs pip install -e '.[shots]'")
     trainers = "cogvideo, cogkit, diffusers, cogvideox-factory, finetrainers, sat or videox-fun"
     add("--trainer", type=_text, help=f"caption only the part of each video that {trainers} trains on")
     add("--trainer-num-frames", type=int, help="number of frames that the trainer is set to; default: 49")
@@ -283,9 +284,9 @@ def _cut(arguments: argparse.Namespace) -> Callable[[list[Item]], list[Item]]:
 
     a = arguments
     settings = (a.trainer_num_frames, a.timeout_seconds, a.trainer_frames_per_second, a.trainer_stride)
-    parts = (a.window_seconds, a.trainer or "", *settings)
+    parts = (a.window_seconds, a.trainer or "", *settings, a.shots)
     cut_into([], *parts)  # wrong arguments are an error before anything starts
-    return lambda items: cut_into(items, *parts)
+    return lambda items: cut_into(items, *parts, a.output / "cuts.jsonl")
 
 
 def _local_device() -> str:

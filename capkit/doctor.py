@@ -26,6 +26,7 @@ EXTRAS = {
     "train": "training the demo model (notebook 07)",
     "metrics": "BLEU and chrF against reference captions",
     "ray": "captioning on a Ray cluster",
+    "shots": "cutting films where their shots change",
 }
 
 

@@ -204,6 +204,7 @@ class TestCaptionShard:
             ((CLIPS[0], "--batch-size", "0"), "batch_size must be a whole number, at least 1; got 0"),
             ((CLIPS[0], "--timeout-seconds", "nan"), "timeout_seconds must be a positive number"),
             ((CLIPS[0], "--trainer-num-frames", "9"), "num_frames=9: no effect without a trainer"),
+            ((CLIPS[0], "--shots", "--trainer", "sat"), "shots and trainer are both set"),
             ((CLIPS[0], "--device", "meta"), "device='meta': cannot be used on this machine"),
             ((CLIPS[0], "--devices", "cpu,cuda:99"), "device='cuda:99': this machine has"),
             ((CLIPS[0], "--model", ROOT / "tests" / "data"), "has no config.json"),

@@ -26,7 +26,6 @@ from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, s
 from capkit.text import encodable, plain_text
 
 PARTS = {ENTIRE: "", SEEN: "{}: what the trainer sees", CUT: "{}: cut out and encoded anew"}
-ESTIMATE_ERROR = 0.1  # relative, see capkit.sweep.t5.estimate_t5_tokens
 
 
 def export_dataset(
@@ -70,8 +69,7 @@ def export_dataset(
         trigger_word: goes before every caption and is counted; written only if the trainer cannot add it itself.
         on_too_long: "report", "trim" at the end of a sentence, or "refuse".
         clips: "link" (symbolic), "copy" or "hardlink".
-        tokenizer: T5 tokenizer or its folder, such as `tokenizer/` of a CogVideoX checkpoint; None or "" to estimate.
-            Because estimates err, captions then count as too long from a tenth below the limit.
+        tokenizer: of another T5, see `capkit.sweep.t5_counter`; None or "" for CogVideoX's.
         overwrite: replace an earlier export in this layout, if nothing else is in its folder.
         trainer: what the trainer is set to, `TrainerSettings` or its fields: {"num_frames": 49}. It tells which window
             of a clip the trainer sees and which clips it can take, and is in the command.
@@ -108,11 +106,9 @@ def export_dataset(
     rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     settings = TrainerSettings.of(kind.window_rule, trainer)
-    is_estimate = tokenizer is None or tokenizer == ""
-    threshold = int(token_limit * (1 - ESTIMATE_ERROR)) if is_estimate else token_limit
     trigger_word = encodable(trigger_word.strip())
     prefix = f"{trigger_word} " if trigger_word else ""
-    limit = _TokenLimit(threshold, on_too_long, prefix, t5_counter(tokenizer), is_estimate)
+    limit = _TokenLimit(token_limit, on_too_long, prefix, t5_counter(tokenizer))
     cuts = root.with_name(f"{root.name}.cut") if cut else None
     with hold_folder(root), ClipFiles(kind, settings, cuts, crf) as files:
         export = _Export(kind, root)
@@ -137,7 +133,6 @@ def export_dataset(
             output_dir=root,
             shared_openings=shared_openings(export.captions),
             token_limit=token_limit,
-            threshold=threshold,
             read_back=f"read back as {kind.trainer} reads it: all {len(export.pairs)} pairs are right",
             command=kind.command(root, trigger_word, settings),
             options=options
@@ -212,11 +207,10 @@ def _check_captions(kind: Layout, several: bool, empty_share: float, trigger_wor
 class _TokenLimit:
     """How many T5 tokens a caption may have, and what to do with a longer one."""
 
-    threshold: int
+    num_tokens: int
     on_too_long: str
     prefix: str  # the trigger word and a space
     count_tokens: Callable[[str], int]
-    is_estimate: bool
 
     def count(self, caption: str) -> int:
         """T5 tokens of a caption with the trigger word."""
@@ -303,8 +297,7 @@ class _Export:
                 "file": (Path(self.layout.clip_folder) / self.pairs[clip].name).as_posix(),
                 "num_words": count_words(caption),
                 "boilerplate_opening": stock_opening(caption),
-                "t5_is_estimate": limit.is_estimate,
-                "over_limit": row["num_t5_tokens"] > limit.threshold,
+                "over_limit": row["num_t5_tokens"] > limit.num_tokens,
                 "near_duplicate": bool(repeats[number]),
                 "same_file_as": "" if clip_of[first] == clip else self.rows[self.places[first]]["video"],
                 "csv_cell": csv_cell(row["text"]) if self.layout.has_csv else "",
@@ -343,12 +336,11 @@ def _fit_text(row: dict[str, Any], kind: Layout, limit: _TokenLimit) -> str:
     if not text:
         return "the caption is empty"
     num_tokens = limit.count(text)
-    if num_tokens > limit.threshold and limit.on_too_long != "report":
-        counted = "estimated" if limit.is_estimate else "counted"
-        reason = f"has {num_tokens} T5 tokens ({counted}), more than {limit.threshold}"
+    if num_tokens > limit.num_tokens and limit.on_too_long != "report":
+        reason = f"has {num_tokens} T5 tokens, more than {limit.num_tokens}"
         if limit.on_too_long == "refuse":
             return reason
-        text = trim_to_sentence(text, limit.threshold, limit.count)
+        text = trim_to_sentence(text, limit.num_tokens, limit.count)
         if not text:
             return f"{reason}; not even its first sentence fits"
         row["changed_by"].append("trimmed")

@@ -23,7 +23,7 @@ _TEXT, _NUMBER, _FLAG = "str", "Int64", "boolean"
 COLUMNS = {
     **{"video": _TEXT, "file": _TEXT, "status": _TEXT, "reason": _TEXT, "text": _TEXT, "original": _TEXT},
     **{"edited": "bool", "mark": _TEXT, "changed_by": _TEXT, "num_words": _NUMBER, "num_t5_tokens": _NUMBER},
-    **{"t5_is_estimate": _FLAG, "over_limit": _FLAG, "boilerplate_opening": _TEXT, "near_duplicate": _FLAG},
+    **{"over_limit": _FLAG, "boilerplate_opening": _TEXT, "near_duplicate": _FLAG},
     **{"same_file_as": _TEXT, "part": _TEXT, "not_taken": _TEXT, "saw": _TEXT, "csv_cell": _TEXT},
     **{"store": _TEXT, "request": _TEXT},
 }
@@ -49,7 +49,6 @@ class ExportReport:
         output_dir: the trainer's root.
         shared_openings: the first four words that several captions share: opening, num_captions.
         token_limit: T5 tokens that the trainer keeps.
-        threshold: where captions count as too long: `token_limit`, or a tenth less if tokens are estimated.
         read_back: result of reading the folder as the trainer does.
         command: how to start the trainer.
         options: the other arguments of the export.
@@ -63,7 +62,6 @@ class ExportReport:
     output_dir: Path
     shared_openings: pd.DataFrame
     token_limit: int
-    threshold: int
     read_back: str
     command: str
     options: dict[str, Any]
@@ -88,9 +86,9 @@ class ExportReport:
         edited: it was edited by hand;
         mark: "right", "unsure" ..., see `CaptionStore.mark`, or "";
         changed_by: cleaning rules that changed it, "trimmed", or "emptied": its clip is of the empty share;
-        num_words, num_t5_tokens, t5_is_estimate, boilerplate_opening: as in `describe`, with the trigger word counted
+        num_words, num_t5_tokens, boilerplate_opening: as in `describe`, with the trigger word counted
             as tokens; of exported clips only, like all that follows;
-        over_limit: more tokens than `threshold`;
+        over_limit: more tokens than `token_limit`;
         near_duplicate: nearly the caption of another clip;
         same_file_as: another clip with the same content, or "";
         part: what of the clip it is a caption of, unless it is the entire file;
@@ -148,13 +146,12 @@ class ExportReport:
 
     def _lines(self) -> list[str]:
         """The report in sentences."""
-        is_estimate = self.threshold < self.token_limit
         if num_over := self.counts["over_limit"]:
-            limit = f"{self.threshold} T5 tokens (estimated)" if is_estimate else f"{self.token_limit} T5 tokens"
-            tokens = f"{plural(num_over, 'caption')} of more than {limit}: training may cut off what is beyond"
+            tokens = (
+                f"{plural(num_over, 'caption')} of more than {self.token_limit} T5 tokens: training cuts off the rest"
+            )
         else:
-            tokens = f"the longest caption has {self.counts['most_tokens']} T5 tokens "
-            tokens += f"({'estimated' if is_estimate else 'counted'}); {self.token_limit} are kept"
+            tokens = f"the longest caption has {self.counts['most_tokens']} T5 tokens; {self.token_limit} are kept"
         marks = " or ".join(self.options["leave_out"])
         left_out = f"{plural(self.num_left_out, 'caption')} left out, marked {marks}; leave_out=[] exports them, too"
         captions = f" with {plural(self.counts['exported'], 'caption')}" if self.options["several"] else ""

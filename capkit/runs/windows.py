@@ -17,6 +17,7 @@ import numpy as np
 
 from capkit.files import atomic_write
 from capkit.runs.manifests import Item, check_items
+from capkit.runs.shots import check_shots, into_shots
 from capkit.runs.trainers import DEFAULTS, TRAINERS, TrainerSettings, check_trainer, trainer_indices
 from capkit.text import without_controls
 from capkit.video import VideoError, VideoInfo, WorkerProcess, finite_float
@@ -34,32 +35,46 @@ def cut_into(
     timeout_seconds: float = 60.0,
     frames_per_second: float | None = None,
     stride: int | None = None,
+    shots: bool = False,
+    kept_cuts: str | os.PathLike[str] | None = None,
 ) -> list[Item]:
-    """Cut items by `into_windows` if `window_seconds` is set, by `trainer_windows` if `trainer` is, else not at all.
+    """Cut items into windows as a trainer does, where their shots change, by time, or not at all.
 
-    An item whose file cannot be read stays as it is: captioning gives it a record with the error.
+    This is `trainer_windows` if `trainer` is set; else `into_shots` if `shots` is, and then `into_windows` if
+    `window_seconds` is.
+
+    An item whose file cannot be read stays as it is, or gets an error: captioning gives it a record with the error.
 
     Args:
         items: from `find_clips`.
         window_seconds: length of a window.
         trainer: one of `TRAINERS`.
         num_frames, frames_per_second, stride: what the trainer is set to, see `TrainerSettings`; None for the defaults.
-        timeout_seconds: longest time to list one file's frames.
+        timeout_seconds: longest time to list one file's frames, or without progress in the search for its cuts.
+        shots: cut where the shots of a film change; with `window_seconds`, shots that last longer are cut again.
+        kept_cuts: a file that keeps the cuts, see `into_shots`.
 
     Raises:
-        ValueError: both are set, `window_seconds` is below 0.1, unknown trainer, a setting out of range or without
-            effect, or a trainer and an item with a window of its own.
+        ValueError: a trainer is set with another way of cutting, `window_seconds` is below 0.1, unknown trainer, a
+            setting out of range or without effect, or a trainer and an item with a window of its own.
+        ImportError: PySceneDetect, which `shots` needs, is not installed.
     """
     items = check_items(items)
     settings = {"num_frames": num_frames, "frames_per_second": frames_per_second, "stride": stride}
     given = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
     if given and not trainer:
         raise ValueError(f"{given[0]}: no effect without a trainer; one of {', '.join(TRAINERS)}")
-    if window_seconds is not None and trainer:
-        raise ValueError("window_seconds and trainer are both set: a trainer sees complete files, so choose one")
+    if type(shots) is not bool:
+        raise ValueError(f"shots={shots!r}: must be true or false")
+    if trainer and (shots or window_seconds is not None):
+        other = "shots" if shots else "window_seconds"
+        raise ValueError(f"{other} and trainer are both set: a trainer sees complete files, so choose one")
     if trainer:
         check_trainer(trainer)
         return trainer_windows(items, trainer, TrainerSettings.of(trainer, settings), timeout_seconds)
+    if shots:
+        check_shots()
+        items = into_shots(items, None if kept_cuts is None else Path(kept_cuts), timeout_seconds)
     return items if window_seconds is None else into_windows(items, window_seconds, timeout_seconds)
 
 

@@ -92,7 +92,6 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
     New columns:
         num_words, num_sentences: a Chinese or Japanese character is a word.
         num_t5_tokens: `</s>` included; a trigger word that a trainer adds is not counted.
-        t5_is_estimate: no tokenizer was given, see `capkit.sweep.t5.estimate_t5_tokens`.
         over_t5_limit: T5 tokens beyond `t5_limit` are cut off in training.
         stopped_by_length: `finish_reason` is "length"; NA where it is unknown.
         repeated_4grams: share of repeated runs of four words: 1 - distinct / all; 0 under four words.
@@ -106,7 +105,7 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
     Args:
         captions: `text` and, used where they exist, `finish_reason` ("eos", "length" or "stopped"), `duration_seconds`
             (of the clip or window) and `reference`; other columns are kept.
-        t5_tokenizer: a transformers tokenizer, or the folder of one, such as `tokenizer/` of a CogVideoX checkpoint.
+        t5_tokenizer: of another T5, see `t5_counter`; None for CogVideoX's.
         t5_limit: `capkit.sweep.t5.COGVIDEOX_T5_LIMIT` or, safe for every CogVideoX trainer, `COGVIDEOX_1_5_T5_LIMIT`.
 
     Returns:
@@ -126,7 +125,6 @@ def describe(captions: pd.DataFrame, t5_tokenizer: Any = None, t5_limit: int = C
     described["num_words"] = _each(len, words, "Int64")
     described["num_sentences"] = _each(_num_sentences, texts, "Int64")
     described["num_t5_tokens"] = _each(t5_counter(t5_tokenizer), texts, "Int64")
-    described["t5_is_estimate"] = _each(lambda _: t5_tokenizer is None, texts, "boolean")
     described["over_t5_limit"] = described["num_t5_tokens"] > t5_limit
     stopped = optional["finish_reason"].eq("length").astype("boolean")
     described["stopped_by_length"] = stopped.mask(optional["finish_reason"].isna() | described["num_words"].isna())

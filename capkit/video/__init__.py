@@ -14,9 +14,11 @@ from capkit.video.sampling import (
     positive,
 )
 from capkit.video.seen import MEAN, STD, STRIP_FRAME_PIXELS, draw_strip, model_pixels, resized_and_cut, strip_frames
+from capkit.video.shots import LEAST_SHOT_SECONDS
 from capkit.video.worker import WorkerProcess
 
 __all__ = [
+    "LEAST_SHOT_SECONDS",
     "MEAN",
     "STD",
     "STRATEGIES",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from capkit.video.pictures import Pictures, VideoInfo
 from capkit.video.seen import Frames, SeenFrames
 
 if TYPE_CHECKING:
-    from av import Packet, VideoStream
+    from av import Packet, VideoFrame, VideoStream
 
 Times = NDArray[np.float64]
 Choose = Callable[[Times, VideoInfo], list[int]]
@@ -73,6 +73,22 @@ class _NotAsListed(VideoError):
     """Decoding gives other frames than were listed."""
 
 
+class Viewer(Protocol):
+    """What looks at frames as they are decoded."""
+
+    def set_format(self, frame: VideoFrame, video: VideoFile) -> None:
+        """Called with every frame before anything else."""
+
+    def wants(self, index: int) -> bool:
+        """Whether damage of this frame is an error."""
+
+    def take(self, index: int, frame: VideoFrame, video: VideoFile) -> None:
+        """Look at a frame."""
+
+
+AnyViewer = TypeVar("AnyViewer", bound=Viewer)
+
+
 def read_frames(
     path: str, choose: Choose, memory_bytes: int | None = None, image_size: int | None = None
 ) -> tuple[Frames | SeenFrames, list[int], Times, VideoInfo]:
@@ -113,6 +129,34 @@ def read_timestamps(path: str) -> tuple[Times, VideoInfo]:
     with _ffmpeg_errors(path):
         listing = _list_packets(path) or _list_by_decoding(path)
     return listing.timestamps_seconds, listing.info
+
+
+def view_frames(path: str, start: Callable[[Times, VideoInfo], AnyViewer]) -> AnyViewer:
+    """Decode a complete file, and show its frames in order to a viewer.
+
+    Args:
+        path: video file.
+        start: makes the viewer, from what `read_timestamps` returns. It is called again if the file's packets told of
+            other frames.
+
+    Returns:
+        The viewer, once it was shown all frames that can be decoded.
+
+    Raises:
+        VideoError, MemoryError: as `read_frames`.
+    """
+
+    def view(listing: _Listing) -> AnyViewer:
+        viewer = start(listing.timestamps_seconds, listing.info)
+        with VideoFile(path) as video:
+            _decode(video, listing, None, listing.info.num_frames - 1, viewer)
+        return viewer
+
+    with _ffmpeg_errors(path):
+        if listing := _list_packets(path):
+            with suppress(_NotAsListed):
+                return view(listing)
+        return view(_list_by_decoding(path))
 
 
 @contextmanager
@@ -287,7 +331,7 @@ def _groups(listing: _Listing, wanted: list[int]) -> list[tuple[_Key, int]]:
     return groups
 
 
-def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pictures: Pictures) -> None:
+def _decode(video: VideoFile, listing: _Listing, key: _Key | None, last: int, pictures: Viewer) -> None:
     """Decode from a keyframe, or from the start, to the frame with the index `last`, taking the wanted frames.
 
     Raises:

@@ -74,7 +74,7 @@ def show_caption(
         grounding: of this text, from `ground`: shades tokens by probability and words by support, and lists the frames
             that each word leans on.
         processor: the model's (`captioner.processor`), to shade the tokens of a `Caption` without a grounding.
-        t5_tokenizer: a transformers T5 tokenizer or its folder; None estimates where the cut falls.
+        t5_tokenizer: of another T5 than CogVideoX's: a transformers tokenizer or its folder.
         t5_limit: T5 tokens that a trainer keeps, `</s>` included.
 
     Raises:
@@ -100,7 +100,7 @@ def show_caption(
     if logprobs is not None:
         parts.append(_legend("Chance of each token:", _BY_PROBABILITY))
     if kept < len(text.rstrip()):
-        parts.append(_cut_note(text[kept:], t5_tokenizer is None, t5_limit))
+        parts.append(_cut_note(text[kept:], t5_limit))
     if grounding is not None and grounding.words:
         leans = _leaned_on(grounding, record, clip)
         parts += ["<hr>", paragraph(escape(prefix) + _word_spans(grounding, leans))]
@@ -284,11 +284,10 @@ def _legend(title: str, styles: _Styles) -> str:
     return f'<div style="{MUTED};line-height:1.8">{title} {samples}</div>'
 
 
-def _cut_note(lost: str, is_estimate: bool, t5_limit: int) -> str:
-    how = "an estimate: no T5 tokenizer was given" if is_estimate else "counted with the tokenizer given"
+def _cut_note(lost: str, t5_limit: int) -> str:
     count = len(lost.split())
     words = "the last word" if count == 1 else f"the last {count} words"
-    return note(f"✂ With a limit of {t5_limit} T5 tokens, training would cut off {words} ({how}).")
+    return note(f"✂ With a limit of {t5_limit} T5 tokens, training would cut off {words}.")
 
 
 def _frame_numbers(record: dict[str, Any], clip: Clip) -> list[int | None]:

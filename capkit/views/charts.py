@@ -125,21 +125,18 @@ def split_bars(table: pd.DataFrame, unit: str = "seconds") -> Chart:
     return figure
 
 
-def token_histogram(num_tokens: pd.Series, limit: int, threshold: int | None = None) -> Chart:
+def token_histogram(num_tokens: pd.Series, limit: int) -> Chart:
     """Histogram of captions by their T5 tokens, with the limit beyond which training cuts them off.
 
     Args:
         num_tokens: a number for each caption; missing ones are left out.
         limit: tokens that the trainer keeps.
-        threshold: from where captions count as too long, if not from the limit.
     """
     counts = num_tokens.dropna().astype(int)
     figure, axes = _new_chart(8.5, 2.6)
     width = max(1, -(-max([limit, *counts]) // 50))
     axes.hist(counts, bins=list(range(0, max([limit, *counts]) + 2 * width, width)), color=BLUE)
     axes.axvline(limit, color=RED, label=f"{limit} tokens are kept")
-    if threshold is not None and threshold != limit:
-        axes.axvline(threshold, color=RED, linestyle="--", label=f"{threshold}: too long, if the estimate is low")
     axes.set(xlabel="T5 tokens", ylabel="captions")
     axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.legend(fontsize=8)

@@ -184,14 +184,14 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(measures, "DECODINGS", [measures.GREEDY, measures.SAMPLED[-1]])
     out, words = tmp_path / "measures.json", tmp_path / "words.jsonl"
     command = ["--clips", "3", "--out", str(out), "--folder", str(tmp_path)]
-    append_line = measures.append_line
+    append_lines = measures.append_lines
 
     def stop(path, line):
-        append_line(path, line)
+        append_lines(path, line)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(measures, "append_line", stop)
+        patched.setattr(measures, "append_lines", stop)
         measures.main(command)
     first = words.read_text()
     assert first.count("\n") == 1 and not out.exists()

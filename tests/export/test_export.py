@@ -218,7 +218,7 @@ class TestEveryCaptionAndEveryName:
         assert refused - {"empty", "blank"} <= {"like a date", "like bytes", "like a number", "like a truth"} | {
             *("like nothing", "zero")
         }
-        assert report.exported["num_t5_tokens"].max() <= report.threshold < 224
+        assert report.exported["num_t5_tokens"].max() <= report.token_limit == 224
         written = [row.text for row in report.exported.itertuples()]
         assert all(text.startswith("ZORP ") != LAYOUTS[layout].adds_trigger for text in written)
         assert not any(letter in text for text in written for letter in LINE_SEPARATORS + "\t")
@@ -427,24 +427,24 @@ class TestLimit:
         settings = {"token_limit": 9, "tokenizer": Words(), "trigger_word": "ZORP"}
         report = export_dataset(store, "cogvideo", tmp_path / "report", **settings)
         assert list(report.table["num_t5_tokens"]) == [15, 4, 52] and list(report.table["over_limit"]) == [1, 0, 1]
-        assert "2 captions of more than 9 T5 tokens" in str(report) and not report.table["t5_is_estimate"].any()
+        assert "2 captions of more than 9 T5 tokens" in str(report)
         report = export_dataset(store, "cogvideo", tmp_path / "trim", **settings, on_too_long="trim")
         assert list(report.exported["text"]) == ['ZORP One two "three four."', "ZORP One two."]
         assert list(report.exported["changed_by"]) == ["trimmed", ""] and report.exported["num_t5_tokens"].max() == 6
-        assert "has 52 T5 tokens (counted), more than 9; not even its first" in report.refused["reason"].iloc[0]
+        assert "has 52 T5 tokens, more than 9; not even its first" in report.refused["reason"].iloc[0]
         report = export_dataset(store, "diffusers", tmp_path / "refuse", **settings, on_too_long="refuse")
-        assert list(report.refused["reason"]) == [f"has {n} T5 tokens (counted), more than 9" for n in (15, 52)]
+        assert list(report.refused["reason"]) == [f"has {n} T5 tokens, more than 9" for n in (15, 52)]
         assert report.exported["text"].item() == "One two." and "--id_token 'ZORP '" in report.command
 
     def test_an_abbreviation_ends_no_sentence(self, store, tmp_path):
         report = export_dataset(store, "sat", tmp_path / "out", token_limit=10, tokenizer=Words(), on_too_long="trim")
         assert report.exported["text"].iloc[0] == 'One two "three four." Mr. Five e.g. six!'
 
-    def test_estimates_count_as_too_long_a_tenth_before_the_limit(self, make_store, tmp_path):
-        store = make_store({"a.mp4": "dog " * 205})
+    def test_without_a_tokenizer_cogvideoxs_tokens_are_counted(self, make_store, tmp_path):
+        store = make_store({"a.mp4": "dog " * 223, "b.mp4": "dog " * 224})
         report = export_dataset(store, "cogvideo", tmp_path / "out")
-        assert report.table["num_t5_tokens"].item() == 206 and report.threshold == 201
-        assert "more than 201 T5 tokens (estimated)" in str(report) and report.table["t5_is_estimate"].all()
+        assert list(report.table["num_t5_tokens"]) == [224, 225] and list(report.table["over_limit"]) == [0, 1]
+        assert "1 caption of more than 224 T5 tokens" in str(report)
 
 
 class TestCleaning:

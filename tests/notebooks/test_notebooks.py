@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
@@ -138,6 +139,18 @@ class TestCaptionClips:
         assert "3 captions to make, 3 of them of a part of a clip" in shown
         subtitles = (tmp_path / "out" / "webvtt" / "long.vtt").read_text()
         assert subtitles.count(" --> ") == 3 and "00:00:08.000 --> 00:00:10.000" in subtitles
+
+    def test_shots_have_captions_and_subtitles_and_their_cuts_are_kept(self, tmp_path):
+        def draw(number, height, width):
+            return np.full((height, width, 3), 40 + 160 * (number >= 30), np.uint8)
+
+        encode_clip(tmp_path / "film.mp4", range(50), fps=10, draw=draw)
+        _, shown = run("01", tmp_path, **FAST, videos="film.mp4", parts={"shots": True}, output_dir="out")
+        records = capkit.CaptionStore(tmp_path / "out" / "captions.jsonl").current()
+        assert sorted((r["start_seconds"], r["end_seconds"]) for r in records) == [(0.0, 3.0), (3.0, None)]
+        assert "2 captions to make, 2 of them of a part of a clip" in shown
+        assert "00:00:03.000 --> 00:00:05.000" in (tmp_path / "out" / "webvtt" / "film.vtt").read_text()
+        assert json.loads((tmp_path / "out" / "cuts.jsonl").read_text())["cuts_seconds"] == [3.0]
 
     @pytest.mark.parametrize(
         "parameters, message",

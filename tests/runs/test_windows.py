@@ -75,6 +75,8 @@ def test_one_way_of_cutting_is_chosen(folder):
         ({"window_seconds": 4.0, "trainer": "cogkit"}, "choose one"),
         ({"window_seconds": 0}, "window_seconds=0"),
         ({"trainer": "sora"}, "unknown trainer"),
+        ({"shots": True, "trainer": "cogkit"}, "choose one"),
+        ({"shots": 1}, "shots=1: must be true or false"),
     ):
         with pytest.raises(ValueError, match=message):
             cut_into([], **wrong)

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, COGVIDEOX_T5_LIMIT, agreement, describe, describe_set
-from capkit.sweep.t5 import estimate_t5_tokens
 
 
 def described(text, **columns):
@@ -169,23 +168,6 @@ class TestDescribe:
 
 
 class TestT5Tokens:
-    @pytest.mark.parametrize(
-        ("text", "exact"),  # counted from T5's pieces for these words
-        [
-            ("The man is wearing a yellow shirt.", 10),
-            ("The image depicts a busy city street with buses, taxis and motorcycles in the background.", 22),
-            ("A man in a yellow shirt is sitting on the beach with a brown dog. He is playing with the dog.", 27),
-            ("he jumps over the dog - quick", 11),
-        ],
-    )
-    def test_estimates_are_near_exact_counts(self, text, exact):
-        assert abs(estimate_t5_tokens(text) - exact) <= 1
-
-    def test_texts_outside_t5s_alphabet(self):
-        assert estimate_t5_tokens("") == 1
-        assert estimate_t5_tokens("一只狗在草地上奔跑") == 3  # a space, one unknown token, the end
-        assert estimate_t5_tokens("\x00 🎈 “Ja”") > 1
-
     @pytest.fixture
     def tokenizer(self):
         """A token for each word, `</s>` at the end, as T5's adds it."""
@@ -203,14 +185,12 @@ class TestT5Tokens:
         for given in (tokenizer, tmp_path, str(tmp_path)):
             result = describe(captions, given)
             assert result["num_t5_tokens"].tolist() == [224, 225, 226, 601, 1, pd.NA]
-            assert not result["t5_is_estimate"].any()
             assert result["over_t5_limit"].dropna().tolist() == [False, False, False, True, False]
         strict = describe(captions, tokenizer, t5_limit=COGVIDEOX_1_5_T5_LIMIT)
         assert strict["over_t5_limit"].dropna().tolist() == [False, True, True, True, False]
 
-    def test_without_a_tokenizer_it_is_an_estimate(self):
+    def test_without_a_tokenizer_cogvideoxs_is_used(self):
         result = describe(pd.DataFrame({"text": ["dog " * (COGVIDEOX_T5_LIMIT - 1), "dog " * COGVIDEOX_T5_LIMIT]}))
-        assert result["t5_is_estimate"].all()
         assert result["over_t5_limit"].tolist() == [False, True]
 
     def test_a_folder_without_a_tokenizer_is_named(self, tmp_path):

@@ -265,14 +265,14 @@ class TestCaption:
         text = " ".join(["word"] * 300)
         html = show_caption(text).html
         assert html.count("word</s>") == 1 and len(re.search(r"<s [^>]*>(.*)</s>", html)[1].split()) == 300 - 225
-        assert "With a limit of 226 T5 tokens, training would cut off the last 75 words (an estimate" in html
+        assert "With a limit of 226 T5 tokens, training would cut off the last 75 words." in html
 
         class Tokenizer:  # two tokens a word, and </s>
             def __call__(self, text, verbose=True):
                 return type("Encoding", (), {"input_ids": [0] * (2 * len(text.split()) + 1)})
 
         html = show_caption(text, t5_tokenizer=Tokenizer()).html
-        assert len(re.search(r"<s [^>]*>(.*)</s>", html)[1].split()) == 300 - 112 and "counted with" in html
+        assert len(re.search(r"<s [^>]*>(.*)</s>", html)[1].split()) == 300 - 112
         assert t5_kept("two words", Tokenizer(), 5) == len("two words") and t5_kept("two words", Tokenizer(), 4) == 3
         assert t5_kept("two words", Tokenizer(), 2) == 0 and t5_kept("", Tokenizer()) == 0
         assert "<s " not in show_caption("two words", t5_tokenizer=Tokenizer(), t5_limit=5).html
