@@ -389,5 +389,5 @@ class TestPages:
         (store.path.with_name("shard-00001-of-00002.jsonl")).write_bytes(store.path.read_bytes())
         store.path.rename(store.path.with_name("shard-00000-of-00002.jsonl"))
         code, printed = main("page", tmp_path, "--out", tmp_path / "a.html")
-        assert code == 2 and "has the captions of 2 shards; first `python -m capkit merge` them" in printed
+        assert code == 2 and "holds 2 stores; merge them first (python -m capkit merge)" in printed
         assert not (tmp_path / "a.html").exists()

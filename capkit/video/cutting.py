@@ -11,6 +11,7 @@ import numpy as np
 from capkit.video.container import VideoError
 from capkit.video.reading import read_frames, read_timestamps
 from capkit.video.seen import Frames
+from capkit.video.worker import WriteError
 
 READ_BYTES = 2**28  # of frames that are in memory at a time
 TICKS_PER_SECOND = 90_000  # of uneven times
@@ -31,7 +32,7 @@ def cut_clip(source: str, first: int, last: int, target: str, crf: int) -> None:
 
     Raises:
         VideoError: not all frames can be read, or not encoded.
-        OSError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     import av
 
@@ -67,8 +68,10 @@ def cut_clip(source: str, first: int, last: int, target: str, crf: int) -> None:
         os.replace(part, target)
     except av.error.FFmpegError as error:
         if error.errno is not None and error.errno > 0:
-            raise OSError(error.errno, error.strerror, target) from None
+            raise WriteError(error.errno, error.strerror, target) from None
         raise VideoError(source, f"frames {first} to {last} cannot be encoded: {error.strerror}") from error
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror, target) from error
     finally:
         Path(part).unlink(missing_ok=True)
 

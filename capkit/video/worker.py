@@ -28,6 +28,10 @@ MAIN = (
 )
 
 
+class WriteError(OSError):
+    """A worker's function cannot write its file."""
+
+
 class WorkerProcess:
     """A process that calls one function. It starts with the first call, and again after a call that ended it.
 
@@ -59,7 +63,7 @@ class WorkerProcess:
         """The function's result.
 
         Raises:
-            VideoError, ImportError, MemoryError, OSError: raised by the function.
+            VideoError, ImportError, MemoryError, WriteError: raised by the function.
             TimeoutError: it took longer than this, including the start of the process, which was killed.
             ChildProcessError: the process died, for example of another exception; the message has the exit code or
                 signal, and the end of stderr.
@@ -171,7 +175,7 @@ def serve(module: str, function: str, memory_bytes: int | None) -> None:
             signal.setitimer(signal.ITIMER_REAL, timeout_seconds + ORPHAN_SECONDS)
         try:
             result = called(*arguments)
-        except (VideoError, ImportError, MemoryError, OSError) as error:
+        except (VideoError, ImportError, MemoryError, WriteError) as error:
             result = error.with_traceback(None)
         pickle.dump(result, results, protocol=5)
         results.flush()

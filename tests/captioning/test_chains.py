@@ -10,7 +10,7 @@ import pytest
 import capkit
 from capkit import Captioner, Decoding, Prompt, run_sweep
 from capkit.benchmark.models import SIZES, make_captioner, make_clip
-from capkit.captioning import SharedVideo, ground, mean_support
+from capkit.captioning import SharedVideo, ground, score_support
 from capkit.runs import caption_clips, find_clips, new_record, request_settings
 from capkit.runs.clips import DEMO_CLIPS
 
@@ -126,7 +126,7 @@ def test_support_is_measured_with_the_answers(demo, tmp_path):
     text = records[0]["text"]
     asked = Prompt(CHAIN.text, history=list(zip(records[0]["steps"], records[0]["step_answers"], strict=True)))
     grounding = ground(demo, capkit.load_clip(CLIPS[0]), text, asked, leave_one_out=False)
-    assert mean_support(demo, records)[0] == pytest.approx(grounding.support.mean(), abs=1e-3)
+    assert score_support(demo, records)["support"][0] == pytest.approx(grounding.support.mean(), abs=1e-3)
 
 
 # ---- cost ----------------------------------------------------------------------------------------------------------

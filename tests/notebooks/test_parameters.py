@@ -33,7 +33,7 @@ def execute_here(name, **parameters):
         ("01", {"output_dir": 2024}, "output_dir: 2024 is a whole number, not str"),
         ("01", {"output_dir": "file"}, "output_dir='file': no folder to write into: it is a file"),
         ("01", {"batch_size": 0}, "batch_size must be a whole number, at least 1"),
-        ("01", {"parts": {"window": 3}}, "unknown {'window'}; there are window_seconds, shots, trainer and num_frames"),
+        ("01", {"parts": {"window": 3}}, "unknown {'window'}; there are window_seconds, shots, trainer, num_frames"),
         ("01", {"parts": {"num_frames": 9}}, "num_frames=9: no effect without a trainer"),
         ("01", {"parts": {"window_seconds": "3"}}, "window_seconds='3': must be a positive number"),
         ("01", {"parts": {"trainer": "sat", "num_frames": 0}}, "num_frames must be a whole number, at least 1"),
@@ -63,7 +63,11 @@ def execute_here(name, **parameters):
         ("02", {"prompts": [5]}, "prompts[0]: 5 is a whole number, not str"),
         ("02", {"frames_per_second": 2.0}, "frames_per_second has no effect with strategy 'chat'"),
         ("02", {"store": "gone.jsonl"}, "store='gone.jsonl': no such file"),
-        ("03", {"measure": "suport"}, "measure='suport': must be one of support, agreement, num_tokens"),
+        (
+            "03",
+            {"measure": "suport"},
+            "measure='suport': must be one of supported_words, support, agreement",
+        ),
         ("03", {"measure": "chrf"}, "measure='chrf': must be one of"),  # the clips have no references
         ("03", {"captions_elsewhere": {"other": "gone.csv"}}, "gone.csv: cannot be read as captions"),
         ("03", {"captions_elsewhere": {"other": 3}}, "3: must be the name of a file"),

@@ -300,7 +300,7 @@ class TestMatrix:
         marks = {"mark": "wrong", "wrong_words": ["dog", "<b>"], "remark": "it is a cat"}
         store = make_store(a_request("a", mark="right"), a_request("b", **marks), a_request("c"))
         page = saved(captions_page(store), tmp_path)
-        assert "mark: wrong; wrong_words: dog, &lt;b&gt;; remark: it is a cat" in page
+        assert "marked wrong (dog, &lt;b&gt;): it is a cat" in page
         found = columns(page)
         assert found["mark"] == ["right", "wrong", None] and found["wrong_words"] == [None, "dog, <b>", None]
         assert found["clip"] == ["a.mp4", "b.mp4", "c.mp4"] and "model" not in found
