@@ -65,6 +65,17 @@ def captioner():
 
 
 @pytest.fixture
+def static(captioner, monkeypatch):
+    """A captioner that decodes as on a GPU, with caches so small that captions outgrow them."""
+    import capkit
+
+    monkeypatch.setattr("capkit.captioning.graphs.STATIC_DEVICES", ("cpu",))
+    monkeypatch.setattr("capkit.captioning.graphs.STATIC_POSITIONS", 8)
+    monkeypatch.setattr("capkit.captioning.graphs.FIRST_TOKENS", 4)
+    return capkit.Captioner(captioner.model, captioner.processor)
+
+
+@pytest.fixture
 def new_captioner():
     """Another `captioner` for a test that lets memory run out: a captioner remembers what was too much for it."""
     import capkit

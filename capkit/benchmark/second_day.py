@@ -78,7 +78,7 @@ def measure_in_another_process(
     size: Size, device: torch.device, dtype: torch.dtype, num_tokens: int, folder: str | Path, repeats: int
 ) -> Reused:
     """`measure_reuse` for the first clip in a new process, which makes the same model and reads the features."""
-    asked = {
+    call = {
         "size": dataclasses.asdict(size),
         "device": str(device),
         "dtype": str(dtype),
@@ -88,16 +88,16 @@ def measure_in_another_process(
         "threads": torch.get_num_threads(),
     }
     code = "import sys; from capkit.benchmark.second_day import in_this_process; print(in_this_process(sys.argv[1]))"
-    command = [sys.executable, "-c", code, json.dumps(asked)]
+    command = [sys.executable, "-c", code, json.dumps(call)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return Reused(*json.loads(run.stdout.splitlines()[-1]))
 
 
 def in_this_process(arguments: str) -> str:
     """What `measure_in_another_process` runs there: from and to JSON."""
-    asked: dict[str, Any] = json.loads(arguments)
-    torch.set_num_threads(asked["threads"])
-    size = Size(**asked["size"])
-    _, captioner = make_captioner(size, asked["device"], asked["dtype"])
+    call: dict[str, Any] = json.loads(arguments)
+    torch.set_num_threads(call["threads"])
+    size = Size(**call["size"])
+    _, captioner = make_captioner(size, call["device"], call["dtype"])
     clips = [make_clip(size, 0)]
-    return json.dumps(measure_reuse(captioner, clips, asked["num_tokens"], asked["folder"], asked["repeats"]))
+    return json.dumps(measure_reuse(captioner, clips, call["num_tokens"], call["folder"], call["repeats"]))

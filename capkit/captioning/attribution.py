@@ -171,7 +171,7 @@ def _prompt_and_tokens(
     """
     model, processor = captioner.model, captioner.processor
     if isinstance(caption, Caption):
-        prompt, ids = caption.asked, [token for token in caption.token_ids if not is_end(token, model.config)]
+        prompt, ids = caption.last_prompt, [token for token in caption.token_ids if not is_end(token, model.config)]
         if not ids:
             raise ValueError(f"text={caption.text!r}: there is no text to score")
     else:

@@ -255,7 +255,7 @@ class Captioner:
             ValueError: an empty text, one that lacks the answer prefix or ends with it, one that is beyond the model's
                 context length, or as in `caption`.
         """
-        own_prompt = caption.asked if isinstance(caption, Caption) else Prompt()
+        own_prompt = caption.last_prompt if isinstance(caption, Caption) else Prompt()
         if prompt is not None:
             own_prompt = replace(own_prompt, text=prompt) if isinstance(prompt, str) else Prompt.of(prompt)
         if isinstance(caption, Caption):

@@ -36,12 +36,12 @@ def ask_steps(
     answers: list[list[Answer]] = [[] for _ in prompts]
     for number in range(max((len(prompt.steps) for prompt in prompts), default=0)):
         places = [place for place, prompt in enumerate(prompts) if number < len(prompt.steps)]
-        asked = [next_question(prompts[place], answers[place]) for place in places]
+        questions = [next_question(prompts[place], answers[place]) for place in places]
         try:
-            for place, answer in zip(places, ask(places, asked), strict=True):
+            for place, answer in zip(places, ask(places, questions), strict=True):
                 answers[place].append(answer)
         except ValueError as error:
-            raise ValueError(f"step {number + 1}, {asked[0].text!r:.100}: {error}") from error
+            raise ValueError(f"step {number + 1}, {questions[0].text!r:.100}: {error}") from error
         if is_stopped():
             break
     return answers

@@ -68,7 +68,7 @@ class Caption:
         return float(np.mean(self.logprobs)) if self.logprobs else math.nan
 
     @property
-    def asked(self) -> Prompt:
+    def last_prompt(self) -> Prompt:
         """The question that `text` answers, with the steps and their answers as its history."""
         return self.prompt.after([answer for _, answer in self.steps])
 
@@ -134,10 +134,10 @@ class Request:
         """Captions of some of the clips, with prompts without steps; of a step, log probabilities may be left out."""
         started = time.perf_counter()
         model, processor, decoding, graphs = self.model, self.processor, self.decoding, self.graph_decoder
-        asked = [(self.clips[row], prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        limits = [min(decoding.max_new_tokens, tokens_that_fit(model, processor, *one)) for one in asked]
+        questions = [(self.clips[row], prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        limits = [min(decoding.max_new_tokens, tokens_that_fit(model, processor, *one)) for one in questions]
         pixels = torch.cat([self.pixels[row] for row in rows])
-        ids = processor.pad([processor.prompt_ids(*one) for one in asked])
+        ids = processor.pad([processor.prompt_ids(*one) for one in questions])
         inputs = BatchFeature(ids | {"pixel_values_videos": pixels}).to(model.device)
         draw_keys, kept = [self.draw_keys[row] for row in rows], [kept[row] for row in rows] if kept else []
         prefixes = [*map(processor.prefix_ids, prompts)]

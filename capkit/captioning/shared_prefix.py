@@ -73,10 +73,10 @@ class SharedVideo:
             self.captioner.tokens_that_fit(self.clip, prompt)
 
         def ask(places: Sequence[int], prompts: Sequence[Prompt]) -> list[Caption]:
-            asked = [(prompt, pairs[place][1]) for place, prompt in zip(places, prompts, strict=True)]
-            times = Counter(asked)
+            questions = [(prompt, pairs[place][1]) for place, prompt in zip(places, prompts, strict=True)]
+            times = Counter(questions)
             made = dict(zip(times, self._answer([*times]), strict=True))
-            return [replace(made[branch], seconds=made[branch].seconds / times[branch]) for branch in asked]
+            return [replace(made[branch], seconds=made[branch].seconds / times[branch]) for branch in questions]
 
         # In beam search, the captioner asks the steps itself.
         chains = [replace(prompt, steps=()) if decoding.num_beams > 1 else prompt for prompt, decoding in pairs]

@@ -114,25 +114,25 @@ def judge(
     """A row for each caption with its truths and measures, and a row for each statement with its words' scores."""
     cells = {record["request"]: cell for (_, cell, _), record in zip(plan.requests(), records, strict=True)}
     captions: list[dict[str, Any]] = []
-    said: list[dict[str, Any]] = []
+    stated: list[dict[str, Any]] = []
     for clip, line in enumerate(lines):
         facts = facts_of(line["video"], line["seconds"])
         for scores in line["captions"]:
             judged, own = statements(scores["text"], facts), [cells[request] for request in scores["requests"]]
             row = {"clip": clip, "text": scores["text"]} | _truths(judged, facts) | _measures(scores)
-            asked = [
+            names = [
                 {"cell": plan.label(cell), "prompt": f"{cell.prompt.template}: {cell.prompt.text}"} for cell in own
             ]
-            captions += [row | names for names in asked]
+            captions += [row | name for name in names]
             decodings = {cell.decoding for cell in own}
             kind = "greedy" if GREEDY in decodings else "sampled" if decodings & {*SAMPLED} else "penalised"
-            said += _said(clip, kind, scores, judged)
+            stated += _statement_rows(clip, kind, scores, judged)
         for scores in line["swapped"]:
-            said += _said(clip, "swapped", scores, statements(scores["text"], facts))
+            stated += _statement_rows(clip, "swapped", scores, statements(scores["text"], facts))
     table = pd.DataFrame(captions)
     for name, by in (("agreement", ["clip", "prompt"]), ("agreement, all prompts", ["clip"])):
         table[name] = agreement(table, by, "cell")["agreement"]
-    return table, pd.DataFrame(said)
+    return table, pd.DataFrame(stated)
 
 
 def _truths(judged: Sequence[Statement], facts: Facts) -> dict[str, float]:
@@ -155,7 +155,7 @@ def _measures(scores: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _said(clip: int, kind: str, scores: dict[str, Any], judged: Sequence[Statement]) -> list[dict[str, Any]]:
+def _statement_rows(clip: int, kind: str, scores: dict[str, Any], judged: Sequence[Statement]) -> list[dict[str, Any]]:
     """Of each statement, the least support and log P of its words."""
     rows = []
     for one in judged:
@@ -165,7 +165,7 @@ def _said(clip: int, kind: str, scores: dict[str, Any], judged: Sequence[Stateme
     return rows
 
 
-def compare_measures(plan: SweepPlan, table: pd.DataFrame, said: pd.DataFrame) -> dict[str, Any]:
+def compare_measures(plan: SweepPlan, table: pd.DataFrame, stated: pd.DataFrame) -> dict[str, Any]:
     """How well each measure orders cells and captions of a clip by each truth, and finds wrong statements."""
     labels, samples = [plan.label(cell) for cell in plan.cells], resample(table["clip"].max() + 1)
     table = table.pivot(index="clip", columns="cell")
@@ -187,7 +187,7 @@ def compare_measures(plan: SweepPlan, table: pd.DataFrame, said: pd.DataFrame) -
         row["captions"], row["pairs_of_captions"] = order_within_clips(*given)
         orders.append(row)
     for kind, measure in itertools.product(("greedy", "sampled", "swapped"), ("log P", "support")):
-        rows = said[said["kind"] == kind]
+        rows = stated[stated["kind"] == kind]
         wrong, clips = rows["is_wrong"].to_numpy(bool), rows["clip"].to_numpy(int)
         row = {"mistakes": kind, "measure": measure, "auc": auc(rows[measure].to_numpy(float), wrong, clips, samples)}
         found.append(row | {"wrong": int(wrong.sum()), "right": int((~wrong).sum())})
@@ -203,12 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     captioner, plan = load_captioner(a.model), plan_captions(a.clips, a.folder)
     records = run_sweep(captioner, plan, a.folder / "captions.jsonl").records
-    table, said = judge(plan, records, score_clips(captioner, records, a.folder / "words.jsonl"))
+    table, stated = judge(plan, records, score_clips(captioner, records, a.folder / "words.jsonl"))
     counts = {"clips": a.clips, "cells": len(plan.cells), "captions": len(table), "failed": len(records) - len(table)}
     means = table.groupby("cell", sort=False)[[*TRUTHS, "num_words"]].mean().round(4)
     made = {"model_fingerprint": captioner.fingerprint, "capkit_version": __version__, "created": now()}
     results = {"command": f"python -m capkit.demo.measures --clips {a.clips} --out {a.out}"} | made | counts
-    results |= compare_measures(plan, table, said) | {"cell_means": means.to_dict("index")}
+    results |= compare_measures(plan, table, stated) | {"cell_means": means.to_dict("index")}
     atomic_write(a.out, json.dumps(results, indent=1) + "\n")
     print(*(shown.to_string() for shown in tables(a.out)), sep="\n\n")
 

@@ -2,7 +2,7 @@
 
 from capkit.export.choose import choose_records
 from capkit.export.cleaning import CLEANING, clean
-from capkit.export.clip_files import choose_for
+from capkit.export.clip_files import EXPORT_OPTIONS, choose_for
 from capkit.export.dataset import check_export, export_dataset
 from capkit.export.layouts import LAYOUTS
 from capkit.export.report import ExportReport
@@ -10,6 +10,7 @@ from capkit.export.write import ExportBusy, ExportError
 
 __all__ = [
     "CLEANING",
+    "EXPORT_OPTIONS",
     "LAYOUTS",
     "ExportBusy",
     "ExportError",

@@ -24,6 +24,8 @@ from capkit.video import FrameSampling, VideoError, VideoInfo, WorkerProcess, lo
 READ_SECONDS, CUT_SECONDS = 60.0, 3600.0  # longest times for a clip
 MOST_KEPT = 10_000  # clips of which the facts are kept, for others with the same content
 Facts = tuple[np.ndarray, VideoInfo, str]  # as from `read_facts`
+EXPORT_OPTIONS = ("leave_out", "trainer", "cut", "crf", "several", "empty_share", "tokenizer")
+"""Arguments of `export_dataset` that notebook 05 has in one parameter."""
 
 
 def choose_for(
@@ -34,8 +36,16 @@ def choose_for(
     cut: str = "",
     several: bool = False,
     leave_out: Sequence[str] = ("wrong",),
+    **others: Any,
 ) -> ChosenRecords:
-    """What `export_dataset` with the same arguments chooses: a record for each clip, or why there is none."""
+    """What `export_dataset` with the same arguments chooses: a record for each clip, or why there is none.
+
+    Raises:
+        TypeError: `others` are not among EXPORT_OPTIONS; those that are do not change the choice.
+        ValueError: as in `choose_records`.
+    """
+    if unknown := set(others) - set(EXPORT_OPTIONS):
+        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
     kind = LAYOUTS[layout]
     with ClipFiles(kind, TrainerSettings.of(kind.window_rule, trainer), Path() if cut else None) as files:
         return choose_records(stores, choose, leave_out, is_seen=files.is_seen, cut=bool(cut), several=several)

@@ -80,9 +80,9 @@ def _control(kind: Callable[..., Any], name: str, tooltip: str, **settings: Any)
 def sweep_axes(record: dict[str, Any]) -> dict[str, Any]:
     """A record's settings as axes of a sweep."""
     names = ("steps", "answer_prefix", "template", "frame_numbers")
-    asked = {"text": setting(record, "prompt")} | {name: setting(record, name) for name in names}
+    prompt = {"text": setting(record, "prompt")} | {name: setting(record, name) for name in names}
     return {
-        "prompts": [{name: value for name, value in asked.items() if value}],
+        "prompts": [{name: value for name, value in prompt.items() if value}],
         "decodings": [record["decoding"]],
         "frame_samplings": [{name: value for name, value in record["frame_sampling"].items() if value is not None}],
         "templates": [record["template"]],

@@ -23,8 +23,8 @@ from capkit.runs import (
     MARK_FIELDS,
     CaptionStore,
     CaptionStoreLike,
-    asked_prompt,
     clip_id,
+    filled_prompt,
     new_record,
     prompt_title,
     request_settings,
@@ -122,9 +122,9 @@ class Playground(widgets.VBox):
         add = widgets.HBox([self.upload, self.path])
         clip = [self.video, add, self.picture, self.frame, self.about_frame, *self._frame_controls.values()]
         controls = [*self._prompt_controls.values(), *self._decoding_controls.values()]
-        asked = [self.preset, self.earlier_prompts, self.steps, self.prompt]
+        questions = [self.preset, self.earlier_prompts, self.steps, self.prompt]
         buttons = widgets.HBox([self.caption_button, self.stop_button])
-        right = [*asked, widgets.GridBox(controls, layout=_GRID), self.explained, buttons, self.message, self.words]
+        right = [*questions, widgets.GridBox(controls, layout=_GRID), self.explained, buttons, self.message, self.words]
         left = widgets.VBox(clip, layout={"flex": "1 1 300px", "min_width": "0"})
         right = widgets.VBox(right, layout={"flex": "2 1 400px", "min_width": "0"})
         return widgets.Box([left, right], layout={"display": "flex", "flex_flow": "row wrap", "grid_gap": "0 16px"})
@@ -271,7 +271,7 @@ class Playground(widgets.VBox):
             return
         try:
             decoding, settings = self.decoding(), self._settings(self.clip)
-            prompt = asked_prompt(settings, self.clip)
+            prompt = filled_prompt(settings, self.clip)
             self._stream = self.captioner.stream(self.clip, prompt, decoding) if decoding.num_beams == 1 else None
         except ValueError as error:
             self._show_message(str(error))

@@ -11,7 +11,7 @@ from typing import Any
 from capkit.captioning import GREEDY, Caption, Captioner, Decoding, DecodingLike
 from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike, is_out_of_memory
 from capkit.runs.digests import digest_once
-from capkit.runs.fields import asked_prompt
+from capkit.runs.fields import filled_prompt
 from capkit.runs.index import is_complete, is_row_error
 from capkit.runs.manifests import Item, check_items
 from capkit.runs.prefetch import Quarantine, read_ahead
@@ -239,7 +239,7 @@ def _caption_batch(captioner: Captioner, pairs: Sequence[tuple[dict[str, Any], C
     if not pairs:
         return
     try:
-        prompts = [asked_prompt(settings, clip) for settings, clip in pairs]
+        prompts = [filled_prompt(settings, clip) for settings, clip in pairs]
         captions = captioner.caption_batch([clip for _, clip in pairs], prompts, pairs[0][0]["decoding"])
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         if not isinstance(error, (ValueError, TypeError)) and not is_out_of_memory(error):

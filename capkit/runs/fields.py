@@ -97,7 +97,7 @@ def _has_braces(prompt: Prompt) -> bool:
     return "{" in str(prompt.to_record())
 
 
-def asked_prompt(settings: dict[str, Any], clip: Clip) -> Prompt:
+def filled_prompt(settings: dict[str, Any], clip: Clip) -> Prompt:
     """The prompt of a request, with `{duration}` filled: in seconds, with at most one decimal; also in `settings`."""
     values = {"duration": f"{clip_seconds(clip):.1f}".removesuffix(".0"), **settings.get("prompt_fields", {})}
     for name in FILLED:

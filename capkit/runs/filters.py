@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -79,9 +80,7 @@ def _agrees(value: Any, wanted: Any) -> bool:
     if not isinstance(wanted, str):
         return bool(value == wanted)
     if isinstance(value, (int, float)):
-        try:
+        with suppress(ValueError):  # a text that is no number is compared as text
             return float(wanted) == value
-        except ValueError:
-            pass
     text = column_text(value)
     return text == wanted or bool(wanted) and fnmatchcase(text, wanted)

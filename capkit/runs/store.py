@@ -292,11 +292,11 @@ def request_settings(
         "start_seconds": float(start_seconds),
         "end_seconds": None if end_seconds is None else float(end_seconds),
     }
-    asked, has_duration = Prompt.of(prompt).to_record() | ({} if own_text is None else {"prompt": own_text}), False
+    given, has_duration = Prompt.of(prompt).to_record() | ({} if own_text is None else {"prompt": own_text}), False
     patterns: dict[str, Any] = {}
     if error is None:
-        asked, patterns, has_duration = fill(asked, str(path), columns or {})
-    settings = asked | {
+        given, patterns, has_duration = fill(given, str(path), columns or {})
+    settings = given | {
         "decoding": decoding.to_dict(),
         "sample": sample,
         "model_fingerprint": captioner.fingerprint,

@@ -89,8 +89,10 @@ class Cell:
 
     def to_parameters(self) -> dict[str, Any]:
         """The settings as parameters of `notebooks/01_caption_clips.ipynb`."""
-        names = ("prompt", "steps", "template", "frame_numbers", "answer_prefix")
-        prompt = {name: value for name, value in self.prompt.to_record().items() if name in names}
+        options = self.prompt.to_record()
+        prompt = {name: options.pop(name) for name in ("prompt", "template")}
+        plain = Prompt(template=self.prompt.template).to_record()
+        prompt["prompt_options"] = {name: value for name, value in options.items() if value != plain.get(name)}
         return prompt | {"frame_sampling": self.frame_sampling.to_dict(), "decoding": self.decoding.to_dict()}
 
 

@@ -16,11 +16,11 @@ from capkit.runs import (
     MARK_FIELDS,
     CaptionStore,
     Progress,
-    asked_prompt,
     check_numbers,
     choose_columns,
     clip_id,
     digest_once,
+    filled_prompt,
     new_record,
     read_ahead,
     read_rows,
@@ -350,7 +350,7 @@ def _caption_group(
     remaining = []
     for settings, decoding in group:
         try:
-            prompt = asked_prompt(settings, clip)
+            prompt = filled_prompt(settings, clip)
             captioner.tokens_that_fit(clip, prompt)
             remaining.append((settings, prompt, decoding))
         except ValueError as error:  # this prompt is too long for this clip; others may not be

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -77,6 +78,4 @@ def cut_clip(source: str, first: int, last: int, target: str, crf: int) -> None:
 
 
 def _read(source: str, indices: list[int]) -> Frames:
-    frames = read_frames(source, lambda times, info: indices)[0]
-    assert isinstance(frames, np.ndarray)  # full frames
-    return frames
+    return cast(np.ndarray, read_frames(source, lambda times, info: indices)[0])  # full frames

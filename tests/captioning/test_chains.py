@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 import capkit
-from capkit import Captioner, Decoding, Prompt, run_sweep
+from capkit import Decoding, Prompt, run_sweep
 from capkit.benchmark.models import SIZES, make_captioner, make_clip
 from capkit.captioning import SharedVideo, ground, score_support
 from capkit.runs import caption_clips, find_clips, new_record, request_settings
@@ -50,13 +50,6 @@ def check(caption, hand, prompt):
 @pytest.fixture(scope="module")
 def demo():
     return capkit.load_captioner("demo", device="cpu")
-
-
-@pytest.fixture
-def static(captioner, monkeypatch):
-    """A captioner that decodes as on a GPU."""
-    monkeypatch.setattr("capkit.captioning.graphs.STATIC_DEVICES", ("cpu",))
-    return Captioner(captioner.model, captioner.processor)
 
 
 @pytest.mark.golden
@@ -111,7 +104,7 @@ def test_scores_are_those_of_the_last_answer(captioner, random_clip):
     caption = captioner.caption(clip, CHAIN, DECODINGS[0])
     assert captioner.score(clip, caption).logprobs == pytest.approx(caption.logprobs, abs=1e-4)
     asked = Prompt(CHAIN.text, history=caption.steps)
-    assert caption.asked == asked
+    assert caption.last_prompt == asked
     assert captioner.score(clip, caption, "Why?") == captioner.score(
         clip, caption, dataclasses.replace(asked, text="Why?")
     )
@@ -168,7 +161,10 @@ def test_ten_questions_and_a_summary_cost_at_most_a_third(counted):
         print(one_by_one, dict(count))
         assert count["frames"] == 24 and count["positions"] <= one_by_one["positions"] / 3
         # The video once; each question once, each answer twice: when it is chosen, and as history.
-        video, texts = len(captioner.processor.video_ids(clip, TEN)), len(captioner.processor.text_ids(caption.asked))
+        video, texts = (
+            len(captioner.processor.video_ids(clip, TEN)),
+            len(captioner.processor.text_ids(caption.last_prompt)),
+        )
         assert count["positions"] < video + texts + 11 * few.max_new_tokens + 50
 
 

@@ -8,7 +8,7 @@ import torch
 from paths import GOLDEN
 
 import capkit
-from capkit import Captioner, Decoding, Prompt
+from capkit import Decoding, Prompt
 from capkit.captioning import SharedVideo
 from capkit.captioning.caches import prefill_batch
 from capkit.captioning.choosing import RowChoosers
@@ -16,15 +16,6 @@ from capkit.captioning.graphs import DecodingStep, GraphDecoder, _read_layer
 
 pytestmark = pytest.mark.golden  # on the oldest transformers too
 SETTINGS = ({}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2})
-
-
-@pytest.fixture
-def static(captioner, monkeypatch):
-    """A captioner that decodes as on a GPU, with caches so small that captions outgrow them."""
-    monkeypatch.setattr("capkit.captioning.graphs.STATIC_DEVICES", ("cpu",))
-    monkeypatch.setattr("capkit.captioning.graphs.STATIC_POSITIONS", 8)
-    monkeypatch.setattr("capkit.captioning.graphs.FIRST_TOKENS", 4)
-    return Captioner(captioner.model, captioner.processor)
 
 
 def check_same(found, expected):

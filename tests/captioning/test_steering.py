@@ -24,15 +24,6 @@ def demo():
     return capkit.load_captioner("demo", device="cpu")
 
 
-@pytest.fixture
-def static(captioner, monkeypatch):
-    """A captioner that decodes as on a GPU, with caches so small that captions outgrow them."""
-    monkeypatch.setattr("capkit.captioning.graphs.STATIC_DEVICES", ("cpu",))
-    monkeypatch.setattr("capkit.captioning.graphs.STATIC_POSITIONS", 8)
-    monkeypatch.setattr("capkit.captioning.graphs.FIRST_TOKENS", 4)
-    return Captioner(captioner.model, captioner.processor)
-
-
 def holds(text, word):
     """Whether a text holds a word or phrase, whole and in any case."""
     phrase = r"\s+".join(map(re.escape, word.split()))

@@ -31,7 +31,7 @@ class TestForm:
         assert (notebook.metadata.kernelspec.name, notebook.metadata.kernelspec.language) == ("python3", "python")
         assert len(code) <= 20
         for cell in code:  # parameters are a table, not code to follow
-            assert len(cell.source.splitlines()) <= (20 if "parameters" in cell.metadata.get("tags", []) else 15)
+            assert len(cell.source.splitlines()) <= 15
         assert not any(re.search(r"sys\.path|^!|^%pip", cell.source, re.M) for cell in code)
         sources = "\n".join(cell.source for cell in code)
         assert sources.count("\ncheck_parameters(In, globals())") == sources.count("\nenter_project_root()") == 1
@@ -128,7 +128,7 @@ class TestCaptionClips:
         settings = FAST | {"videos": "long.mp4", "frame_sampling": {"strategy": "uniform", "num_frames": 4}}
         _, shown = run("01", tmp_path, **settings)
         assert "In 1 of 1 clips the numbers that the model reads beside the frames are not seconds" in shown
-        _, shown = run("01", tmp_path, **settings, frame_numbers="seconds")
+        _, shown = run("01", tmp_path, **settings, prompt_options={"frame_numbers": "seconds"})
         assert "are not seconds" not in shown
 
     def test_windows_have_captions_and_subtitles(self, tmp_path):

@@ -116,7 +116,7 @@ def test_labels_and_tables_show_prefixes_and_words(demo, tmp_path):
     assert labels[6] == "Why? · greedy forbidden_words='a b', 'c' max_new_tokens=5 · I see"
     assert labels[0].endswith("· no prefix") and "word_bias='d':+2" in labels[2]
     assert "answer_prefix" in plan.to_frame() and "answer_prefix" not in plan_sweep(CLIPS[:1]).to_frame()
-    assert plan.cells[6].to_parameters()["answer_prefix"] == "I see"
+    assert plan.cells[6].to_parameters()["prompt_options"] == {"answer_prefix": "I see"}
     store = tmp_path / "sweep.jsonl"
     result = run_sweep(demo, plan, store=store)
     table = result.to_frame()
