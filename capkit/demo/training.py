@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -301,7 +301,7 @@ def _train_stage(
     """Train a stage, resume it, or load its weights where it is done already; returns whether it is done."""
     last = get_last_checkpoint(folder) if folder.exists() else None
     if last and last.endswith(f"-{steps}"):
-        load_model(training, Path(last) / "model.safetensors")
+        training.load_state_dict(load_file(Path(last) / "model.safetensors"))
         return True
     data, held_out = make_data()
     arguments = TrainingArguments(

@@ -234,12 +234,20 @@ class CaptionStore:
         return demo_notice("demo", frames)
 
     def save_strip(self, record: dict[str, Any], clip: Clip, image_size: int) -> Path:
-        """Write a small picture of the frames as the model saw them: cropped, in reading order, 12 to a row."""
+        """Write a small picture of the frames as the model saw them: cropped, in reading order, 12 to a row.
+
+        Raises:
+            OSError: it cannot be written; names the store where its folder was taken away meanwhile.
+        """
         path = self.strip_path(record)
         if path.exists():
             return path
         strip = clip.seen.strip if clip.seen else None
-        return atomic_write(path, strip or draw_strip(pixels_to_frames(preprocess_frames(clip.frames, image_size))))
+        strip = strip or draw_strip(pixels_to_frames(preprocess_frames(clip.frames, image_size)))
+        try:
+            return atomic_write(path, strip)
+        except FileNotFoundError as error:  # `atomic_write` had made the folder
+            raise FileNotFoundError(f"{self.path}: {self.strips} was deleted or moved while it was in use") from error
 
 
 CaptionStoreLike = CaptionStore | str | os.PathLike[str]

@@ -658,13 +658,12 @@ class TestTakenAway:
     def take_away(self, store, how):
         if how == "file deleted":
             store.path.unlink()
-        elif how == "folder deleted":
-            shutil.rmtree(store.path.parent)
-        elif how == "folder moved":
-            store.path.parent.rename(store.path.parent.with_name("moved"))
-        elif how == "folder made anew":
-            shutil.rmtree(store.path.parent)
-            store.path.parent.mkdir()
+        elif how.startswith("folder"):
+            moved = store.path.parent.rename(store.path.parent.with_name("moved"))  # at once, while strips are written
+            if how != "folder moved":
+                shutil.rmtree(moved)
+            if how == "folder made anew":
+                store.path.parent.mkdir(exist_ok=True)
         else:
             store.path.write_text(json.dumps(attempt("other")) + "\n")
 
@@ -705,3 +704,15 @@ class TestTakenAway:
 
         with pytest.raises(OSError, match=str(used.path)):
             caption_clips(captioner, items, Lost(used.path), decoding=Decoding(max_new_tokens=2))
+
+    def test_a_strip(self, used, monkeypatch):
+        real = os.replace
+
+        def taken_away(part, path):
+            shutil.rmtree(used.path.parent)
+            real(part, path)
+
+        monkeypatch.setattr(os, "replace", taken_away)
+        clip = capkit.Clip.from_frames(np.zeros((1, 28, 28, 3), np.uint8))
+        with pytest.raises(OSError, match=f"{used.path}: .*captions_strips was deleted or moved while it was in use"):
+            used.save_strip({"strip": "x.webp"}, clip, image_size=28)
