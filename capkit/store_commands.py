@@ -1,4 +1,4 @@
-"""The commands over a store of captions: show and replace."""
+"""The commands over a store of captions: show, replace, page and compare."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import glob
 import mmap
 import os
 import shlex
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from capkit.runs import CaptionStore
 
 SEARCHED_LEVELS = 3  # below a folder without captions, for the stores to name
+POLL_SECONDS = 1.0  # between looks at a store that is followed
+LAST = 10  # captions that are there already, which `follow` prints first
 
 
 def show(path: Path, conditions: Iterable[str] = ()) -> int:
@@ -37,14 +41,46 @@ def show(path: Path, conditions: Iterable[str] = ()) -> int:
         print(plain_text(f"{path}: no captions where {where}"))
         return 0
     for store, records in found:
-        _print_captions(store, records)
+        _print_store(store, records)
     for store, records in new:
         if not records:
             continue
         command = f"python -m capkit merge {shlex.quote(str(path))}"
         print("\n" + plain_text(f"captions.jsonl lacks these; `{command}` takes over those of the run started last:"))
-        _print_captions(store, records)
+        _print_store(store, records)
     return 0
+
+
+def follow(path: Path, conditions: Iterable[str] = ()) -> int:
+    """Print the last captions of a store, or of the stores of a folder, and then each that is made or changed.
+
+    Returns only by KeyboardInterrupt. Of a folder with stores of shards these are followed, not the merged one.
+
+    Raises:
+        ValueError: no such folder, something else than a store, or no such column.
+    """
+    from capkit.runs import CaptionStore, parse_where, select
+
+    where = parse_where(conditions)
+    if not (path.is_dir() or path.suffix == ".jsonl" and path.absolute().parent.is_dir()):
+        _stores(path)  # says what is wrong with it
+    stores: dict[Path, CaptionStore] = {}
+    num_read: dict[Path, int] = {}  # bytes of each store that were printed
+    is_first = True
+    while True:
+        for file in _followed(path):
+            store = stores.setdefault(file, CaptionStore(file))
+            records, before = store.current(), num_read.get(file, 0)
+            num_read[file] = store.index.size
+            if num_read[file] < before:  # it was replaced
+                before = 0
+            if num_read[file] > before and (new := select(records.since(before), where)):
+                print_captions(store, new[-LAST:] if is_first else new)
+        if is_first and not stores:
+            print(plain_text(f"{path}: no captions yet; waiting for them"), file=sys.stderr)
+        sys.stdout.flush()
+        is_first = False
+        time.sleep(POLL_SECONDS)
 
 
 def replace(path: Path, pattern: str, replacement: str, conditions: Iterable[str], write: bool) -> int:
@@ -92,6 +128,16 @@ def write_page(paths: Sequence[Path], out: Path, baseline: str | None = None) ->
     return 0
 
 
+def _followed(path: Path) -> list[Path]:
+    """The stores to follow, as far as they are there by now."""
+    from capkit.runs import shard_stores
+
+    if not path.is_dir():
+        return _stores(path) if path.exists() and path.stat().st_size else []
+    stores = shard_stores(path)
+    return [store for store in stores if store.name != "captions.jsonl"] or stores
+
+
 def _store(path: Path) -> Path:
     """The one caption store that a path stands for; ValueError if it is or holds none, or several."""
     first, *others = _stores(path)
@@ -126,20 +172,27 @@ def _stores(path: Path) -> list[Path]:
     raise ValueError(f"{path}: is no caption store, such as captions.jsonl")
 
 
-def _print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> None:
-    from capkit.runs import mark_text, seen_part
+def _print_store(store: CaptionStore, records: Iterable[dict[str, Any]]) -> None:
+    print_captions(store, records)
+    print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
 
+
+def print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> None:
+    """Print captions, hand-edited or the model's, or errors, each with its clip; a prompt before those of it."""
+    from capkit.runs import mark_text, prompt_title, record_text, seen_part, window_name
+
+    title = ""
     for record in records:
-        start, end = record.get("start_seconds"), record.get("end_seconds")
-        is_window = bool(start) or end is not None
-        window = f" ({start or 0:g} s to {'the end' if end is None else f'{end:g} s'})" if is_window else ""
-        seen = seen_part(record)
-        print("\n" + plain_text(f"{record['video']}{window}" + (seen and f" [saw only {seen}]")))
-        text = f"error: {record['error']}" if record["status"] != "ok" else record["text"].strip()
-        text = record.get("edited_text", text)
+        if record.get("prompt") and title != (title := prompt_title(record)):
+            print("\n" + plain_text(f"Prompt: {title}"))
+        window, seen, is_edited = window_name(record), seen_part(record), "edited_text" in record
+        name = record["video"] + (window and f" ({window})") + (seen and f" [saw only {seen}]")
+        text = record_text(record) if is_edited or record["status"] == "ok" else f"error: {record['error']}"
+        print("\n" + plain_text(name))
         print(plain_text(f"  {' '.join(text.split())}"))
+        if is_edited:
+            print("  edited by hand")
         if "mark" in record:
             print(plain_text(f"  {mark_text(record)}"))
         if notice := store.notice(record):
             print(f"  note: {notice}")
-    print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")

@@ -46,7 +46,7 @@ def store(tmp_path):
     return store
 
 
-COMMANDS = ["caption-shard", "merge", "show", "page", "compare", "replace", "batch", "doctor"]
+COMMANDS = ["caption", "caption-shard", "merge", "show", "page", "compare", "replace", "batch", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,7 +73,7 @@ class TestShow:
             store.append(make_record(number, tmp_path / f"{number}.mp4", **fields))
         _, printed = main("show", store.path)
         assert "0.mp4 [saw only 24 of 60 s]\n" in printed and "1.mp4\n" in printed
-        assert "2.mp4 (0 s to 40 s) [saw only 24 of 40 s]\n" in printed
+        assert "2.mp4 (0 to 40 s) [saw only 24 of 40 s]\n" in printed
 
     @pytest.mark.skipif(os.name != "posix", reason="pipes")
     def test_pipes_devices_and_the_root_are_not_waited_for(self, main, tmp_path):

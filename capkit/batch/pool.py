@@ -19,6 +19,8 @@ from capkit.text import plain_text
 
 POLL_SECONDS = 0.1
 BUSY_SECONDS = 2.0  # before a run that another command is running is tried again
+# Without the table's folder, in which a run works, among the places of modules: a file there may be called like one.
+START = "import sys; sys.path = [place for place in sys.path if place]; from capkit.batch.run import main; main()"
 REPORT_SECONDS = 60.0  # between lines that list what is running
 
 
@@ -85,7 +87,7 @@ class Pool:
         run.folder.mkdir(parents=True, exist_ok=True)
         with open(run.folder / "log.txt", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", "from capkit.batch.run import main; main()"],
+                [sys.executable, "-c", START],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

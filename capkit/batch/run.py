@@ -107,7 +107,13 @@ def _execute(run: Run, executed: Path, stop: _Stop) -> str | None:
     parameters = run.parameters | ({"output_dir": str(run.results_dir)} if run.has_output_dir else {})
     try:
         papermill.execute_notebook(
-            *paths, parameters, kernel_name="python3", language="python", progress_bar=False, log_output=True
+            *paths,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            log_output=True,
+            extra_arguments=["--IPKernelApp.ignore_cwd=True"],  # see `capkit.batch.pool.START`
         )
         return None
     except papermill.PapermillExecutionError as error:

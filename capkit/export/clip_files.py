@@ -24,7 +24,7 @@ from capkit.video import FrameSampling, VideoError, VideoInfo, WorkerProcess, lo
 READ_SECONDS, CUT_SECONDS = 60.0, 3600.0  # longest times for a clip
 MOST_KEPT = 10_000  # clips of which the facts are kept, for others with the same content
 Facts = tuple[np.ndarray, VideoInfo, str]  # as from `read_facts`
-EXPORT_OPTIONS = ("leave_out", "trainer", "cut", "crf", "several", "empty_share", "tokenizer")
+EXPORT_OPTIONS = ("leave_out", "trainer", "cut", "crf", "several", "empty_share", "seed", "tokenizer")
 """Arguments of `export_dataset` that notebook 05 has in one parameter."""
 
 

@@ -24,6 +24,7 @@ from capkit.files import DiskList, atomic_write, output_folder
 from capkit.runs import TrainerSettings, seen_part, window_name
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, stock_opening, t5_counter
 from capkit.text import encodable, plain_text
+from capkit.video import finite_float
 
 PARTS = {ENTIRE: "", SEEN: "{}: what the trainer sees", CUT: "{}: cut out and encoded anew"}
 
@@ -100,6 +101,7 @@ def export_dataset(
         "crf": crf,
         "several": several,
         "empty_share": empty_share,
+        "seed": seed,
         "trigger_word": trigger_word,
     }
     check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
@@ -135,8 +137,7 @@ def export_dataset(
             token_limit=token_limit,
             read_back=f"read back as {kind.trainer} reads it: all {len(export.pairs)} pairs are right",
             command=kind.command(root, trigger_word, settings),
-            options=options
-            | {"cleaning": rules, "trigger_word": trigger_word, "trainer": asdict(settings), "seed": seed},
+            options=options | {"cleaning": rules, "trigger_word": trigger_word, "trainer": asdict(settings)},
             num_left_out=records.num_left_out,
         )
         report.save(export.report_rows(limit))
@@ -159,6 +160,7 @@ def check_export(
     crf: int = 18,
     several: bool = False,
     empty_share: float = 0.0,
+    seed: int = 0,
     trigger_word: str = "",
 ) -> None:
     """Check arguments of `export_dataset`, for example before the captions are made; it raises the same ValueErrors."""
@@ -168,6 +170,10 @@ def check_export(
     _check_value("clips", clips, ("link", "copy", "hardlink"))
     _check_value("cut", cut, ("", "encode"))
     _check_value("crf", crf, range(52))
+    if type(seed) is not int:
+        raise ValueError(f"seed={seed!r}: must be a whole number")
+    if type(several) is not bool:
+        raise ValueError(f"several={several!r}: must be true or false")
     if set(rules) - set(CLEANING):
         raise ValueError(f"cleaning={rules!r}: must be of {', '.join(map(repr, CLEANING))}")
     if token_limit < 2:
@@ -189,7 +195,7 @@ def _check_captions(kind: Layout, several: bool, empty_share: float, trigger_wor
     if several and not kind.holds_several:
         names = ", ".join(name for name, other in LAYOUTS.items() if other.holds_several)
         raise ValueError(f"several=True: {kind.trainer} reads one caption a clip; there is room for more in {names}")
-    if not 0 <= empty_share < 1:
+    if (share := finite_float(empty_share)) is None or not 0 <= share < 1:
         raise ValueError(f"empty_share={empty_share!r}: must be at least 0 and below 1")
     if empty_share and kind.as_read("") != [""]:
         raise ValueError(

@@ -91,6 +91,11 @@ class Records(Sequence[dict[str, Any]]):
         """The records at some places, in this order; places as NumPy takes them."""
         return Records(self._path, self._starts[places], self.edits, self.marks, self._file_id)
 
+    def since(self, num_bytes: int) -> Records:
+        """The records that were written, edited or marked after the first so many bytes of the file."""
+        by_hand = [start for start, at in [*self.edits.items(), *self.marks.items()] if at >= num_bytes]
+        return self.at(np.flatnonzero((self._starts >= num_bytes) | np.isin(self._starts, by_hand)))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 

@@ -88,7 +88,7 @@ class Cell:
         }
 
     def to_parameters(self) -> dict[str, Any]:
-        """The settings as parameters of `notebooks/01_caption_clips.ipynb`."""
+        """The settings as parameters of notebooks 01 and 02."""
         options = self.prompt.to_record()
         prompt = {name: options.pop(name) for name in ("prompt", "template")}
         plain = Prompt(template=self.prompt.template).to_record()

@@ -69,7 +69,7 @@ def show_captions(store: CaptionStoreLike, records: Sequence[dict[str, Any]], li
 def captions_table(records: Sequence[dict[str, Any]], limit: int = 60) -> HTML:
     """A table of captions in full, errors in their place: a row for each of the first `limit` records.
 
-    Marks have columns where one of these records has a mark.
+    A hand-edited text replaces the model's, and is marked. Marks have columns where one of these records has a mark.
     """
     shown_records = list(records[:limit])
     marks = MARK_FIELDS if any("mark" in record for record in shown_records) else ()
@@ -80,8 +80,10 @@ def captions_table(records: Sequence[dict[str, Any]], limit: int = 60) -> HTML:
         shown = ["" if n is None else f"{n:.3g}" if isinstance(n, float) else escape(n) for n in numbers]
         cells = (record.get(name) or "" for name in marks)
         shown += [escape(", ".join(cell) if isinstance(cell, list) else cell) for cell in cells]
-        text = error_text(record) or escape(record_text(record))
-        rows.append([file_name(record), f'<div dir="auto" style="white-space:pre-wrap">{text}</div>', *shown])
+        is_edited = "edited_text" in record
+        text = escape(record_text(record)) if is_edited else error_text(record) or escape(record_text(record))
+        by_hand = "<b>✎ edited by hand</b>; the numbers are of the model's own caption" if is_edited else ""
+        rows.append([file_name(record), f'<div dir="auto" style="white-space:pre-wrap">{text}</div>{by_hand}', *shown])
     cell = '<td style="text-align:left;vertical-align:top">'
     body = "".join(f"<tr>{''.join(f'{cell}{html}</td>' for html in row)}</tr>" for row in rows)
     more = f"<p>{len(records) - limit} more in the store</p>" if len(records) > limit else ""
@@ -99,14 +101,15 @@ def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> 
     name = file_name(record)
     value = record.get(extra_field or "")
     extra = "" if value is None else escape(f"{extra_field} {value}")
-    if record["status"] == "error":
+    if record["status"] == "error" and "edited_text" not in record:
         content = f"{name}<br>{strip}{error_text(record)}"
         return f'<div style="{CARD};border-left:4px solid {RED}">{content}<div style="{MUTED}">{extra}</div></div>'
     seconds = ", ".join(f"{second:.3g}" for second in record.get("timestamps_seconds") or [])
     facts = [f"frames at {seconds} s", caption_facts(record), *([extra] if extra else [])]
     original = ""
     if "edited_text" in record:
-        text = f'<div dir="auto" style="white-space:pre-wrap">{escape(record["text"].strip())}</div>'
+        text = error_text(record) or escape(record["text"].strip())
+        text = f'<div dir="auto" style="white-space:pre-wrap">{text}</div>'
         original = f'<details style="{MUTED}"><summary>the model\'s caption</summary>{text}</details>'
     return (
         f'<div style="{CARD}">{name} <span dir="auto" style="{MUTED}">{escape(record.get("prompt", ""))}</span><br>'

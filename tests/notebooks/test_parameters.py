@@ -62,7 +62,12 @@ def execute_here(name, **parameters):
         ("02", {"look_at": 5, "limit": 1}, "look_at=5: there are not so many captions"),
         ("02", {"order_by": "mean_logprb"}, "order_by='mean_logprb': no record has it; there are request, video"),
         ("02", {"prompts": [5]}, "prompts[0]: 5 is a whole number, not str"),
-        ("02", {"frames_per_second": 2.0}, "frames_per_second has no effect with strategy 'chat'"),
+        (
+            "02",
+            {"frame_sampling": {"strategy": "chat", "frames_per_second": 2.0}},
+            "frames_per_second has no effect with strategy 'chat'",
+        ),
+        ("02", {"prompt_options": {"frame_number": "seconds"}}, "frame_number"),
         ("02", {"store": "gone.jsonl"}, "store='gone.jsonl': no such file"),
         (
             "03",
