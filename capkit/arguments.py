@@ -115,13 +115,15 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--shots", action="store_true", help="caption each shot of a film; needs pip install -e '.[shots]'")
     trainers = (
         "cogvideo, cogkit, diffusers, cogvideox-factory, finetrainers, sat, videox-fun, diffsynth, musubi, ltx-2, "
-        "diffusion-pipe, fastvideo or ai-toolkit"
+        "diffusion-pipe, fastvideo, ai-toolkit, simpletuner, onetrainer, videotuna or open-sora"
     )
     add("--trainer", type=_text, help=f"caption only the part of each video that this trainer trains on: {trainers}; "
         "default: all of it")  # fmt: skip
     add("--trainer-num-frames", type=int, help="number of frames that the trainer is set to; default: 49")
-    add("--trainer-frames-per-second", type=float, help="that sat is set to, 8 (default) or 16")
-    add("--trainer-stride", type=int, help="that videox-fun is set to; default: 3")
+    rate = "that sat is set to, 8 or 16, or open-sora, as fps_max; default: 8 and 24"
+    add("--trainer-frames-per-second", type=float, help=rate)
+    stride = "that videox-fun is set to, or videotuna, as frame_interval; default: 3 and 1"
+    add("--trainer-stride", type=int, help=stride)
     add("--batch-size", type=int, default=8, help="clips in a batch of the model")
     add("--num-readers", type=int, default=2, help="clips that are read in parallel")
     add("--timeout-seconds", type=float, default=60.0, help="maximum time for reading a clip")

@@ -1,5 +1,7 @@
 """How trainers take frames out of a clip, written down a second time from the sources in `capkit.runs.trainers`."""
 
+import math
+
 import numpy as np
 
 
@@ -131,6 +133,57 @@ def ai_toolkit(reader, num_frames):
     return reader.get_batch([min(int(round(i * interval)), last) for i in range(num_frames)])
 
 
+def simpletuner(reader, num_frames):
+    frames = reader.get_batch(range(len(reader)))
+    if len(frames) < num_frames:
+        raise ValueError("below min_frames")
+    return frames[:num_frames]
+
+
+def onetrainer(reader, num_frames, target_frame_rate=24):
+    """The frames of each stretch that may be drawn: offsets close enough to find each frame where one may begin."""
+    rate = reader.get_avg_fps()
+    left = (len(reader) - 1) / rate - (num_frames - 1) / target_frame_rate
+    offsets = [left] if left <= 0 else [*np.arange(0.5, left * rate) / rate, left * (1 - 1e-9)]
+    for offset in offsets:
+        decoded = iter(range(len(reader)))
+        while (frame := next(decoded, None)) is not None and (frame + 1) / rate <= offset:
+            pass
+        frames = []
+        while len(frames) < num_frames:
+            frame = next(decoded, None)
+            frames.append(frames[-1] if frame is None else frame)
+        yield reader.get_batch(frames)
+
+
+def temporal_random_crop(reader, num_frames, size):
+    """Of VideoTuna and Open-Sora: the frames of each stretch that may be drawn."""
+    for begin in range(max(0, len(reader) - size - 1) + 1):
+        end = min(begin + size, len(reader))
+        assert end - begin >= num_frames
+        yield reader.get_batch(np.linspace(begin, end - 1, num_frames, dtype=int))
+
+
+def videotuna(reader, num_frames, stride=1):
+    if len(reader) < num_frames * stride:
+        raise ValueError("not enough frames")
+    return temporal_random_crop(reader, num_frames, num_frames * stride)
+
+
+def open_sora(reader, num_frames, rate=24.0):
+    fps = round(reader.get_avg_fps(), 3)
+    sampling_interval = 1 if fps < rate else math.ceil(fps / rate)
+    count = len(reader) // sampling_interval
+    bucket = 1 if count == 1 else next((t for t in range(129, 4, -4) if t <= num_frames and t <= count), None)
+    if bucket is None:
+        raise ValueError("no bucket")
+    return temporal_random_crop(reader, bucket, bucket * sampling_interval)
+
+
+def of_all_stretches(loader):
+    return lambda *arguments, **more: np.concatenate([*loader(*arguments, **more)])
+
+
 LOADERS = {
     "cogvideo": cogvideo,
     "cogkit": cogvideo,
@@ -138,10 +191,14 @@ LOADERS = {
     "cogvideox-factory": cogvideox_factory,
     "finetrainers": finetrainers,
     "sat": sat,
-    "videox-fun": lambda *arguments, **more: np.concatenate([*videox_fun(*arguments, **more)]),
+    "videox-fun": of_all_stretches(videox_fun),
     "diffsynth": first,
     "musubi": first,
     **{"ltx-2": ltx_2, "diffusion-pipe": diffusion_pipe, "fastvideo": fastvideo, "ai-toolkit": ai_toolkit},
+    "simpletuner": simpletuner,
+    "onetrainer": of_all_stretches(onetrainer),
+    "videotuna": of_all_stretches(videotuna),
+    "open-sora": of_all_stretches(open_sora),
 }
 
 

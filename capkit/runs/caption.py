@@ -90,6 +90,7 @@ def plan_clips(
     for item in check_items(items):
         shared = (prompt, decoding, frame_sampling, item.start, item.end)
         own: dict[str, Any] = {"own_text": item.prompt, "error": item.error, "columns": item.values}
+        own["only_frames"] = item.only_frames
         planned.append(request_settings(captioner, item.video, *shared, **own))
         if item.reference is not None:
             planned[-1]["reference"] = item.reference

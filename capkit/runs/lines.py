@@ -30,11 +30,12 @@ _TYPES = {
     **dict.fromkeys(("history", "steps", "step_answers", "step_finish_reasons"), frozenset((list,))),
     **dict.fromkeys(("prompt_pattern", "answer_prefix_pattern"), _TEXT),
     "prompt_fields": frozenset((dict,)),
-    **dict.fromkeys(("history_pattern", "steps_pattern", "wrong_words"), frozenset((list,))),
+    **dict.fromkeys(("history_pattern", "steps_pattern", "wrong_words", "only_frames"), frozenset((list,))),
     **dict.fromkeys(("frame_indices", "timestamps_seconds", "video_notes"), frozenset((list,)) | _NONE),
 }
 _TYPES_IN_LISTS = {
-    **{"frame_indices": frozenset((int,)), "timestamps_seconds": _NUMBER, "wrong_words": _TEXT},
+    **dict.fromkeys(("frame_indices", "only_frames"), frozenset((int,))),
+    **{"timestamps_seconds": _NUMBER, "wrong_words": _TEXT},
     **dict.fromkeys(("video_notes", "steps", "steps_pattern", "step_answers", "step_finish_reasons"), _TEXT),
 }
 _IN_DECODING = {"forbidden_words": frozenset((list,)), "word_bias": frozenset((dict,))}

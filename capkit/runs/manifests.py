@@ -49,6 +49,7 @@ class Item:
         start, end: window in seconds; end None for the end of the video.
         error: why the clip cannot be captioned; its record has this error, and the video is not read.
         columns: the manifest's other columns, by name, for fields of a prompt such as `{camera}`.
+        only_frames: indices of the video's frames to sample among, as those that a trainer takes; None for all.
     """
 
     video: str
@@ -58,6 +59,7 @@ class Item:
     end: float | None = None
     error: str | None = None
     columns: Mapping[str, Any] | None = field(default=None, hash=False)
+    only_frames: tuple[int, ...] | None = None
 
     @property
     def values(self) -> dict[str, Any]:

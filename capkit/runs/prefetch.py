@@ -122,8 +122,8 @@ def read_clip(
         if quarantine is not None:
             quarantine.check(video)
         with_strip = store is not None and not store.strip_path(settings).exists()
-        sampling = settings["frame_sampling"]
-        return load_clip(video, sampling, *window, timeout_seconds, reader, None, image_size, with_strip)
+        sampling, only = settings["frame_sampling"], settings.get("only_frames")
+        return load_clip(video, sampling, *window, timeout_seconds, reader, None, image_size, with_strip, only)
     except ReaderLost as error:
         if retry and not isinstance(error, ReaderHung):  # the crash may be external, such as the OOM killer's
             return read_clip(settings, timeout_seconds, reader, quarantine, image_size, store, retry=False)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +276,7 @@ def request_settings(
     own_text: str | None = None,
     error: str | None = None,
     columns: Mapping[str, Any] | None = None,
+    only_frames: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The first part of a record: all settings of a request and, as `request`, their digest, by which runs resume.
 
@@ -288,6 +289,7 @@ def request_settings(
         own_text: replaces the text of the prompt; checked only when the clip is read, so that only this clip fails.
         error: why the clip is not to be read; its record will have this error.
         columns: values of the prompt's fields by name, as of `Item.values`, beside those that the video's path gives.
+        only_frames: as of `Item`.
 
     Raises:
         ValueError: a field of the prompt cannot be filled, see `capkit.runs.fields`.
@@ -299,7 +301,7 @@ def request_settings(
         "frame_sampling": FrameSampling.of(frame_sampling).to_dict(),
         "start_seconds": float(start_seconds),
         "end_seconds": None if end_seconds is None else float(end_seconds),
-    }
+    } | ({} if only_frames is None else {"only_frames": list(only_frames)})
     given, has_duration = Prompt.of(prompt).to_record() | ({} if own_text is None else {"prompt": own_text}), False
     patterns: dict[str, Any] = {}
     if error is None:
@@ -381,7 +383,7 @@ def _digest(content: Any) -> str:
 RECORD_FIELDS = tuple(new_record(request_settings(ModelIdentity("", "", "", None), os.sep, Prompt()), ValueError()))
 """The fields of every record.
 
-Some have `reference` or `is_row_error` too; of a prompt with fields `prompt_pattern` and `prompt_fields`, see
-`capkit.runs.fields`; of one with steps `steps`, `step_answers` and `step_finish_reasons`; in `current`, `edited_text`
-and the fields of a mark.
+Some have `reference`, `only_frames` or `is_row_error` too; of a prompt with fields `prompt_pattern` and
+`prompt_fields`, see `capkit.runs.fields`; of one with steps `steps`, `step_answers` and `step_finish_reasons`; in
+`current`, `edited_text` and the fields of a mark.
 """

@@ -26,12 +26,29 @@
   second. A clip of fewer, or one that lasts longer than 5 F of them, is left out.
 - "ai-toolkit" (ostris/ai-toolkit 27a03a9, toolkit/dataloader_mixins.py, `num_frames`): F frames spread over the entire
   clip; of a shorter one all, some several times.
+- "simpletuner" (bghira/SimpleTuner bc8e6ab, simpletuner/helpers/caching/vae.py, prepare_video_latents, and
+  data_backend/factory.py): the first F frames, as `num_frames` and `min_frames` are; a shorter clip is left out. For
+  models that take only 8k + 1 frames it lowers F to that.
+- "onetrainer" (Nerogar/mgds 3a6994a, src/mgds/pipelineModules/LoadVideo.py, as in Nerogar/OneTrainer 23df383,
+  modules/dataLoader/mixin/DataLoaderText2ImageMixin.py): each time F consecutive frames from another place, drawn from
+  the seconds that are left as if the clip had 24 frames a second. The frame in which that place lies is dropped, so
+  that the first of the clip is never seen; where the clip ends, its last frame is repeated. A single frame stops it.
+- "videotuna" (VideoVerses/VideoTuna 0d49a54, videotuna/data/datasets.py and transforms.py): each time another stretch
+  of F * `frame_interval` frames, drawn at random but never the last one, of which it takes F evenly. A clip of fewer is
+  replaced by another at random. F is its `num_frames`; the `video_length` in its configurations of CogVideoX is not
+  read, and leaves F at 16.
+- "open-sora" (hpcaitech/Open-Sora 7ad6a96, opensora/datasets/bucket.py, datasets.py and utils.py, and
+  configs/diffusion/train/image.py and stage1.py): a clip of `fps_max` frames a second or more counts as n // s frames,
+  s = fps / `fps_max` rounded up, and goes to the largest bucket that it fills, of 5, 9, ..., F frames, or to that of
+  one; F is 129 in stage1.py. Each time another stretch of s times as many frames, as of "videotuna". A clip that fills
+  no bucket is left out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -41,6 +58,15 @@ from capkit.video import at_least_one, positive
 
 SAT_SKIPPED_FRAMES = 3
 WAN_RATE = 16
+ONETRAINER_RATE = 24
+SMALLEST_BUCKET = 5  # of Open-Sora, beside that of one frame
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "sat": {"frames_per_second": 8.0},
+    "open-sora": {"frames_per_second": 24.0},
+    "videox-fun": {"stride": 3},
+    "videotuna": {"stride": 1},
+}
+"""Settings that only some trainers have, with their defaults."""
 _FEWER_AT_16 = "it leaves out clips of fewer than {} at 16 a second"
 
 
@@ -49,44 +75,44 @@ class TrainerSettings:
     """What a trainer is set to.
 
     Attributes:
-        num_frames: F, how many frames of a clip it trains on.
-        frames_per_second: of "sat" only: 8 for CogVideoX, 16 for CogVideoX 1.5.
-        stride: of "videox-fun" only: it takes every so many-th frame.
+        num_frames: F, how many frames of a clip it trains on, or at most.
+        frames_per_second: of "sat", 8 for CogVideoX and 16 for CogVideoX 1.5; of "open-sora" its `fps_max`. None: the
+            trainer's default, see `OWN_SETTINGS`.
+        stride: of "videox-fun" and "videotuna", which take every so many-th frame. None: the trainer's default.
 
     Raises:
         ValueError: a number out of range.
     """
 
     num_frames: int = 49
-    frames_per_second: float = 8.0
-    stride: int = 3
+    frames_per_second: float | None = None
+    stride: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "stride"):
-            object.__setattr__(self, name, at_least_one(name, getattr(self, name)))
-        object.__setattr__(self, "frames_per_second", positive("frames_per_second", self.frames_per_second))
+        for name, check in (("num_frames", at_least_one), ("frames_per_second", positive), ("stride", at_least_one)):
+            if name == "num_frames" or getattr(self, name) is not None:
+                object.__setattr__(self, name, check(name, getattr(self, name)))
 
     @classmethod
     def of(cls, trainer: str, values: TrainerSettings | Mapping[str, Any] | None) -> TrainerSettings:
-        """Settings from a dictionary of the fields; None stands for a field's default.
+        """What a trainer is set to, its defaults included, by a dictionary of the fields; None stands for a default.
 
         Raises:
             ValueError: also for an unknown field, or one that the trainer does not have.
         """
-        if isinstance(values, TrainerSettings):
-            return values
-        given = {name: value for name, value in (values or {}).items() if value is not None}
+        values = asdict(values) if isinstance(values, TrainerSettings) else values or {}
+        given = {name: value for name, value in values.items() if value is not None}
         names = [field.name for field in fields(cls)]
         for name in given:
             if name not in names:
                 raise ValueError("trainer settings: " + unknown_name("field", name, names, "there are"))
-            if (owner := OWNERS.get(name, trainer)) != trainer:
-                raise ValueError(f"{name}={given[name]!r}: has no effect on {trainer!r}; it belongs to {owner!r}")
-        return cls(**given)
+            owners = [owner for owner, own in OWN_SETTINGS.items() if name in own]
+            if owners and trainer not in owners:
+                belongs = " and ".join(map(repr, owners))
+                raise ValueError(f"{name}={given[name]!r}: has no effect on {trainer!r}; it belongs to {belongs}")
+        return cls(**OWN_SETTINGS.get(trainer, {}) | given)
 
 
-OWNERS = {"frames_per_second": "sat", "stride": "videox-fun"}
-"""Settings that only one trainer has."""
 DEFAULTS = TrainerSettings()
 Taken = tuple[Sequence[int], str]  # the frames, or none and the reason
 
@@ -124,6 +150,7 @@ def check_trainer(trainer: str) -> None:
 
 def _taken(trainer: str, num_video_frames: int, average_fps: float, settings: TrainerSettings) -> Taken:
     check_trainer(trainer)
+    settings = TrainerSettings.of(trainer, settings)
     return _RULES[trainer](at_least_one("num_video_frames", num_video_frames), average_fps, settings)
 
 
@@ -152,7 +179,7 @@ def _finetrainers(n: int, fps: float, settings: TrainerSettings) -> Taken:
 
 
 def _sat(n: int, fps: float, settings: TrainerSettings) -> Taken:
-    num_frames, rate, start, end = settings.num_frames, settings.frames_per_second, SAT_SKIPPED_FRAMES, n
+    num_frames, rate, start, end = settings.num_frames, settings.frames_per_second or 8.0, SAT_SKIPPED_FRAMES, n
     at_fps = f"{n} frames at {fps:.6g} a second"
     if n / fps * rate > num_frames:
         end = int(start + num_frames / rate * fps)
@@ -172,23 +199,54 @@ def _sat(n: int, fps: float, settings: TrainerSettings) -> Taken:
 
 
 def _videox_fun(n: int, fps: float, settings: TrainerSettings) -> Taken:
-    count = min(settings.num_frames, n // settings.stride)
+    stride = settings.stride or 1
+    count = min(settings.num_frames, n // stride)
     if not count:
-        return [], f"{n} frames are too few: it passes over clips of fewer than its stride, {settings.stride}"
-    length = (count - 1) * settings.stride + 1
-    if n - length >= settings.stride:  # the stretches begin everywhere, so that each frame is in one
-        return range(n), ""
-    starts = np.arange(n - length + 1)
-    return sorted({*np.linspace(starts, starts + length - 1, count, dtype=int).ravel().tolist()}), ""
+        return [], f"{n} frames are too few: it passes over clips of fewer than its stride, {stride}"
+    length = (count - 1) * stride + 1
+    return _stretches(n - length + 1, length, count), ""
+
+
+def _videotuna(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    length = settings.num_frames * (settings.stride or 1)
+    if n < length:
+        return [], f"{n} frames are too few: it passes over clips of fewer than {length}"
+    return _stretches(max(n - length, 1), length, settings.num_frames), ""
+
+
+def _open_sora(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    fps, fps_max = round(fps, 3), settings.frames_per_second or 24.0  # rounded as in the table that it reads
+    interval = 1 if fps < fps_max else math.ceil(fps / fps_max)
+    count = _4k_plus_1(min(n // interval, settings.num_frames))
+    if count < SMALLEST_BUCKET and n // interval != 1:
+        return [], f"{n} frames at {fps:.6g} a second are too few: they fill none of its buckets"
+    return _stretches(max(n - count * interval, 1), count * interval, count), ""
+
+
+def _stretches(num_starts: int, length: int, count: int) -> Sequence[int]:
+    """What may be seen of a clip where `count` frames are spread over a stretch that begins at 0 to num_starts - 1."""
+    if count == 1:
+        return range(num_starts)
+    if num_starts * (count - 1) >= length:  # frames are no further apart than stretches begin
+        return range(num_starts + length - 1)
+    starts = np.arange(num_starts)
+    return sorted({*np.linspace(starts, starts + length - 1, count, dtype=int).ravel().tolist()})
+
+
+def _onetrainer(n: int, fps: float, settings: TrainerSettings) -> Taken:
+    if n == 1:
+        return [], "1 frame is too few: it drops the first, and stops"
+    latest = n - 1 - (settings.num_frames - 1) * fps / ONETRAINER_RATE  # place at which it may begin, in frames
+    return range(1, min(max(math.ceil(latest), 1) + settings.num_frames, n)), ""
 
 
 def _first(n: int, fps: float, settings: TrainerSettings) -> Taken:
     return range(_4k_plus_1(min(n, settings.num_frames))), ""
 
 
-def _ltx_2(n: int, fps: float, settings: TrainerSettings) -> Taken:
+def _first_all(n: int, fps: float, settings: TrainerSettings) -> Taken:
     if n < settings.num_frames:
-        return [], f"{n} frames are too few: it leaves out clips of fewer than its bucket, {settings.num_frames}"
+        return [], f"{n} frames are too few: it leaves out clips of fewer than it is set to, {settings.num_frames}"
     return range(settings.num_frames), ""
 
 
@@ -227,10 +285,14 @@ _RULES: dict[str, Callable[[int, float, TrainerSettings], Taken]] = {
     "videox-fun": _videox_fun,
     "diffsynth": _first,
     "musubi": _first,
-    "ltx-2": _ltx_2,
+    "ltx-2": _first_all,
     "diffusion-pipe": _diffusion_pipe,
     "fastvideo": _fastvideo,
     "ai-toolkit": _ai_toolkit,
+    "simpletuner": _first_all,
+    "onetrainer": _onetrainer,
+    "videotuna": _videotuna,
+    "open-sora": _open_sora,
 }
 TRAINERS = tuple(_RULES)
 """Names of the trainers, which are those of layouts in `capkit.export`."""

@@ -151,9 +151,10 @@ def _clock(seconds: float) -> str:
 def trainer_windows(
     items: Iterable[Item], trainer: str, settings: TrainerSettings = DEFAULTS, timeout_seconds: float = 60.0
 ) -> list[Item]:
-    """Cut each clip to the part that a trainer sees, from its first frame to its last, so that only this is captioned.
+    """Cut each clip to the part that a trainer sees, so that only this is captioned: from its first frame to its last.
 
-    A clip that the trainer cannot take stays as it is: the export says why.
+    Where the trainer skips frames between these, frames are sampled among those that it takes. A clip that the trainer
+    cannot take stays as it is: the export says why.
 
     Raises:
         ValueError: an item has a window of its own, which trainers do not support; or as in `trainer_indices`.
@@ -165,7 +166,9 @@ def trainer_windows(
             raise ValueError(f"{item.video}: has start or end, but a trainer takes the complete file; cut it first")
         times, info = listing or (np.empty(0), None)
         if info and (span := trainer_span(trainer, times, info.average_fps, settings)):
-            item = replace(item, start=span[0], end=span[1])
+            taken = tuple(trainer_indices(trainer, len(times), info.average_fps, settings))
+            skips = len(taken) <= taken[-1] - taken[0]
+            item = replace(item, start=span[0], end=span[1], only_frames=taken if skips else None)
         parts.append(item)
     return parts
 

@@ -287,7 +287,7 @@ def _run_plan(
     for source, cell, sample in plan.requests():
         decoding = cell.sampled(sample)
         frames = (cell.frame_sampling, source.start, source.end)
-        own: dict[str, Any] = {"error": source.error, "columns": source.values}
+        own: dict[str, Any] = {"error": source.error, "columns": source.values, "only_frames": source.only_frames}
         settings = request_settings(captioner, source.video, cell.prompt, decoding, *frames, sample, **own)
         order.append(settings["request"])
         if settings["request"] not in done:

@@ -2,6 +2,7 @@
 
 import os
 import reprlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,7 @@ def load_clip(
     memory_bytes: int | None = None,
     image_size: int | None = None,
     with_strip: bool = False,
+    only_frames: Sequence[int] | None = None,
 ) -> Clip:
     """Read the sampled frames of a video, or of its window start_seconds <= time < end_seconds.
 
@@ -144,6 +146,7 @@ def load_clip(
         image_size: keep only what a model sees that takes squares of this side (`captioner.processor.image_size`): the
             captions are the same, and a clip of 24 frames takes 20 MB whatever its resolution. None: full frames.
         with_strip: with `image_size`, also draw the small picture that goes beside a caption, `clip.seen.strip`.
+        only_frames: indices of the file's frames to choose among, such as those that a trainer takes; None for all.
 
     Raises:
         VideoError: the file cannot be read, not all sampled frames can be decoded, no frame is in the window, or the
@@ -165,7 +168,7 @@ def load_clip(
         memory_bytes = int(positive("memory_bytes", memory_bytes))
     if image_size is not None:
         image_size = at_least_one("image_size", image_size)
-    arguments = (path, sampling, start_seconds, end_seconds, image_size, with_strip)
+    arguments = (path, sampling, start_seconds, end_seconds, image_size, with_strip, only_frames)
     try:
         if timeout_seconds is None:
             limit = memory_bytes or memory_budget()
@@ -236,9 +239,10 @@ def _read(
     end_seconds: float | None,
     image_size: int | None,
     with_strip: bool,
+    only_frames: Sequence[int] | None,
 ) -> Clip:
     def choose(times: NDArray[np.float64], info: VideoInfo) -> list[int]:
-        indices = sampling.frame_indices(times, info.average_fps, start_seconds, end_seconds)
+        indices = sampling.frame_indices(times, info.average_fps, start_seconds, end_seconds, only_frames)
         if not indices:
             window = f"{start_seconds:g} s and {'the end' if end_seconds is None else f'{end_seconds:g} s'}"
             raise VideoError(path, f"no frame starts between {window}; the video lasts {info.duration_seconds:g} s")

@@ -1,6 +1,7 @@
 """Frame sampling: which frames of a video the model sees, as pure functions from frame times to frame indices."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -153,20 +154,27 @@ class FrameSampling:
         average_fps: float,
         start_seconds: float = 0.0,
         end_seconds: float | None = None,
+        only_frames: Sequence[int] | None = None,
     ) -> list[int]:
         """Indices of the sampled frames, all with start_seconds <= time < end_seconds; empty if the window has none.
 
         Args:
             timestamps_seconds: start times of all the video's frames, shape (n,), in order.
             average_fps: frames per second as the file says; only "base" uses it.
+            only_frames: indices to choose among, such as those that a trainer takes; None for all.
         """
         check_window(start_seconds, end_seconds)
-        times, first = _times(timestamps_seconds), 0
+        times = _times(timestamps_seconds)
+        places = np.arange(len(times))
+        if only_frames is not None:
+            places = np.intersect1d(places, only_frames)
+            average_fps *= len(places) / (np.ptp(places) + 1) if len(places) else 1
         if start_seconds != 0 or end_seconds is not None:  # else negative times count too, as in the original
-            inside = (times >= start_seconds) & (times < (math.inf if end_seconds is None else end_seconds))
-            if not inside.any():
-                return []
-            first, times = int(inside.argmax()), times[inside] - start_seconds
+            end = math.inf if end_seconds is None else end_seconds
+            places = places[(times[places] >= start_seconds) & (times[places] < end)]
+        if not len(places):
+            return []
+        times = times[places] - start_seconds
         if self.strategy == "chat":
             indices = chat_indices(times, self.num_frames)
         elif self.strategy == "base":
@@ -175,7 +183,7 @@ class FrameSampling:
             indices = fps_indices(times, self.frames_per_second, self.num_frames)
         else:
             indices = uniform_indices(times, self.num_frames)
-        return [first + index for index in indices]
+        return places[indices].tolist()
 
 
 FrameSamplingLike = FrameSampling | str | dict[str, Any]

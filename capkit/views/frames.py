@@ -30,7 +30,8 @@ def load_first_clip(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], 
     for record in records:
         window = record.get("start_seconds", 0.0), record.get("end_seconds")  # a record of others may lack fields
         try:
-            clip = load_clip(record["video"], record.get("frame_sampling", "chat"), *window)
+            sampling, only = record.get("frame_sampling", "chat"), record.get("only_frames")
+            clip = load_clip(record["video"], sampling, *window, only_frames=only)
         except (VideoError, ValueError, ImportError) as error:
             first_error = first_error or str(error)
             continue

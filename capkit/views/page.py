@@ -45,7 +45,10 @@ ROWS_ON_A_PAGE = 1000
 STRIP_BYTES = 26_000  # of a row; larger picture strips are scaled down, so that 1,000 rows of 8 cells stay under 60 MB
 CARDS_IN_NOTEBOOK, ROWS_IN_NOTEBOOK = 20, 5
 CELL_PIXELS = 230  # at least
-NO_COLUMNS = ("request", "strip", "text", "edited_text", "frame_indices", "timestamps_seconds", "video_sha256")
+NO_COLUMNS = (
+    *("request", "strip", "text", "edited_text", "video_sha256"),
+    *("frame_indices", "timestamps_seconds", "only_frames"),
+)
 SHOWN_FIELDS = (
     *RECORD_FIELDS,
     *MARK_FIELDS,
@@ -53,6 +56,7 @@ SHOWN_FIELDS = (
     "step_answers",
     "edited_text",
     "reference",
+    "only_frames",
     "is_row_error",
 )  # others are printed under the caption
 

@@ -158,6 +158,7 @@ def test_captions_of_what_a_trainer_sees_are_exported_for_it(captioner, clips, t
     for record, (count, fps), row in zip(records, sizes.values(), report.exported.itertuples(), strict=True):
         truth = frames_taken(trainer, count, float(fps))
         assert record["frame_indices"][0] == truth[0] and record["frame_indices"][-1] == truth[-1]
+        assert {*record["frame_indices"]} <= {*truth}
         is_all = (truth[0], truth[-1]) == (0, count - 1)
         assert (row.part == "") == is_all and ("what the trainer sees" in row.part) != is_all
     other = (

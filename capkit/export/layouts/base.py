@@ -186,6 +186,7 @@ class Layout(ABC):
         trigger = f"{self.trigger_flag} {quote(trigger_word + self.trigger_end)} " if trigger_word else ""
         paths = {"root": quote(str(root)), "path": str(root), "config": quote(str(self.config_path(root)))}
         paths["table"] = "".join(self.tables[:1])
+        settings = TrainerSettings.of(self.window_rule, settings)
         command = self.launch.format(**paths, trigger=trigger, **asdict(settings))
         return f"{command}; needs {self.needs}" if self.needs else command
 

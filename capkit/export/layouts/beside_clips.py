@@ -87,7 +87,8 @@ class SimpleTuner(BesideClips):
     """SimpleTuner: a text file beside each clip, in `videos/`, and a data backend in JSON beside the root.
 
     The lines of a file are alternatives: it is broken at "\\n" only, empty lines are dropped, and nothing is stripped.
-    Clips of fewer than `min_frames` are left out with a warning. Facts: bghira/SimpleTuner bc8e6ab,
+    Of each clip the first `num_frames` are used; clips of fewer than `min_frames` are left out with a warning. Facts:
+    bghira/SimpleTuner bc8e6ab,
     simpletuner/helpers/prompts.py (prepare_instance_prompt_from_textfile), simpletuner/helpers/training/__init__.py and
     documentation/DATALOADER.md; captions can be dropped with `--caption_dropout_probability`.
     """
@@ -97,6 +98,7 @@ class SimpleTuner(BesideClips):
     holds_several = True
     config_suffix = ".json"
     newline = ""
+    window_rule = "simpletuner"
     takes_short = False
     clip_suffixes = Musubi.clip_suffixes | {".3gp", ".ogv"}
     launch = "simpletuner train  # in SimpleTuner, with {config} as data_backend_config in config/config.json"
@@ -122,18 +124,21 @@ class OneTrainer(BesideClips):
 
     The lines of a UTF-8 file are alternatives, one drawn for each step; they are stripped, and empty ones dropped.
     Commas stay while the concept's tag shuffling and dropping are off, as they are here. A random stretch of a clip is
-    read with PyAV. Facts: Nerogar/OneTrainer 23df383, modules/dataLoader/mixin/DataLoaderText2ImageMixin.py,
+    read with PyAV, as long as `frames` in the configuration file says; a clip of a single frame stops it. Facts: Nerogar/OneTrainer 23df383, modules/dataLoader/mixin/DataLoaderText2ImageMixin.py,
     modules/util/config/ConceptConfig.py, modules/util/path_util.py and modules/util/args/TrainArgs.py; Nerogar/mgds
     3a6994a, LoadMultipleTexts.py, SelectRandomText.py and LoadVideo.py.
     """
 
     name = "onetrainer"
     trainer = "OneTrainer"
+    window_rule = "onetrainer"
+    fewest_frames = 2
     holds_several = True
     config_suffix = ".json"
     clip_suffixes = frozenset((".webm", ".mkv", ".flv", ".avi", ".mov", ".wmv", ".mp4", ".mpeg", ".m4v"))
     launch = (
-        "python scripts/train.py --config-path CONFIG_FILE --config-value concept_file_name={config}  # in OneTrainer"
+        "python scripts/train.py --config-path CONFIG_FILE --config-value concept_file_name={config} "
+        "--config-value frames={num_frames}  # in OneTrainer"
     )
 
     def split(self, content: str) -> list[str]:

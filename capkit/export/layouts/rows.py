@@ -264,12 +264,14 @@ class FastVideo(Rows):
 class VideoTuna(Rows):
     """VideoTuna: `metadata.csv` with `path` and `caption`, read with pandas; paths count from `data_root`.
 
-    Clips are read with decord; one that it cannot read is replaced by another at random. Facts: VideoVerses/VideoTuna
+    Clips are read with decord; one that it cannot read is replaced by another at random. Its configurations of CogVideoX
+    set `video_length`, which the data set does not read: the command sets `num_frames`. Facts: VideoVerses/VideoTuna
     0d49a54, videotuna/data/datasets.py and datasets_utils.py, docs/datasets.md, shscripts/train_cogvideox_t2v_lora.sh.
     """
 
     name = "videotuna"
     trainer = "VideoTuna"
+    window_rule = "videotuna"
     decoder = "decord"
     takes_short = False
     tables = ("metadata.csv",)
@@ -278,7 +280,9 @@ class VideoTuna(Rows):
         "python scripts/train.py -t --base configs/004_cogvideox/cogvideo5b.yaml --logdir OUTPUT_DIR --name NAME "
         "--devices 0, lightning.trainer.num_nodes=1 data.params.train.params.csv_path={root}/{table} "
         "data.params.train.params.data_root={root} data.params.validation.params.csv_path={root}/{table} "
-        "data.params.validation.params.data_root={root} --auto_resume  # in VideoTuna"
+        "data.params.validation.params.data_root={root} data.params.train.params.num_frames={num_frames} "
+        "data.params.train.params.frame_interval={stride} data.params.validation.params.num_frames={num_frames} "
+        "data.params.validation.params.frame_interval={stride} --auto_resume  # in VideoTuna"
     )
 
     def unfit_root(self, root: Path) -> str:
@@ -296,6 +300,7 @@ class OpenSora(Rows):
 
     name = "open-sora"
     trainer = "Open-Sora 2"
+    window_rule = "open-sora"
     needs_facts = True
     tables = ("metadata.csv",)
     caption = "text"

@@ -88,7 +88,7 @@ class SAT(TextFiles):
         return f"{root} has {words[0]!r} in it, {reason}" if words else ""
 
     def config(self, root: Path, trigger_word: str, settings: TrainerSettings) -> str:
-        rate = settings.frames_per_second
+        rate = TrainerSettings.of(self.window_rule, settings).frames_per_second or 8.0
         data = {"fps": int(rate) if rate.is_integer() else rate, "max_num_frames": settings.num_frames}
         paths = {"train_data": [str(root)], "valid_data": [str(root)]}
         return write_yaml({"args": paths, "data": {"params": data}})
