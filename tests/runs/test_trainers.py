@@ -45,7 +45,7 @@ def test_the_frames_are_those_that_the_trainers_loader_takes(trainer):
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("sampling", ["chat", "base", "uniform", {"strategy": "fps", "frames_per_second": 3}])
 def test_captioned_frames_are_frames_of_the_trainer(trainer, sampling):
-    """Of clips of 16 to 200 frames at 8 to 60 a second; "uniform" spreads 24 frames evenly over those of the trainer."""
+    """Of clips of 16 to 200 frames at 8 to 60 a second; "uniform" spreads 24 evenly over those of the trainer."""
     sampling = FrameSampling.of(sampling)
     for count in range(16, 201, 8):
         for fps in (8.0, 16.0, 24000 / 1001, 25.0, 30.0, 60.0):

@@ -124,8 +124,9 @@ class OneTrainer(BesideClips):
 
     The lines of a UTF-8 file are alternatives, one drawn for each step; they are stripped, and empty ones dropped.
     Commas stay while the concept's tag shuffling and dropping are off, as they are here. A random stretch of a clip is
-    read with PyAV, as long as `frames` in the configuration file says; a clip of a single frame stops it. Facts: Nerogar/OneTrainer 23df383, modules/dataLoader/mixin/DataLoaderText2ImageMixin.py,
-    modules/util/config/ConceptConfig.py, modules/util/path_util.py and modules/util/args/TrainArgs.py; Nerogar/mgds
+    read with PyAV, as long as `frames` in the configuration file says; a clip of a single frame stops it. Facts:
+    Nerogar/OneTrainer 23df383, modules/dataLoader/mixin/DataLoaderText2ImageMixin.py, modules/util/config/
+    ConceptConfig.py, modules/util/path_util.py, modules/util/args/TrainArgs.py and scripts/train.py; Nerogar/mgds
     3a6994a, LoadMultipleTexts.py, SelectRandomText.py and LoadVideo.py.
     """
 

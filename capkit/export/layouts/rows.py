@@ -264,8 +264,8 @@ class FastVideo(Rows):
 class VideoTuna(Rows):
     """VideoTuna: `metadata.csv` with `path` and `caption`, read with pandas; paths count from `data_root`.
 
-    Clips are read with decord; one that it cannot read is replaced by another at random. Its configurations of CogVideoX
-    set `video_length`, which the data set does not read: the command sets `num_frames`. Facts: VideoVerses/VideoTuna
+    Clips are read with decord; one that it cannot read is replaced by another at random. The data set does not read the
+    `video_length` of the configurations of CogVideoX: the command sets `num_frames`. Facts: VideoVerses/VideoTuna
     0d49a54, videotuna/data/datasets.py and datasets_utils.py, docs/datasets.md, shscripts/train_cogvideox_t2v_lora.sh.
     """
 
