@@ -24,7 +24,8 @@ class Kept(widgets.VBox):
     def _ipython_display_(self) -> None:
         name = f"capkit-kept-{uuid4().hex[:12]}"
         hide = widgets.HTML(f"<style>.{name} {{ display: none }}</style>", layout={"display": "none"})
-        display(widgets.VBox([self, hide]))
+        bundle = widgets.VBox([self, hide])._repr_mimebundle_()
+        display(bundle | {"text/plain": ""}, raw=True)  # else its source stands where nothing can show it
         _Twin(self, name)
 
 

@@ -10,7 +10,15 @@ from capkit.runs import CaptionStore, CaptionStoreLike
 from capkit.sweep import SweepResult
 from capkit.text import escape
 from capkit.video import Clip
-from capkit.views.captions import CaptionLike, as_record, caption_frames, caption_paragraph, facts_line, heading
+from capkit.views.captions import (
+    CaptionLike,
+    as_record,
+    caption_frames,
+    caption_paragraph,
+    facts_line,
+    heading,
+    of_clip,
+)
 from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text
 from capkit.views.matrix import names_of, settings_of
 from capkit.views.tables import table_html
@@ -34,7 +42,7 @@ def compare_captions(
     Raises:
         ValueError: no captions, or names of another number.
     """
-    records = [as_record(caption) for caption in captions]
+    records = [of_clip(clip) | as_record(caption) for caption in captions]
     names = names_of([*map(settings_of, records)]) if names is None else names
     if not records or len(names) != len(records):
         raise ValueError(f"{len(records)} captions with {len(names)} names: give at least one, and a name for each")
