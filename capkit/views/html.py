@@ -197,8 +197,8 @@ def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float =
     style = f"position:relative;width:{width}px;max-width:100%;font-size:10px;line-height:1.3;color:#fff"
     places = _label_places(len(labels), width, height)
     spans = "".join(f'<span style="{place}">{label}</span>' for label, place in zip(labels, places, strict=False))
-    is_plain = not any(sign in label for sign in "·≠" for label in labels)
-    legend = "" if is_plain or not spans else f'<div style="{MUTED}">{FRAME_LEGEND}</div>'
+    needs_legend = spans and (record.get("start_seconds") or "≠" in spans)
+    legend = f'<div style="{MUTED}">{FRAME_LEGEND}</div>' if needs_legend else ""
     return f'<div class="frames" style="{style}">{shown}{spans}</div>{legend}{notice and note(notice)}'
 
 

@@ -104,7 +104,7 @@ def test_each_frame_of_a_strip_has_its_time_and_the_models_number_if_that_is_ano
     html = show_captions(store, [record | settings]).html
     spans = re.findall(r'<span style="position:absolute[^"]*?left:([\d.]+)%;bottom:([\d.]+)%">(.*?)</span>', html)
     assert [text for *_, text in spans] == (labels or ["0 s", "1 ≠ 0.5 s"] + [text for *_, text in spans[2:]])
-    assert ("On a frame" in html) == any("·" in text or "≠" in text for *_, text in spans)
+    assert ("On a frame" in html) == ("start_seconds" in settings or any("≠" in text for *_, text in spans))
     picture = np.asarray(Image.open(io.BytesIO(strip)).convert("RGB")).astype(int)
     height, width, _ = picture.shape
     for (left, bottom, _), colour in zip(spans, colours, strict=True):  # each stands on its own frame
