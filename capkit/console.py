@@ -1,4 +1,7 @@
-"""Progress: bars where somebody watches, lines of text elsewhere."""
+"""Progress: bars where somebody watches, lines of text elsewhere.
+
+tqdm's own bar for notebooks is a widget, of which a saved notebook keeps only that it began, at 0 %.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,13 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0  # least time between lines
+
+
+def progress_bar() -> type[tqdm]:
+    """The class of progress bars that suits where this runs: lines where nobody watches, else bars."""
+    if not is_interactive():
+        return ProgressLines
+    return tqdm if _kernel() is None else NotebookBar
 
 
 def is_interactive() -> bool:
@@ -29,7 +39,7 @@ def _kernel() -> Any:
 class ProgressLines(tqdm):
     """A progress bar of tqdm's that prints a line now and then, and one at the end.
 
-    In a notebook that nobody watches, the usual bar is a widget that stays at 0 %; in a log file, a line of redrawings.
+    In a log file, the usual bar is a line of redrawings.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,3 +60,25 @@ class ProgressLines(tqdm):
         self._last_line = time.monotonic()
         text = str(self).replace(": : ", ": ")  # tqdm adds a colon to some descriptions
         print(text, file=sys.stderr if _kernel() is None else sys.stdout, flush=True)
+
+
+class NotebookBar(tqdm):
+    """A progress bar of tqdm's in one output of a notebook, which stays as it was last when the notebook is saved."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._handle: Any = None
+        super().__init__(*args, **{"ncols": 100} | kwargs | {"file": io.StringIO()})
+
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        from IPython.display import display
+
+        shown = {"text/plain": str(self)}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+    def close(self) -> None:
+        if not self.disable:
+            self.display()
+        super().close()

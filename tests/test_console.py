@@ -47,7 +47,7 @@ def test_a_loaded_model_is_announced_where_nobody_watches(captioner, capsys, mon
     from capkit.cogvlm2 import CogVLM2VideoForConditionalGeneration
 
     for is_watched in (False, True):
-        monkeypatch.setattr("capkit.cogvlm2.loading.is_interactive", lambda answer=is_watched: answer)
+        monkeypatch.setattr("capkit.console.is_interactive", lambda answer=is_watched: answer)
         CogVLM2VideoForConditionalGeneration.from_pretrained(captioner.name, device="cpu")
         shown = capsys.readouterr().err
         assert shown.count("Loading weights: 62 of 62 in 00:0") == (not is_watched)

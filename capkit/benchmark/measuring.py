@@ -229,6 +229,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 def profile_of(function: Callable[[], Any], device: torch.device, num_operations: int = 6) -> list[dict[str, Any]]:
     """Profile one call: torch's operations with the most time of their own, and their share of the total."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes to stderr, in notebooks red, that it starts and stops
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     function()
     with profile(activities=activities) as profiled:

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
 from capkit.cogvlm2.checkpoint import INDEX, CheckpointError, CheckpointNotFound
-from capkit.console import ProgressLines, is_interactive
+from capkit.console import progress_bar
 
 _FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 _WEIGHT_FILES = ["*.safetensors", INDEX]
@@ -58,7 +58,7 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
     )
     try:
         patterns = _FILES + (_WEIGHT_FILES if weights else [])
-        bar: Any = ProgressLines if _prints_lines() else None
+        bar: Any = progress_bar() if logging.is_progress_bar_enabled() else None
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=bar))
     except (OSError, ValueError) as error:  # the base class of all these, and names that the hub refuses
         matching = (reason for kind, reason in reasons if isinstance(error, kind))
@@ -67,16 +67,12 @@ def find(name_or_path: str | os.PathLike, revision: str | None = None, weights: 
         raise kind_of_error(name, next(matching, f"the download failed: {error}")) from error
 
 
-def _prints_lines() -> bool:
-    return logging.is_progress_bar_enabled() and not is_interactive()
-
-
 @contextlib.contextmanager
 def show_progress() -> Iterator[None]:
-    """Context in which transformers' progress bars are lines of text where nobody watches."""
+    """Context in which transformers' progress bars are capkit's."""
 
     def make(bar: Any, args: Any, kwargs: Any) -> Any:
-        return (ProgressLines if _prints_lines() else bar)(*args, **kwargs)
+        return (progress_bar() if logging.is_progress_bar_enabled() else bar)(*args, **kwargs)
 
     before = logging.set_tqdm_hook(make)
     try:

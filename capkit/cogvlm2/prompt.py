@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from capkit.text import unknown_name
 from capkit.video import Clip
 
@@ -134,11 +136,15 @@ class Prompt:
 
     def numbers(self, clip: Clip) -> list[int | None]:
         """The number after each frame of a clip; None under templates without frame numbers."""
+        return self.numbers_at(clip.timestamps_seconds, clip.start_seconds)
+
+    def numbers_at(self, timestamps_seconds: Sequence[float] | np.ndarray, start_seconds: float) -> list[int | None]:
+        """The number after each frame at these times of a clip that starts at `start_seconds`; see `numbers`."""
         if self.template != "chat":
-            return [None] * len(clip)
+            return [None] * len(timestamps_seconds)
         if self.frame_numbers == "index":
-            return list(range(len(clip)))
-        return [round(float(time - clip.start_seconds)) for time in clip.timestamps_seconds]
+            return list(range(len(timestamps_seconds)))
+        return [round(float(time - start_seconds)) for time in timestamps_seconds]
 
     @property
     def full_text(self) -> str:

@@ -19,6 +19,7 @@ import pandas as pd
 from capkit.captioning import Decoding
 from capkit.files import append_lines, read_lines
 from capkit.playground.controls import button
+from capkit.playground.kept import Kept
 from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, is_stopped, prompt_title
 from capkit.sweep import OUTCOMES, bradley_terry, bradley_terry_pairs
 from capkit.text import escape
@@ -51,7 +52,7 @@ def settings_name(record: dict[str, Any]) -> str:
     return " · ".join([*settings, str(Decoding.of(record["decoding"]))])
 
 
-class BlindRating(widgets.VBox):
+class BlindRating(Kept):
     """Pairs of captions of the same clip, unlabelled and in random order, to rate as better, tie or worse.
 
     Above a pair are the frames that the model saw; where they differ, each caption has its own.
@@ -124,7 +125,7 @@ class BlindRating(widgets.VBox):
         if not self.pairs:
             for control in self.buttons.children:
                 control.disabled = True
-            tables = [table_html(table, float_format="{:.2f}".format) for table in rankings(self.ratings)]
+            tables = map(table_html, rankings(self.ratings))
             self.shown.value = "<br>".join(["<b>All rated.</b>", *tables])
             return
         clip, *names = self.pairs[0]

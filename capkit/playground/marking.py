@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from capkit.playground.controls import WIDE, button
+from capkit.playground.kept import Kept
 from capkit.runs import MARK_FIELDS, MARKS, OUTDATED, Audit, CaptionStore, CaptionStoreLike, record_text, select
 from capkit.text import escape
 from capkit.views import HTML, MUTED, caption_facts, file_name, frames_strip, note, table_html
@@ -18,7 +19,7 @@ _ROW = {"flex_flow": "row wrap"}
 _TEXT = "line-height:1.45;overflow-wrap:anywhere"
 
 
-class Marking(widgets.VBox):
+class Marking(Kept):
     """Captions one after another, each below its frames, to mark as right, wrong or unsure; the marks are in the store.
 
     Opened again, it begins with the first caption that is not marked.
@@ -121,9 +122,8 @@ class Marking(widgets.VBox):
         self.undo_button.disabled = not self._done
         self._say("")
         if self.audit is not None:
-            self.rate.value = table_html(
-                self.audit.error_rate(), float_format="{:.3f}".format, na_rep="", index=False, border=0
-            )
+            formats = dict.fromkeys(("share_wrong", "low", "high"), "{:.3f}")
+            self.rate.value = table_html(self.audit.error_rate(), formats)
 
     def _say(self, message: str) -> None:
         self.message.value = f'<div role="alert" style="{_TEXT}">{note(escape(message))}</div>' if message else ""

@@ -19,6 +19,7 @@ from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
 from capkit.playground.blind import has_settings, settings_name
 from capkit.playground.controls import WIDE, button, decoding_controls, frame_controls, prompt_controls, sweep_axes
+from capkit.playground.kept import Kept
 from capkit.runs import (
     MARK_FIELDS,
     CaptionStore,
@@ -56,7 +57,7 @@ def _locked(method: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-class Playground(widgets.VBox):
+class Playground(Kept):
     """A panel to try prompts and settings on clips. A thread makes the captions, so the panel stays usable.
 
     Args:

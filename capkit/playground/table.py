@@ -7,8 +7,10 @@ from typing import Any
 import ipywidgets as widgets
 import pandas as pd
 
+from capkit.playground.kept import Kept
 from capkit.runs import is_interactive
 from capkit.views import HTML, table_html
+from capkit.views.tables import with_index
 
 
 def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | HTML:
@@ -29,13 +31,13 @@ def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | 
 
     def update(_: Any) -> None:
         rows = table if by.value is None else table.sort_values(by.value, ascending=ascending.value)
-        text = rows.astype(str).agg(" ".join, axis=1).str.casefold()
-        shown.value = _html(rows[text.str.contains(pattern.value.casefold(), regex=False)])
+        wanted = pattern.value.casefold()
+        shown.value = _html(rows[[wanted in " ".join(map(str, row)).casefold() for row in with_index(rows).to_numpy()]])
 
     for control in (by, ascending, pattern):
         control.observe(update, "value")
-    return widgets.VBox([widgets.HBox([by, ascending, pattern], layout={"flex_flow": "row wrap"}), shown])
+    return Kept([widgets.HBox([by, ascending, pattern], layout={"flex_flow": "row wrap"}), shown])
 
 
 def _html(table: pd.DataFrame) -> str:
-    return f'<div style="overflow:auto;max-height:420px">{table_html(table, float_format="{:.3g}".format)}</div>'
+    return f'<div style="overflow:auto;max-height:420px">{table_html(table)}</div>'

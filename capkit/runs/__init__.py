@@ -7,7 +7,7 @@ from capkit.runs.caption import caption_clips, check_numbers
 from capkit.runs.clip_ids import clip_id, seen_part, window_name
 from capkit.runs.clips import DEMO_CLIPS, find_clips
 from capkit.runs.digests import digest_once
-from capkit.runs.fields import check_fields, filled_prompt, prompt_title, setting
+from capkit.runs.fields import check_fields, clip_seconds, filled_prompt, prompt_title, setting
 from capkit.runs.filters import Where, column_text, matching, parse_where, select
 from capkit.runs.index import LATER_SETTINGS, SETTINGS, Records, is_stopped, mark_text, record_text
 from capkit.runs.lines import MARK_FIELDS, MARKS, OUTDATED
@@ -43,6 +43,7 @@ __all__ = [
     "caption_clips",
     "check_numbers",
     "clip_id",
+    "clip_seconds",
     "seen_part",
     "window_name",
     "DEMO_CLIPS",

@@ -10,9 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from capkit.console import LINE_SECONDS, is_interactive
+from capkit.console import LINE_SECONDS, is_interactive, progress_bar
 from capkit.files import atomic_write, now
 from capkit.text import plain_text, plural
 
@@ -51,7 +51,7 @@ class Progress:
         failed = f", {num_failed_before} failed before (retry_errors tries them again)" if num_failed_before else ""
         print(f"{label}{plural(total, noun)} to {verb}, {num_done_before} done before{failed}", flush=True)
         self.noun = noun if total == 1 else f"{noun}s"
-        self.bar = tqdm(total=total, unit=noun) if total and is_interactive() else None
+        self.bar = progress_bar()(total=total, unit=noun) if total and is_interactive() else None
         self._beat("running")
 
     def update(self, record: dict[str, Any]) -> None:

@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from capkit.console import ProgressLines, is_interactive
+from capkit.console import progress_bar
 from capkit.files import append_lines, now, read_lines
 from capkit.runs.manifests import Item
 from capkit.runs.store import sha256_if_there
@@ -73,9 +71,8 @@ def _find_all(films: list[str], kept_cuts: Path | None, timeout_seconds: float) 
     """The cuts of each film, or why they cannot be found."""
     kept = {} if kept_cuts is None else _read_kept(kept_cuts)
     found: dict[str, Cuts | str] = {}
-    bar: Any = tqdm if is_interactive() else ProgressLines
     worker = WorkerProcess("capkit.video.shots", "find_cuts")
-    with worker, bar(total=len(films), desc="films searched for cuts", disable=not films) as progress:
+    with worker, progress_bar()(total=len(films), desc="films searched for cuts", disable=not films) as progress:
         for number, film in enumerate(films):
             if digest := sha256_if_there(film):
                 try:

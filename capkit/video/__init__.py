@@ -13,7 +13,17 @@ from capkit.video.sampling import (
     finite_float,
     positive,
 )
-from capkit.video.seen import MEAN, STD, STRIP_FRAME_PIXELS, draw_strip, model_pixels, resized_and_cut, strip_frames
+from capkit.video.seen import (
+    MEAN,
+    STD,
+    STRIP_COLUMNS,
+    STRIP_FRAME_PIXELS,
+    STRIP_GAP_PIXELS,
+    draw_strip,
+    model_pixels,
+    resized_and_cut,
+    strip_frames,
+)
 from capkit.video.shots import LEAST_SHOT_SECONDS
 from capkit.video.worker import WorkerProcess
 
@@ -22,7 +32,9 @@ __all__ = [
     "MEAN",
     "STD",
     "STRATEGIES",
+    "STRIP_COLUMNS",
     "STRIP_FRAME_PIXELS",
+    "STRIP_GAP_PIXELS",
     "Clip",
     "ClipReader",
     "FrameSampling",

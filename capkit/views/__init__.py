@@ -16,13 +16,13 @@ from capkit.views.html import (
     picture,
     record_text,
     show_captions,
-    table_html,
     to_webp,
 )
 from capkit.views.page import CaptionsPage
 from capkit.views.reading import captions_page, compare_runs
 from capkit.views.replacements import show_replacement
 from capkit.views.sweeps import compare_captions, show_sweep
+from capkit.views.tables import show_table, table_html
 
 __all__ = [
     "show_caption",
@@ -47,7 +47,6 @@ __all__ = [
     "picture",
     "record_text",
     "show_captions",
-    "table_html",
     "to_webp",
     "CaptionsPage",
     "captions_page",
@@ -55,4 +54,6 @@ __all__ = [
     "compare_captions",
     "show_replacement",
     "show_sweep",
+    "show_table",
+    "table_html",
 ]

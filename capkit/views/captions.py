@@ -12,6 +12,7 @@ from PIL import Image
 
 from capkit.captioning import Caption, Grounding, demo_notice, token_texts
 from capkit.cogvlm2 import CogVLM2VideoProcessor, Prompt, pixels_to_frames, preprocess_frames
+from capkit.runs import clip_seconds
 from capkit.sweep import COGVIDEOX_T5_LIMIT, t5_counter
 from capkit.text import escape
 from capkit.video import STRIP_FRAME_PIXELS, Clip
@@ -80,7 +81,7 @@ def show_caption(
     Raises:
         ValueError: the grounding is of another text, or of another number of frames than the clip has.
     """
-    record = as_record(caption)
+    record = of_clip(clip) | as_record(caption)
     pieces, logprobs, ids = [record_text(record)], None, []
     prefix = record.get("answer_prefix", "")  # no tokens of the model's
     if isinstance(caption, Caption):
@@ -130,6 +131,15 @@ def as_record(caption: CaptionLike) -> dict[str, Any]:
     facts |= {"step_finish_reasons": list(caption.step_finish_reasons)}
     facts |= {"num_tokens": len(caption.token_ids), "decoding": caption.decoding.to_dict()}
     return caption.prompt.to_record() | facts
+
+
+def of_clip(clip: Clip | None) -> dict[str, Any]:
+    """The fields of a caption record that are of its clip; none for frames from memory, or without a clip."""
+    if clip is None or clip.info.path is None:
+        return {}
+    window = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
+    seen = {"timestamps_seconds": list(clip.timestamps_seconds), "duration_seconds": clip_seconds(clip)}
+    return {"video": str(clip.info.path)} | window | seen
 
 
 def t5_kept(text: str, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LIMIT) -> int:

@@ -4,21 +4,57 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Hashable
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from capkit.views.html import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
-LABEL_WIDTH = 42  # characters
+LABEL_WIDTH, LABEL_LINES = 42, 3  # characters of a line, and lines
+NEAR_POINTS = 16  # numbers of a scatter plot's dots that are nearer than this, in typographic points, stand together
+UNITS = {
+    "seconds": "s",
+    "seconds_beyond_clip": "s",
+    "support": "nats a token",
+    "mean_logprob": "nats a token",
+    "repeated_4grams": "share",
+    "supported_words": "words",
+    "longest_repeat_words": "words",
+    "num_words": "words",
+    "num_tokens": "tokens",
+    "num_t5_tokens": "T5 tokens",
+    "over_t5_limit": "share of captions",
+    "stopped_by_length": "share of captions",
+}
+"""Of columns of a sweep's table whose names do not say what they count."""
+# Fonts with Chinese, Japanese or Korean characters, of Linux, macOS and Windows.
+_ASIAN = ("Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic")
 
 
 class Chart(Figure):
-    """A figure that a notebook shows without pyplot; `savefig` writes it to a file."""
+    """A figure that a notebook shows without pyplot; `savefig` writes it to a file.
+
+    Texts are written as they are, "$" too; a character that no font has is a box.
+    """
+
+    def draw(self, renderer: RendererBase) -> None:
+        fonts = [name for name in _ASIAN if name in font_manager.get_font_names()]
+        for text in self.findobj(Text):
+            text.set_fontfamily(["sans-serif", *fonts])
+            text.set_parse_math(False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -39,16 +75,18 @@ def heat_map(table: pd.DataFrame, value: str, rows: str = "prompt", columns: str
     """
     means = _with_numbers(table, value, rows, columns).pivot_table(value, rows, columns, sort=False)
     height, width = means.shape
-    figure, axes = _new_chart(3.6 + 1.5 * width, 1.2 + 0.55 * height)
+    figure, axes = _new_chart(4.2 + 1.5 * width, 1.6 + 0.6 * height)
     image = axes.imshow(means, cmap="cividis", aspect="auto")
-    axes.set_xticks(range(width), [_short(name, 22) for name in means.columns], rotation=20, ha="right", fontsize=8)
-    axes.set_yticks(range(height), [_short(name) for name in means.index], fontsize=8)
+    names = _labels(means.columns, 24)
+    axes.set_xticks(range(width), names, rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(height), _labels(means.index), fontsize=8)
+    axes.set(xlabel=columns, ylabel=rows)
     middle = np.nanmean([means.min(axis=None), means.max(axis=None)])
     for (row, column), mean in np.ndenumerate(means.to_numpy(dtype=float)):
         text, colour = "" if np.isnan(mean) else f"{mean:.3g}", "black" if mean > middle else "white"
         axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
-    axes.set_title(f"mean {value}", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    axes.set_title(_mean(value), fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, label=_mean(value))
     return figure
 
 
@@ -59,13 +97,28 @@ def scatter(table: pd.DataFrame, x: str, y: str, label: str = "cell") -> Chart:
         ValueError: no such column, or no numbers in it.
     """
     means = _with_numbers(_with_numbers(table, x, label), y).groupby(label, sort=False)[[x, y]].mean()
-    figure, axes = _new_chart(9, 0.8 + max(3.0, 0.24 * len(means)))
-    for number, (name, point) in enumerate(means.iterrows(), 1):  # names beside the points would overlap
-        axes.plot(*point, "o", color=BLUE, label=f"{number}  {_short(name)}")
-        axes.annotate(str(number), tuple(point), (5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=f"mean {x}", ylabel=f"mean {y}")
+    names = [_label(name) for name in means.index]
+    figure, axes = _new_chart(9, 0.8 + max(3.0, 0.13 * (len(names) + sum(name.count("\n") + 1 for name in names))))
+    for number, (name, point) in enumerate(zip(names, means.to_numpy(), strict=True), 1):
+        axes.plot(*point, "o", color=BLUE, label=f"{number}  {name}")  # names beside the points would overlap
+    axes.set(xlabel=_mean(x), ylabel=_mean(y))
     axes.margins(0.1)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7, frameon=False, handlelength=0)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7, frameon=False, handlelength=0, title="number of a point"
+    )
+    figure.draw_without_rendering()  # only now it is known how near points are to each other
+    places = axes.transData.transform(means.to_numpy()) * 72 / figure.dpi
+    groups: list[list[int]] = []
+    for point in range(len(places)):
+        near = (group for group in groups if np.linalg.norm(places[group[0]] - places[point]) < NEAR_POINTS)
+        if group := next(near, None):
+            group.append(point)
+        else:
+            groups.append([point])
+    for group in groups:
+        numbers = textwrap.fill(", ".join(str(point + 1) for point in group), 24)
+        rightmost = max(group, key=lambda point: places[point][0])
+        axes.annotate(numbers, means.iloc[rightmost], (5, 4), textcoords="offset points", fontsize=8)
     return figure
 
 
@@ -78,20 +131,23 @@ def forest_plot(comparison: pd.DataFrame, measure: str, baseline: str) -> Chart:
         baseline: name of the baseline.
     """
     rows = comparison[comparison["measure"] == measure]
-    figure, axes = _new_chart(8.5, 1.7 + 0.42 * len(rows))
+    figure, axes = _new_chart(8.5, 2.0 + 0.48 * len(rows))
     axes.axvline(0, color=GREY, linewidth=1)
     for place, row in enumerate(rows.itertuples()):
         is_clear = row.p_adjusted < 0.05
         colour = RED if is_clear else BLUE
         axes.plot([row.low, row.high], [place, place], color=colour)
         axes.plot(row.difference, place, "o", color=colour, markerfacecolor=colour if is_clear else "white")
-    p_values = [f"p {p:.2g}" if p >= 0.001 else "p < 0.001" for p in rows["p_adjusted"]]
-    names = [f"{_short(cell)}  ({p})" for cell, p in zip(rows["cell"], p_values, strict=True)]
+    names = [f"{cell}  ({_p_value(p)})" for cell, p in zip(_labels(rows["cell"]), rows["p_adjusted"], strict=True)]
     _name_rows(axes, names)
-    axes.set_xlabel(
-        f"mean {measure}, difference from {_short(baseline)!r}\n"
-        "lines: intervals that hold together; filled: p < 0.05, corrected for all comparisons"
-    )
+    axes.set_xlabel(f"{_mean(measure)}: difference from\n{_label(baseline, 50)}", fontsize=9)
+    line, clear, unclear = "95 % intervals, which hold all together", "p < 0.05", "p of 0.05 and more, or not tested"
+    handles = [
+        Line2D([], [], color=GREY, label=line),
+        Line2D([], [], color=RED, marker="o", label=f"filled: {clear}, corrected for all comparisons"),
+        Line2D([], [], color=BLUE, marker="o", markerfacecolor="white", label=f"hollow: {unclear}"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", fontsize=8, frameon=False)
     return figure
 
 
@@ -106,8 +162,11 @@ def ratio_bars(table: pd.DataFrame) -> Chart:
     bars = axes.barh(range(len(table)), table["ratio"] - 1, left=1, color=colours, height=0.7)
     axes.bar_label(bars, [f"x {ratio:.2f}" for ratio in table["ratio"]], padding=3, fontsize=8)
     axes.axvline(1, color=GREY, linewidth=1)
-    _name_rows(axes, [_short(name, 60) for name in table["name"]])
-    axes.set(xscale="log", xlabel="baseline / capkit, in time or memory (logarithmic)")
+    _name_rows(axes, [_label(name, 60) for name in table["name"]])
+    axes.set(xscale="log", xlabel="baseline / capkit, in time or memory (logarithmic); right of 1 capkit is better")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.12)
     return figure
 
@@ -170,5 +229,24 @@ def _with_numbers(table: pd.DataFrame, value: str, *others: str) -> pd.DataFrame
     return table.assign(**{value: numbers.astype(float)}).dropna(subset=[value])
 
 
-def _short(name: Hashable, width: int = LABEL_WIDTH) -> str:
-    return textwrap.shorten(str(name), width, placeholder=" ...") or str(name)[:width]
+def _p_value(p: float) -> str:
+    return "not tested" if np.isnan(p) else "p < 0.001" if p < 0.001 else f"p {p:.2g}"
+
+
+def _mean(column: str) -> str:
+    return f"mean {column} ({UNITS[column]})" if column in UNITS else f"mean {column}"
+
+
+def _label(name: Hashable, width: int = LABEL_WIDTH) -> str:
+    """A name on lines of `width` characters; of more than three, the first and the last are left."""
+    lines = textwrap.wrap(str(name), width) or [str(name)]
+    if len(lines) > LABEL_LINES:
+        lines = [f"{lines[0]} ...", *lines[1 - LABEL_LINES :]]
+    return "\n".join(lines)
+
+
+def _labels(names: Iterable[Hashable], width: int = LABEL_WIDTH) -> list[str]:
+    """Names as labels; those that cutting made equal begin with a number."""
+    labels = [_label(name, width) for name in names]
+    count = Counter(labels)
+    return [f"{place}. {label}" if count[label] > 1 else label for place, label in enumerate(labels, 1)]

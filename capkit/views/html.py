@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
+from capkit.cogvlm2 import Prompt
 from capkit.runs import (
     MARK_FIELDS,
     CaptionStore,
@@ -22,10 +23,8 @@ from capkit.runs import (
     seen_part,
     window_name,
 )
-from capkit.text import escape, without_controls
-
-if TYPE_CHECKING:
-    import pandas as pd
+from capkit.text import escape
+from capkit.video import STRIP_COLUMNS, STRIP_FRAME_PIXELS, STRIP_GAP_PIXELS
 
 # In an untrusted notebook JupyterLab removes <style> and <svg>, and currentColor and aspect-ratio from inline CSS.
 CARD = "border:1px solid #8886;border-radius:6px;padding:10px;margin:10px 0;max-width:1000px"
@@ -33,12 +32,8 @@ MUTED = "opacity:.7;font-size:85%"
 # Okabe and Ito's palette, which colour-blind people can tell apart; colour is never the only signal.
 BLUE, SKY, ORANGE, RED, GREEN, PURPLE = "#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#009e73", "#cc79a7"
 GREY = "#888888"
+FRAME_LEGEND = "On a frame: the number that the model reads beside it, and its time; ≠: not the same second."
 MARK_SIGNS = {"right": "✓", "wrong": "✗", "unsure": "?", "outdated": "↻"}
-
-
-def table_html(table: pd.DataFrame, **options: Any) -> str:
-    """A table as HTML, by pandas' `to_html` with these options, and with control characters seen."""
-    return without_controls(table.to_html(**options))
 
 
 class HTML:
@@ -73,7 +68,7 @@ def captions_table(records: Sequence[dict[str, Any]], limit: int = 60) -> HTML:
     """
     shown_records = list(records[:limit])
     marks = MARK_FIELDS if any("mark" in record for record in shown_records) else ()
-    names = ("clip", "caption", "tokens", "ended by", "log probability a token", "seconds")
+    names = ("clip", "caption", "tokens", "ended by", "log probability a token, nats", "seconds")
     rows = [[f"<b>{name}</b>" for name in (*names, *(name.replace("_", " ") for name in marks))]]
     for record in shown_records:
         numbers = [record.get(name) for name in ("num_tokens", "finish_reason", "mean_logprob", "seconds")]
@@ -83,11 +78,12 @@ def captions_table(records: Sequence[dict[str, Any]], limit: int = 60) -> HTML:
         is_edited = "edited_text" in record
         text = escape(record_text(record)) if is_edited else error_text(record) or escape(record_text(record))
         by_hand = "<b>✎ edited by hand</b>; the numbers are of the model's own caption" if is_edited else ""
-        rows.append([file_name(record), f'<div dir="auto" style="white-space:pre-wrap">{text}</div>{by_hand}', *shown])
-    cell = '<td style="text-align:left;vertical-align:top">'
+        caption = f'<div dir="auto" style="white-space:pre-wrap;min-width:22em">{text}</div>{by_hand}'
+        rows.append([file_name(record), caption, *shown])
+    cell = '<td style="text-align:left;vertical-align:top;overflow-wrap:anywhere;min-width:4em">'
     body = "".join(f"<tr>{''.join(f'{cell}{html}</td>' for html in row)}</tr>" for row in rows)
     more = f"<p>{len(records) - limit} more in the store</p>" if len(records) > limit else ""
-    return HTML(f"<table>{body}</table>{more}")
+    return HTML(f'<div style="overflow:auto"><table>{body}</table></div>{more}')
 
 
 def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> str:
@@ -104,8 +100,7 @@ def card(record: dict[str, Any], strip: str, extra_field: str | None = None) -> 
     if record["status"] == "error" and "edited_text" not in record:
         content = f"{name}<br>{strip}{error_text(record)}"
         return f'<div style="{CARD};border-left:4px solid {RED}">{content}<div style="{MUTED}">{extra}</div></div>'
-    seconds = ", ".join(f"{second:.3g}" for second in record.get("timestamps_seconds") or [])
-    facts = [f"frames at {seconds} s", caption_facts(record), *([extra] if extra else [])]
+    facts = [caption_facts(record), *([extra] if extra else [])]
     original = ""
     if "edited_text" in record:
         text = error_text(record) or escape(record["text"].strip())
@@ -198,9 +193,47 @@ def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float =
             return ""
         return f'<div style="{MUTED}">no picture: {escape(str(error))}</div>'
     notice = store.notice(record)
-    size = f"width:{width}px;max-width:100%;height:auto"
-    shown = picture(data, "frames that the model saw", size, (width, height))
-    return f"{shown}<br>{notice and note(notice)}"
+    times = record.get("timestamps_seconds") or []
+    alt = f"frames that the model saw, at {', '.join(f'{time:.3g}' for time in times)} s"
+    shown = picture(data, alt, "display:block;width:100%;height:auto", (width, height))
+    labels = _frame_labels(record, times)
+    style = f"position:relative;width:{width}px;max-width:100%;font-size:10px;line-height:1.3;color:#fff"
+    places = _label_places(len(labels), width, height)
+    spans = "".join(f'<span style="{place}">{label}</span>' for label, place in zip(labels, places, strict=False))
+    needs_legend = spans and (record.get("start_seconds") or "≠" in spans)
+    legend = f'<div style="{MUTED}">{FRAME_LEGEND}</div>' if needs_legend else ""
+    return f'<div class="frames" style="{style}">{shown}{spans}</div>{legend}{notice and note(notice)}'
+
+
+def _frame_labels(record: dict[str, Any], times: Sequence[float]) -> list[str]:
+    """The time in the file of each frame; before it the number that the model reads there, if that is another."""
+    start = record.get("start_seconds") or 0.0
+    try:
+        prompt = Prompt.from_record({name: record[name] for name in ("template", "frame_numbers") if name in record})
+        numbers = prompt.numbers_at(times, start)
+    except ValueError:  # a record of others
+        numbers = [None] * len(times)
+    labels = []
+    for number, time in zip(numbers, times, strict=True):
+        is_time = number is None or number == round(time, 1)
+        sign = "·" if number == round(time - start) else "≠"
+        labels.append(f"{'' if is_time else f'{number} {sign} '}{round(time, 1):.9g} s")
+    return labels
+
+
+def _label_places(num_frames: int, width: int, height: int) -> list[str]:
+    """Where labels stand in a picture strip of this size, as CSS; [] if it is no strip of so many frames in rows."""
+    pitch = STRIP_FRAME_PIXELS + STRIP_GAP_PIXELS
+    columns, rows = ((side + STRIP_GAP_PIXELS) // pitch for side in (width, height))
+    if columns > STRIP_COLUMNS or not (rows - 1) * columns < num_frames <= rows * columns:
+        return []
+    style = f"position:absolute;background:#000a;padding:0 2px;max-width:{100 * (STRIP_FRAME_PIXELS - 6) / width:.1f}%"
+    corners = [divmod(place, columns) for place in range(num_frames)]
+    return [
+        f"{style};left:{100 * column * pitch / width:.1f}%;"
+        f"bottom:{100 * (height - row * pitch - STRIP_FRAME_PIXELS) / height:.1f}%"
+        for row, column in corners
+    ]
 
 
 def picture(webp: bytes, alt: str, style: str = "max-width:100%", size: tuple[int, int] | None = None) -> str:

@@ -10,9 +10,18 @@ from capkit.runs import CaptionStore, CaptionStoreLike
 from capkit.sweep import SweepResult
 from capkit.text import escape
 from capkit.video import Clip
-from capkit.views.captions import CaptionLike, as_record, caption_frames, caption_paragraph, facts_line, heading
-from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text, table_html
+from capkit.views.captions import (
+    CaptionLike,
+    as_record,
+    caption_frames,
+    caption_paragraph,
+    facts_line,
+    heading,
+    of_clip,
+)
+from capkit.views.html import CARD, HTML, MUTED, frames_strip, mark_differences, record_text
 from capkit.views.matrix import names_of, settings_of
+from capkit.views.tables import table_html
 
 
 def compare_captions(
@@ -33,7 +42,7 @@ def compare_captions(
     Raises:
         ValueError: no captions, or names of another number.
     """
-    records = [as_record(caption) for caption in captions]
+    records = [of_clip(clip) | as_record(caption) for caption in captions]
     names = names_of([*map(settings_of, records)]) if names is None else names
     if not records or len(names) != len(records):
         raise ValueError(f"{len(records)} captions with {len(names)} names: give at least one, and a name for each")
@@ -82,7 +91,7 @@ def show_sweep(result: SweepResult, num_clips: int = 2, num_cells: int = 6) -> H
         cards.append(compare_captions([result.all_records[place] for place in rows.index], list(rows["cell"])).html)
     cells, clips = len(means), table["clip"].nunique()
     summary = f"{cells} cells, {clips} clips; below, the first {min(cells, num_cells)} cells of the first {len(cards)}"
-    numbers = table_html(means.apply(pd.to_numeric), float_format="{:.3g}".format, na_rep="", border=0)
+    numbers = table_html(means.apply(pd.to_numeric))
     return HTML(
         f'<div style="overflow:auto">{numbers}</div><div style="{MUTED}">{summary} clips.</div>{"".join(cards)}'
     )

@@ -11,12 +11,13 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
+import torch
 from paths import ROOT
 
 from capkit import Decoding, Prompt
 from capkit.benchmark import Benchmark, as_markdown, parts_of_a_caption, profile_table, read_results, to_frame
 from capkit.benchmark.__main__ import main
-from capkit.benchmark.measuring import OtherLoad
+from capkit.benchmark.measuring import OtherLoad, profile_of
 from capkit.benchmark.models import (
     DECODINGS,
     PROMPTS,
@@ -139,6 +140,11 @@ def test_the_profile_has_both_ways_of_every_stage(results):
     }
     assert all(0 <= one["share"] <= 1 for one in results["profile"])
     assert list(profile_table(results).columns) == ["plain", "capkit"]
+
+
+def test_profiling_writes_nothing_to_stderr(capfd):
+    assert profile_of(lambda: torch.ones(3).sum(), torch.device("cpu"))
+    assert capfd.readouterr().err == ""
 
 
 def test_tables(results):

@@ -290,6 +290,7 @@ class TestBenchmark:
         }
         assert sum("image/png" in str(cell.get("outputs")) for cell in done.cells) == 2
         assert "one caption of 8 tokens" in shown and "8 of 8 captions" in shown and "\r" not in shown
+        assert not any(output.get("name") == "stderr" for cell in done.cells for output in cell.get("outputs", []))
         results = str(folder / "results.json")
         _, again = run("06", tmp_path, results_file=results, output_dir="again")
         assert (tmp_path / "again" / "results.md").read_text() == (folder / "results.md").read_text()

@@ -1,10 +1,13 @@
 """What people look at: true, escaped, and without scripts."""
 
+import io
+import re
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from video_factory import encode_clip
 
 import capkit
@@ -13,6 +16,7 @@ from capkit.captioning import DEMO_NOTICE
 from capkit.playground import Playground, browse
 from capkit.runs.clips import DEMO_CLIPS
 from capkit.sweep import run_sweep
+from capkit.video import draw_strip
 from capkit.views import captions_page, compare_captions, mark_differences, show_caption, show_captions
 
 NASTY = "<script>alert(1)</script> & \u202eright to left \U0001f31f"
@@ -68,6 +72,44 @@ def test_a_table_to_browse_sorts_and_filters_where_somebody_does(monkeypatch):
     assert order() == ["Beta"]
     having.value = "["  # no pattern, but text
     assert order() == []
+
+
+def test_a_table_to_browse_is_filtered_by_the_names_of_its_rows(monkeypatch):
+    monkeypatch.setattr("capkit.playground.table.is_interactive", lambda: True)
+    cells = pd.Index(["sentence · greedy", "objects · temperature=0.8"], name="cell")
+    panel = browse(pd.DataFrame({"words": [2, 1]}, index=cells))
+    having, shown = panel.children[0].children[-1], panel.children[1]
+    having.value = "Objects"
+    assert "objects · temperature=0.8" in shown.value and "sentence" not in shown.value
+
+
+@pytest.mark.parametrize(
+    "settings, times, labels",
+    [
+        ({}, [0.0, 1.0, 2.02, 2.8], ["0 s", "1 s", "2 s", "3 · 2.8 s"]),
+        ({"start_seconds": 10.0}, [10.0, 11.0, 13.5], ["0 · 10 s", "1 · 11 s", "2 ≠ 13.5 s"]),
+        ({"frame_numbers": "seconds"}, [0.0, 7.6, 1234.0], ["0 s", "8 · 7.6 s", "1234 s"]),
+        ({"template": "vqa"}, [0.0, 7.6], ["0 s", "7.6 s"]),
+        ({"template": "of others"}, [0.5], ["0.5 s"]),
+        ({}, [0.5 * number for number in range(27)], None),
+    ],
+)
+def test_each_frame_of_a_strip_has_its_time_and_the_models_number_if_that_is_another(tmp_path, settings, times, labels):
+    store = capkit.CaptionStore(tmp_path / "captions.jsonl")
+    store.strips.mkdir()
+    colours = [np.array([9 * place, 250 - 9 * place, 100], np.uint8) for place in range(len(times))]
+    strip = draw_strip(np.stack([np.full((224, 224, 3), colour) for colour in colours]))
+    (store.strips / "0.webp").write_bytes(strip)
+    record = {"video": "a.mp4", "status": "ok", "text": "A star.", "strip": "0.webp", "timestamps_seconds": times}
+    html = show_captions(store, [record | settings]).html
+    spans = re.findall(r'<span style="position:absolute[^"]*?left:([\d.]+)%;bottom:([\d.]+)%">(.*?)</span>', html)
+    assert [text for *_, text in spans] == (labels or ["0 s", "1 ≠ 0.5 s"] + [text for *_, text in spans[2:]])
+    assert ("On a frame" in html) == ("start_seconds" in settings or any("≠" in text for *_, text in spans))
+    picture = np.asarray(Image.open(io.BytesIO(strip)).convert("RGB")).astype(int)
+    height, width, _ = picture.shape
+    for (left, bottom, _), colour in zip(spans, colours, strict=True):  # each stands on its own frame
+        seen = picture[round(height * (1 - float(bottom) / 100)) - 5, round(width * float(left) / 100) + 5]
+        assert np.abs(seen - colour).max() < 12
 
 
 def test_a_note_beside_the_demo_models_captions_of_clips_that_it_cannot_know(tmp_path, monkeypatch, capsys):

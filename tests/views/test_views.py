@@ -305,6 +305,14 @@ def test_a_table_has_captions_in_full_and_errors_without_the_path():
     assert "saw only 24 of 60 s" in text_of(captions_table([seen]).html) and "saw only" not in html
 
 
+def test_a_clip_of_which_only_a_part_was_seen_says_so_beside_any_caption(tmp_path):
+    video = encode_clip(tmp_path / "long.mp4", range(60), fps=2)
+    part, all_of_it = (capkit.load_clip(video, sampling, timeout_seconds=None) for sampling in ("chat", "uniform"))
+    for show in (lambda clip: show_caption("A star.", clip), lambda clip: compare_captions(["A star."], clip=clip)):
+        assert "long.mp4, saw only 24 of 30 s" in text_of(show(part).html)
+        assert "long.mp4" in text_of(show(all_of_it).html) and "saw only" not in show(all_of_it).html
+
+
 class TestSideBySide:
     def test_words_that_the_first_does_not_have_are_marked(self, random_clip):
         texts = ["A red star moves left.", "A blue star moves left.", "A red star moves left."]
