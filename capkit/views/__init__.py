@@ -19,6 +19,7 @@ from capkit.views.html import (
     table_html,
     to_webp,
 )
+from capkit.views.looked import content_words, show_attention, word_frames
 from capkit.views.page import CaptionsPage
 from capkit.views.reading import captions_page, compare_runs
 from capkit.views.replacements import show_replacement
@@ -49,6 +50,9 @@ __all__ = [
     "show_captions",
     "table_html",
     "to_webp",
+    "content_words",
+    "show_attention",
+    "word_frames",
     "CaptionsPage",
     "captions_page",
     "compare_runs",
