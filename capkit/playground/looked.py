@@ -11,11 +11,13 @@ from capkit.captioning import AttentionMap
 from capkit.playground.controls import button
 from capkit.text import plain_text
 from capkit.video import Clip
-from capkit.views import HTML, content_words, show_attention, word_frames
+from capkit.views import content_words, word_frames
 
 
 class Looked(widgets.VBox):
     """The words of a caption as buttons; a click shows the frames, bright where the word attends to them.
+
+    Its static twin is `capkit.views.show_attention`.
 
     Args:
         looked: from `attend`.
@@ -51,7 +53,3 @@ class Looked(widgets.VBox):
             self.place = place
             self.buttons.children[place].button_style = "info"
             self.shown.value = word_frames(self.looked, self.clip, place).html
-
-    def static(self) -> HTML:
-        """All content words, as static HTML."""
-        return show_attention(self.looked, self.clip)

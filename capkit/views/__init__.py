@@ -3,6 +3,7 @@
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
 from capkit.views.frames import load_first_clip, numbers_warning, show_clip
+from capkit.views.heat import content_words, show_attention, word_frames
 from capkit.views.html import (
     CARD,
     HTML,
@@ -19,7 +20,6 @@ from capkit.views.html import (
     table_html,
     to_webp,
 )
-from capkit.views.looked import content_words, show_attention, word_frames
 from capkit.views.page import CaptionsPage
 from capkit.views.reading import captions_page, compare_runs
 from capkit.views.replacements import show_replacement

@@ -19,8 +19,8 @@ _GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(84px,1fr));g
 _IMAGE = "width:100%;max-width:112px;border-radius:3px"
 _LEGEND = (
     "A frame is bright where a word attends to it, dark and grey where it does not; a box marks the patch that it "
-    "attends to most. Where the model looked need not be why it chose the word, and it also looks at what it does not "
-    "name. "
+    "attends to most. A second frame is the one that it attends to most as a whole. Where the model looked need not be "
+    "why it chose the word, and it also looks at what it does not name. "
 )
 
 
@@ -42,7 +42,7 @@ def show_attention(looked: AttentionMap, clip: Clip) -> HTML:
     more = f"; {len(words) - MOST_WORDS} more words are left out" if len(words) > MOST_WORDS else ""
     never = looked.never_looked_at
     unseen = [
-        _cell(frame, ~dark, f"{seconds:.2f} s, {dark.mean():.0%} never looked at")
+        _cell(frame, ~dark, f"{seconds:.2f} s, {_percent(dark.mean())}")
         for frame, dark, seconds in zip(frames, never, looked.timestamps_seconds, strict=True)
     ]
     return HTML(
@@ -68,12 +68,12 @@ def word_frames(looked: AttentionMap, clip: Clip, at: int) -> HTML:
     """
     weights, shares = looked.weights[at], looked.frame_shares[at]
     cells = [
-        _cell(frame, heat, f"{seconds:.2f} s, {share:.0%}")
+        _cell(frame, heat, f"{seconds:.2f} s, {_percent(share)}")
         for frame, heat, seconds, share in zip(
             _frames(looked, clip), weights / weights.max(), looked.timestamps_seconds, shares, strict=True
         )
     ]
-    word = escape(looked.words[at][0])
+    word = escape(_bare(looked, at))
     note = f'<div style="{MUTED}"><b dir="auto">{word}</b>: below each frame, its share of the attention</div>'
     return HTML(f'{note}<div style="{_GRID}">{"".join(cells)}</div>')
 
@@ -85,15 +85,25 @@ def _frames(looked: AttentionMap, clip: Clip) -> Sequence[np.ndarray]:
     return pixels_to_frames(preprocess_frames(clip.frames, STRIP_FRAME_PIXELS))
 
 
+def _bare(looked: AttentionMap, at: int) -> str:
+    """The word at this place, without punctuation at its ends."""
+    word = looked.words[at][0]
+    return word.strip(".,;:!?\"'()") or word
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def _word_cell(looked: AttentionMap, frames: Sequence[np.ndarray], at: int) -> str:
     """A word below the frame with the patch that it attends to most, and the frame that it attends to most."""
     weights, (place, row, column), when = looked.weights[at], looked.places[at], looked.frames[at]
     pictures = []
     for frame in dict.fromkeys((int(place), int(when))):
         box = (int(row), int(column)) if frame == place else None
-        label = f"{looked.timestamps_seconds[frame]:.2f} s"
+        label = f"{looked.timestamps_seconds[frame]:.2f} s{'' if box else ', as a whole'}"
         pictures.append(_cell(frames[frame], weights[frame] / weights.max(), label, box))
-    word = f'<b dir="auto">{escape(looked.words[at][0])}</b>'
+    word = f'<b dir="auto">{escape(_bare(looked, at))}</b>'
     return f'<div>{word}<div style="display:flex;gap:2px">{"".join(pictures)}</div></div>'
 
 
