@@ -44,8 +44,9 @@ class AttentionMap:
     """How much a caption's words attend to each patch of each frame: the mean over all layers and heads.
 
     A patch is one of the G x G squares of a frame that the language model reads as one position, 8 x 8 in the published
-    model. A word's attention is that of its tokens and of the tokens before each of them, which choose it; punctuation
-    does not count. Weights of a word sum to less than 1: the rest of its attention goes to text and to frame numbers.
+    model. A word's attention is the mean of that of its tokens and of the tokens before each of them, which choose it:
+    together they find known places more often than either. Punctuation does not count. Weights of a word sum to less
+    than 1: the rest of its attention goes to text and to frame numbers.
 
     Attributes:
         token_ids: the N tokens; those after the answer prefix.

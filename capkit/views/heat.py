@@ -48,7 +48,7 @@ def show_attention(looked: AttentionMap, clip: Clip) -> HTML:
     return HTML(
         f'<div style="{CARD}"><b>Where it looked</b><div style="{MUTED}">{_LEGEND}{escape(ACCURACY)}{more}</div>'
         f'<div style="display:flex;flex-wrap:wrap;gap:8px;margin:8px 0">{"".join(cells)}</div><hr>'
-        f"<b>Where it never looked:</b> {never.mean():.0%} of all patches, here dark and grey. "
+        f"<b>Where it never looked:</b> {_percent(never.mean())} of all patches, here dark and grey. "
         f'<span style="{MUTED}">No word gives them {LOOKED_AT:g} times an even share of its attention.</span>'
         f'<div style="{_GRID}">{"".join(unseen)}</div></div>'
     )
