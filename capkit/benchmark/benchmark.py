@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from capkit.benchmark.base import PLAIN, Measurements
-from capkit.benchmark.grounding import measure_left_out, measure_together, random_captions
+from capkit.benchmark.grounding import measure_left_out, measure_together, random_captions, score_and_attend
 from capkit.benchmark.measuring import PeakMemory, StepTimes, profile_of, seconds_of, take_turns
 from capkit.benchmark.models import (
     DECODINGS,
@@ -277,6 +277,11 @@ class Benchmark(Measurements):
             scorings=seconds / score,
             **self._shares(seconds, 1, 2 + (frames + 1) / 2, (frames + 2) * size.num_grounded_tokens),
         )
+        pair = score_and_attend(self.captioner, self.clips[0], captions[0])
+        score, seconds = take_turns(pair, size.num_loads, self.device)
+        shares = self._shares(seconds, 1, 1, size.num_grounded_tokens)
+        self._add("see where a caption's words look", "2 x scoring it", "s", (2 * score, seconds), **shares)
+        self._add_memory("extra memory to see where a caption's words look", "scoring it", pair, self.device, "")
 
     def _compiled(self) -> None:
         """Decoding as it is once a size has gone on so long that its step is compiled."""

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from capkit.benchmark.measuring import seconds_of, take_turns
-from capkit.captioning import Caption, Captioner, Decoding, ground
+from capkit.captioning import Caption, Captioner, Decoding, attend, ground
 from capkit.cogvlm2 import Prompt
 from capkit.video import Clip
 
@@ -50,3 +50,8 @@ def measure_left_out(captioner: Captioner, clip: Clip, caption: Caption, repeats
     difference = np.abs(found.logprobs - np.array(score().logprobs)).max()
     seconds = take_turns((score, grounding), repeats, captioner.model.device, warm_up=False)
     return Compared((seconds[0], seconds[1]), float(difference))
+
+
+def score_and_attend(captioner: Captioner, clip: Clip, caption: Caption) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Scoring a caption, and measuring where its words look: each one pass over frames, prompt and caption."""
+    return partial(captioner.score, clip, caption), partial(attend, captioner, clip, caption)

@@ -1,6 +1,7 @@
 """Captions of clips: generation, scores, shared-prefix decoding, attribution. Only this room calls generate()."""
 
-from capkit.captioning.attribution import GREY, Grounding, ground, score_support, token_texts
+from capkit.captioning.attention_map import ACCURACY, LOOKED_AT, AttentionMap, attend
+from capkit.captioning.attribution import GREY, Grounding, ground, score_support, token_texts, words_of
 from capkit.captioning.caches import PreallocatedCache, prefill
 from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
 from capkit.captioning.choosing import Chooser, draw_key
@@ -12,12 +13,17 @@ from capkit.captioning.notice import DEMO_NOTICE, demo_notice
 from capkit.captioning.shared_prefix import MAX_BRANCHES, SharedVideo
 
 __all__ = [
+    "ACCURACY",
+    "LOOKED_AT",
+    "AttentionMap",
+    "attend",
     "MAX_BRANCHES",
     "GREY",
     "Grounding",
     "ground",
     "score_support",
     "token_texts",
+    "words_of",
     "PreallocatedCache",
     "prefill",
     "DEMO_CHECKPOINT",

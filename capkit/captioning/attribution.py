@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,8 @@ GREY = 128
 
 Scorable = Caption | str | dict[str, Any]
 """A `Caption`, a text or a caption record."""
+Text = tuple[list[int], list[int]]
+"""Ids of a prompt without the video, and of the new tokens after it."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,7 @@ class Grounding:
     @property
     def words(self) -> list[tuple[str, slice]]:
         """Each word with the slice of its tokens; a token of two words counts for the first."""
-        words: list[tuple[str, slice]] = []
-        ends, first = np.cumsum([len(token) for token in self.tokens]), 0
-        for match in re.finditer(r"\S+", "".join(self.tokens)):
-            last = int(np.searchsorted(ends, match.end())) + 1
-            if last > first:
-                words.append((match[0], slice(first, last)))
-                first = last
-        return words
+        return words_of(self.tokens)
 
     def of_words(self, values: np.ndarray) -> np.ndarray:
         """Sum token values (..., N), such as `support` or `leaning`, to those of `words` (..., W)."""
@@ -144,16 +139,12 @@ def _ground_all(
     captioner: Captioner, clip: Clip, captions: Sequence[Scorable], default: Prompt, leave_one_out: bool
 ) -> list[Grounding]:
     processor = captioner.processor
-    scored = [_prompt_and_tokens(captioner, clip, caption, default) for caption in captions]
+    scored = [prompt_and_tokens(captioner, clip, caption, default) for caption in captions]
     seen = encode_frames(captioner, clip)
     grey = encode_frames(captioner, Clip.from_frames(np.full_like(clip.frames[:1], GREY)))
-    groups: dict[tuple[int, ...], list[int]] = {}  # captions with the same frame numbers, by the video's ids
-    for place, (own_prompt, _) in enumerate(scored):
-        groups.setdefault(tuple(processor.video_ids(clip, own_prompt)), []).append(place)
     results: dict[int, Grounding] = {}
-    for video_ids, places in groups.items():
-        texts = [(processor.text_ids(scored[place][0]), scored[place][1]) for place in places]
-        passes = _score_passes(captioner, list(video_ids), texts, seen, grey, leave_one_out)
+    for video_ids, places, texts in texts_by_video(processor, clip, scored):
+        passes = _score_passes(captioner, video_ids, texts, seen, grey, leave_one_out)
         for place, (_, new_ids), logprobs in zip(places, texts, zip(*passes, strict=True), strict=True):
             with_video, without, *by_frame = map(np.array, logprobs)
             frames = np.stack(by_frame) if leave_one_out else None
@@ -161,9 +152,7 @@ def _ground_all(
     return [results[place] for place in range(len(scored))]
 
 
-def _prompt_and_tokens(
-    captioner: Captioner, clip: Clip, caption: Scorable, default: Prompt
-) -> tuple[Prompt, list[int]]:
+def prompt_and_tokens(captioner: Captioner, clip: Clip, caption: Scorable, default: Prompt) -> tuple[Prompt, list[int]]:
     """The prompt and the tokens to score; without the end token, which belongs to no word.
 
     Raises:
@@ -182,6 +171,22 @@ def _prompt_and_tokens(
         ids = processor.continuation_ids(text, prompt.answer_prefix)
     check_fits(model, processor, clip, prompt, ids)
     return prompt, ids
+
+
+def texts_by_video(
+    processor: CogVLM2VideoProcessor, clip: Clip, scored: Sequence[tuple[Prompt, list[int]]]
+) -> Iterator[tuple[list[int], list[int], list[Text]]]:
+    """The video's ids, the places and the texts of all captions whose prompts give the frames the same numbers."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, (prompt, _) in enumerate(scored):
+        groups.setdefault(tuple(processor.video_ids(clip, prompt)), []).append(place)
+    for video_ids, places in groups.items():
+        yield list(video_ids), places, [(processor.text_ids(scored[at][0]), scored[at][1]) for at in places]
+
+
+def pack_size(texts: Sequence[Text]) -> int:
+    """How many of these texts are read as one row."""
+    return max(ROW_POSITIONS // max(len(prompt) + len(new_ids) for prompt, new_ids in texts), 1)
 
 
 def score_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -209,7 +214,7 @@ def score_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> di
         fitting = []
         for place in places:
             with suppress(ValueError):
-                _prompt_and_tokens(captioner, clip, records[place], Prompt())
+                prompt_and_tokens(captioner, clip, records[place], Prompt())
                 fitting.append(place)
         groundings = _ground_all(captioner, clip, [records[place] for place in fitting], Prompt(), leave_one_out=False)
         for place, grounding in zip(fitting, groundings, strict=True):
@@ -221,21 +226,21 @@ def score_support(captioner: Captioner, records: Sequence[dict[str, Any]]) -> di
 def _score_passes(
     captioner: Captioner,
     video_ids: list[int],
-    texts: Sequence[tuple[list[int], list[int]]],
+    texts: Sequence[Text],
     seen: torch.Tensor,
     grey: torch.Tensor,
     leave_one_out: bool,
 ) -> list[list[list[float]]]:
     """Log probabilities of (prompt, new tokens) pairs: with the video, a grey one, and with frame 0, 1, ... grey."""
     model = captioner.model
-    size = max(ROW_POSITIONS // max(len(prompt) + len(new_ids) for prompt, new_ids in texts), 1)
+    size = pack_size(texts)
 
     def remember(num_texts: int) -> None:
         nonlocal size
         size = num_texts // 2 or 1
 
     def score(cache: PreallocatedCache) -> list[list[float]]:
-        def score_pack(pack: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+        def score_pack(pack: Sequence[Text]) -> list[list[float]]:
             row = SharedRow(model, cache, video_ids)
             try:
                 hidden = row.prefill([[*prompt, *new_ids[:-1]] for prompt, new_ids in pack])
@@ -267,6 +272,18 @@ def _score_passes(
         prefill(model, cache, video_ids, torch.cat([grey, seen[frame + 1 :]]))
         by_frame.append(score(cache))
     return [*passes, *reversed(by_frame)]
+
+
+def words_of(tokens: Sequence[str]) -> list[tuple[str, slice]]:
+    """Each word of a text with the slice of its tokens; a token of two words counts for the first."""
+    words: list[tuple[str, slice]] = []
+    ends, first = np.cumsum([len(token) for token in tokens]), 0
+    for match in re.finditer(r"\S+", "".join(tokens)):
+        last = int(np.searchsorted(ends, match.end())) + 1
+        if last > first:
+            words.append((match[0], slice(first, last)))
+            first = last
+    return words
 
 
 def token_texts(processor: CogVLM2VideoProcessor, ids: Sequence[int]) -> list[str]:

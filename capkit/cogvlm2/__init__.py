@@ -1,6 +1,6 @@
 """CogVLM2-Video as transformers knows models: configuration, model, processor."""
 
-from capkit.cogvlm2.attention import GROUPED_SDPA, use_grouped_sdpa
+from capkit.cogvlm2.attention import GROUPED_SDPA, use_grouped_sdpa, watch_attention
 from capkit.cogvlm2.checkpoint import CheckpointError, CheckpointNotFound, fingerprint
 from capkit.cogvlm2.configuration import CogVLM2VideoConfig, CogVLM2VisionConfig
 from capkit.cogvlm2.linear import use_onednn
@@ -44,4 +44,5 @@ __all__ = [
     "rotary_position_ids",
     "use_grouped_sdpa",
     "use_onednn",
+    "watch_attention",
 ]

@@ -1,19 +1,22 @@
-"""Attention on CPUs without copies of keys and values for the query heads that share them.
+"""Attention on CPUs without copies of keys and values for the query heads that share them, and watched attention.
 
 transformers repeats them where there is a mask, because CUDA needs it; on a CPU that takes longer than the attention.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED_SDPA = "grouped_sdpa"
+WATCHED = "watched"
 
 
 def grouped_sdpa(
@@ -74,3 +77,72 @@ def use_grouped_sdpa(model: PreTrainedModel) -> None:
     config: Any = model.config
     if model.device.type == "cpu" and config._attn_implementation == "sdpa":
         config._attn_implementation = GROUPED_SDPA
+
+
+class AttentionSum:
+    """Adds up the attention weights of one row of tokens over layers and heads.
+
+    Args:
+        num_keys: only the weights of the first so many positions are kept.
+    """
+
+    def __init__(self, num_keys: int) -> None:
+        self.num_keys, self._num_added = num_keys, 0
+        self._total: Any = 0.0
+
+    def add(self, weights: torch.Tensor) -> None:
+        """Add weights, float32 (heads, new positions, all positions)."""
+        self._total = self._total + weights[..., : self.num_keys].sum(0)
+        self._num_added += len(weights)
+
+    def mean(self) -> torch.Tensor:
+        """The mean over all that was added, float32 (new positions, num_keys)."""
+        return self._total / self._num_added
+
+
+def watched_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "eager" for one row, whose weights go into `module.attention_sum`; those of few heads at a time."""
+    outputs = []
+    for heads, keys, values in zip(query[0].chunk(key.shape[1]), key[0], value[0], strict=True):
+        weights = (heads @ keys.T * scaling + attention_mask[0]).softmax(-1, dtype=torch.float32)
+        module.attention_sum.add(weights)
+        outputs.append(weights.to(values.dtype) @ values)
+    return torch.cat(outputs).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(WATCHED, watched_attention)
+
+
+def watch_attention(model: Any, num_keys: int) -> tuple[Any, AttentionSum]:
+    """A model that shares all weights, of which each forward pass of one row adds to an `AttentionSum`.
+
+    The model itself is left as it is, so that other threads can use it meanwhile.
+
+    Args:
+        model: a `CogVLM2VideoForConditionalGeneration`.
+        num_keys: as for `AttentionSum`.
+    """
+    config, watched = copy.deepcopy(model.config), AttentionSum(num_keys)
+    config._attn_implementation = WATCHED
+
+    def twin(module: Any, **parts: nn.Module) -> Any:
+        other = copy.copy(module)
+        other.__dict__.pop("forward", None)  # accelerate's, of models in 4 bit: it would call the original's
+        other._modules = module._modules | parts
+        other.config = config
+        return other
+
+    layers = []
+    for layer in model.model.layers:
+        attention = twin(layer.self_attn)
+        attention.attention_sum = watched
+        layers.append(twin(layer, self_attn=attention))
+    return twin(model, model=twin(model.model, layers=nn.ModuleList(layers))), watched

@@ -230,7 +230,7 @@ def tables(path: str | Path = RESULTS) -> list[pd.DataFrame]:
         if order["truth"] == "both":
             row |= {f"{name} by both": shown(order[name]) for name in ("prompts", "decodings", "captions")}
     found = pd.DataFrame(results["wrong_statements"])
-    found["auc"] = found["auc"].map(shown)
+    found["auc"], found["measure"] = found["auc"].map(shown), found["measure"].replace("log P", "doubt (log P)")
     counts = f"{results['clips']} clips, {results['cells']} cells, {results['captions']} captions"
     return [pd.DataFrame.from_dict(rows, orient="index").rename_axis(counts), found]
 

@@ -54,6 +54,17 @@ def order_within_clips(measure: Array, truth: Array, samples: Array) -> tuple[Es
     return _estimate(samples @ agreeing / np.maximum(samples @ counts, 1)), int(counts.sum())
 
 
+def share(right: Array, clips: npt.NDArray[np.int64], samples: Array) -> Estimate:
+    """The mean of numbers from 0 to 1, of which each belongs to a clip.
+
+    Args:
+        right, clips: the numbers; the number of the clip of each.
+        samples: from `resample`.
+    """
+    sums, counts = (np.bincount(clips, values, samples.shape[1]) for values in (right, np.ones(len(right))))
+    return _estimate(samples @ sums / np.maximum(samples @ counts, 1))
+
+
 def auc(scores: Array, is_wrong: npt.NDArray[np.bool_], clips: npt.NDArray[np.int64], samples: Array) -> Estimate:
     """Chance that a wrong statement has a lower score than a right one (the area under the ROC curve); ties are half.
 

@@ -95,6 +95,12 @@ class Thing:
     new_colour: str = ""
     ends: float = 1.0  # when its path ends: with the clip, or when it disappears
 
+    @property
+    def outline(self) -> np.ndarray:
+        """Its corners relative to its middle, (n, 2), in diameters."""
+        angle = np.radians(self.tilt)
+        return OUTLINES[self.shape] @ [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+
     def colour_at(self, seconds: float) -> str:
         return self.new_colour if seconds >= self.changes else self.colour
 
@@ -168,9 +174,7 @@ class Scene:
         start = round((float(self.panned(seconds)) + max(0.0, -self.pan)) * side)
         picture = self._backdrop.crop((start, 0, start + self.width, self.height))
         for thing, colour, x, y, diameter in self.visible(seconds):
-            angle = np.radians(thing.tilt)
-            turned = OUTLINES[thing.shape] @ [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
-            corners = turned * (diameter * side) + [left + x * side, top + y * side]
+            corners = thing.outline * (diameter * side) + [left + x * side, top + y * side]
             corner, beyond = np.floor(corners.min(0)).astype(int), np.ceil(corners.max(0)).astype(int) + 1
             width, height = (int(n) for n in (beyond - corner) * SMOOTHING)
             mask = Image.new("L", (width, height))

@@ -4,6 +4,7 @@ from capkit.sweep.comparison import Conclusion, best_cells, compare, conclude
 from capkit.sweep.diagnostics import (
     OPENING,
     SENTENCE_END,
+    STOP_WORDS,
     agreement,
     count_words,
     describe,
@@ -26,6 +27,7 @@ __all__ = [
     "run_sweep",
     "OPENING",
     "SENTENCE_END",
+    "STOP_WORDS",
     "agreement",
     "describe",
     "describe_set",

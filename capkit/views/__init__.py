@@ -3,6 +3,7 @@
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
 from capkit.views.frames import load_first_clip, numbers_warning, show_clip
+from capkit.views.heat import content_words, show_attention, word_frames
 from capkit.views.html import (
     CARD,
     HTML,
@@ -48,6 +49,9 @@ __all__ = [
     "record_text",
     "show_captions",
     "to_webp",
+    "content_words",
+    "show_attention",
+    "word_frames",
     "CaptionsPage",
     "captions_page",
     "compare_runs",

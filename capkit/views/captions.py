@@ -1,4 +1,4 @@
-"""Show a caption beside its frames: token probabilities, what each word rests on, and what training would cut off."""
+"""Show a caption beside its frames: where the model doubted, what words rest on, and what training would cut off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from capkit.captioning import Caption, Grounding, demo_notice, token_texts
+from capkit.captioning import Caption, Grounding, demo_notice, token_texts, words_of
 from capkit.cogvlm2 import CogVLM2VideoProcessor, Prompt, pixels_to_frames, preprocess_frames
 from capkit.runs import clip_seconds
 from capkit.sweep import COGVIDEOX_T5_LIMIT, t5_counter
@@ -23,7 +23,7 @@ from capkit.views.html import (
     HTML,
     MUTED,
     ORANGE,
-    RED,
+    PURPLE,
     SKY,
     caption_facts,
     error_text,
@@ -43,6 +43,7 @@ LISTED_FRAMES = 3
 
 # Lowest value, CSS, description. Each style has a line of its own, so that it can be told apart without its tint.
 _Styles = tuple[tuple[float, str, str], ...]
+# None is green or red: neither view knows what is true.
 _BY_PROBABILITY: _Styles = (
     (0.9, "", "90 % and more"),
     (0.5, f"border-bottom:2px dotted {ORANGE};background:{ORANGE}22", "50 to 90 %"),
@@ -53,7 +54,7 @@ _BY_SUPPORT: _Styles = (  # in nats
     (3.0, f"border-bottom:3px solid {BLUE};background:{SKY}77", "20 times likelier with the video, or more"),
     (1.0, f"border-bottom:2px dashed {BLUE};background:{SKY}44", "3 to 20 times"),
     (-1.0, "", "about as likely without it"),
-    (-np.inf, f"border-bottom:3px double {RED};background:{RED}44", "likelier without it"),
+    (-np.inf, f"border-bottom:3px double {PURPLE};background:{PURPLE}44", "likelier without it"),
 )
 
 
@@ -65,16 +66,18 @@ def show_caption(
     t5_tokenizer: Any = None,
     t5_limit: int = COGVIDEOX_T5_LIMIT,
 ) -> HTML:
-    """Show a caption beside its frames, with token probabilities and the frames that each word rests on.
+    """Show a caption beside its frames: where the model doubted, and which words and frames the video supports.
 
-    What CogVideoX training would cut off is struck through.
+    Doubt is how unlikely the model found each word: it finds the model's own mistakes. Support is how much likelier a
+    word is with the video than with a grey one: it finds words that people changed. Neither knows what is true; how
+    well they do is in `capkit.demo.measures.tables`. What CogVideoX training would cut off is struck through.
 
     Args:
         caption: a `Caption`, a caption record (a hand-edited text replaces the model's) or a text.
         clip: whose frames to show.
-        grounding: of this text, from `ground`: shades tokens by probability and words by support, and lists the frames
-            that each word leans on.
-        processor: the model's (`captioner.processor`), to shade the tokens of a `Caption` without a grounding.
+        grounding: of this text, from `ground`: shades words by doubt and by support, and lists the frames that each
+            leans on.
+        processor: the model's (`captioner.processor`), to shade the words of a `Caption` by doubt without a grounding.
         t5_tokenizer: of another T5 than CogVideoX's: a transformers tokenizer or its folder.
         t5_limit: T5 tokens that a trainer keeps, `</s>` included.
 
@@ -96,16 +99,16 @@ def show_caption(
     kept = t5_kept(text, t5_tokenizer, t5_limit)
     spans = [(0, escape(text[:kept])), (kept, escape(text[kept:]))]
     if logprobs is not None:
-        spans = [(0, escape(prefix)), *_token_spans(pieces, logprobs, len(prefix))]
+        spans = [(0, escape(prefix)), *_doubt_spans(pieces, logprobs, len(prefix))]
     parts = [caption_paragraph(record, _strike(spans, kept))]
     if logprobs is not None:
-        parts.append(_legend("Chance of each token:", _BY_PROBABILITY))
+        parts.append(_legend("Doubt. The chance that the model gave each word:", _BY_PROBABILITY))
     if kept < len(text.rstrip()):
         parts.append(_cut_note(text[kept:], t5_limit))
     if grounding is not None and grounding.words:
         leans = _leaned_on(grounding, record, clip)
         parts += ["<hr>", paragraph(escape(prefix) + _word_spans(grounding, leans))]
-        parts.append(_legend("Each word with the video:", _BY_SUPPORT))
+        parts.append(_legend("Support. Each word with the video:", _BY_SUPPORT))
         parts.append(_words_table(grounding, leans))
     parts.append(facts_line(record))
     frames = warning = ""
@@ -153,14 +156,13 @@ def t5_kept(text: str, t5_tokenizer: Any = None, t5_limit: int = COGVIDEOX_T5_LI
 # ---- tokens and words ----------------------------------------------------------------------------------------------
 
 
-def _token_spans(pieces: Sequence[str], logprobs: np.ndarray, start: int = 0) -> list[tuple[int, str]]:
-    """(start in the text, HTML) of each token; the parts of a split character count as one token."""
-    spans, total = [], 0.0
-    for piece, logprob in zip(pieces, logprobs, strict=True):
-        total += logprob
-        if piece:
-            spans.append((start, _shade(piece, _BY_PROBABILITY, np.exp(total), f"{np.exp(total):.1%}")))
-            start, total = start + len(piece), 0.0
+def _doubt_spans(pieces: Sequence[str], logprobs: np.ndarray, start: int = 0) -> list[tuple[int, str]]:
+    """(start in the text, HTML) of each word, shaded by its probability."""
+    spans = []
+    for _, tokens in words_of(pieces):
+        chance, text = float(np.exp(logprobs[tokens].sum())), "".join(pieces[tokens])
+        spans.append((start, _shade(text, _BY_PROBABILITY, chance, f"{chance:.1%}")))
+        start += len(text)
     return spans
 
 

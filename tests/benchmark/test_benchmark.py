@@ -104,10 +104,11 @@ def test_no_frame_whose_features_are_stored_is_encoded_again(results):
 
 
 def test_grounding_is_that_of_one_call_each(results):
-    together, left_out = (row for row in results["rows"] if row["part"] == "grounding")
+    together, left_out, looked, *memory = (row for row in results["rows"] if row["part"] == "grounding")
     for row in (together, left_out):
         assert float(row["equal"].split()[1]) < 1e-3  # nats
     assert left_out["scorings"] == pytest.approx((SHORT.num_frames + 2) / left_out["ratio"])
+    assert looked["name"].startswith("see where") and looked["ratio"] > 0 and len(memory) <= 1
 
 
 @pytest.mark.parametrize(

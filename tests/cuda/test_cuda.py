@@ -19,7 +19,7 @@ from paths import GOLDEN
 
 import capkit
 from capkit import Clip, Decoding, Prompt
-from capkit.captioning import SharedVideo, ground
+from capkit.captioning import SharedVideo, attend, ground
 
 pytestmark = pytest.mark.needs_cuda
 DEVICE = os.environ.get("CAPKIT_TEST_DEVICE", "cuda")  # "cpu" to try the tests themselves
@@ -270,6 +270,8 @@ def test_scores_and_grounding_are_the_cpus(fresh, captioner, random_clip, findin
         findings["support differs by"] = float(np.abs(one.support - other.support).max())
         assert one.support == pytest.approx(other.support, abs=1e-2)
         assert one.leaning == pytest.approx(other.leaning, abs=1e-2)
+    for looked, right in zip(attend(fresh, clip, texts), attend(captioner, clip, texts), strict=True):
+        assert looked.patch_rows == pytest.approx(right.patch_rows, abs=1e-4)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -401,6 +403,9 @@ def test_quantised(quantization, random_clip, findings):
     if DEVICE == "cpu":
         pytest.skip("quantization needs a GPU")
     made = capkit.load_captioner(GOLDEN, device=DEVICE, quantization=quantization)
-    caption = made.caption(random_clip(3), decoding=Decoding(max_new_tokens=6))
+    clip = random_clip(3)
+    caption = made.caption(clip, decoding=Decoding(max_new_tokens=6))
     findings["text"] = caption.text
     assert len(caption.token_ids) == 6 and np.isfinite(caption.logprobs).all()
+    totals = attend(made, clip, caption).patch_rows.sum((1, 2, 3))
+    assert (totals > 0).all() and (totals < 1).all()

@@ -18,7 +18,7 @@ from capkit.cogvlm2 import pixels_to_frames, preprocess_frames
 from capkit.views import captions_table, compare_captions, mark_differences, show_caption, show_clip, show_sweep
 from capkit.views.captions import t5_kept
 from capkit.views.frames import FRAME_PIXELS, crop_box, draw_crop, unsampled_gaps
-from capkit.views.html import BLUE, RED
+from capkit.views.html import BLUE, GREEN, PURPLE, RED
 
 
 def length_of_common_words(first, second):
@@ -196,13 +196,23 @@ class TestCaption:
         words = re.findall(r'<span title="support ([+-][\d.]+) nats([^"]*)"([^>]*)>', html)
         assert [float(support) for support, _, _ in words] == [0, 4, 1.5, -2]
         assert [re.search(r"\d+px \w+ #\w+|$", style)[0] for _, _, style in words] == [
-            *("", f"3px solid {BLUE}", f"2px dashed {BLUE}", f"3px double {RED}"),
+            *("", f"3px solid {BLUE}", f"2px dashed {BLUE}", f"3px double {PURPLE}"),
         ]
+        assert GREEN not in html and RED not in html  # which readers take for right and wrong
         assert [leans for _, leans, _ in words] == [
             *("", "; leans on frame 1 (+3.0), frame 2 (+1.0)", "; leans on frame 2 (+0.6)", ""),
         ]
         assert "support +3.5 nats in all, +0.88 a token" in html and html.count("<tr>") == 5
         assert_safe(html)
+
+    def test_a_word_of_several_tokens_has_the_chance_of_all(self):
+        logprobs = np.log([0.5, 0.5, 0.8, 0.25])
+        grounding = Grounding([0] * 4, ["A", " st", "ar", " moves."], logprobs, logprobs - 1, None)
+        html = show_caption("A star moves.", grounding=grounding).html
+        assert re.findall(r'<span title="([\d.]+)%"[^>]*>([^<]*)<', html) == [
+            *(("50.0", "A"), ("40.0", "star"), ("25.0", "moves.")),
+        ]
+        assert "Doubt. The chance" in html and "Support. Each word" in html
 
     def test_frames_are_named_by_number_and_time(self, random_clip):
         clip = capkit.Clip.from_frames(random_clip().frames, [0, 2, 5])
