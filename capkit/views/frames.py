@@ -68,7 +68,7 @@ def show_clip(clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, image_size: int =
     warning = numbers_warning(clip, numbers)
     return HTML(
         f'<div style="{CARD}">{_heading(clip, box)}{warning and note(f"⚠ {warning}")}'
-        f'<div style="{grid}">{"".join(cells)}</div>{_time_line(clip)}'
+        f'<div style="{grid}">{"".join(cells)}</div>{time_line(clip)}'
         f'<div style="{MUTED}">{_legend(clip, prompt.template)}</div></div>'
     )
 
@@ -187,8 +187,11 @@ def _legend(clip: Clip, template: str) -> str:
     return escape(f"The box is the part of a frame that the model sees; the grey rest is cut away. {below}")
 
 
-def _time_line(clip: Clip) -> str:
-    """The full video from left to right: tall where sampled, thin where not, dotted outside the window."""
+def time_line(clip: Clip, at: float | None = None) -> str:
+    """The full video from left to right, as HTML: tall where sampled, thin where not, dotted outside the window.
+
+    Ticks are the moments of the sampled frames; the one at `at` seconds stands out.
+    """
     begin, end = _extent(clip)
     first, last = _window(clip)
     gaps = unsampled_gaps(clip)
@@ -208,6 +211,7 @@ def _time_line(clip: Clip) -> str:
     line = "top:0;width:2px;height:28px;background:#888;margin-left:-1px"
     times = dict.fromkeys(map(float, clip.timestamps_seconds))
     parts += [part(line, time, title=f"frame at {time:.2f} s") for time in times]
+    parts += [] if at is None else [part(f"top:-3px;height:34px;width:4px;background:{ORANGE};margin-left:-2px", at)]
     label = f"top:30px;width:60px;margin-left:-30px;text-align:center;{MUTED}"
     parts += [part(label, time, text=f"{time:g}") for time in _round_times(begin, end)]
     legend = "Ticks: the sampled frames. Tall: within half a second of one."

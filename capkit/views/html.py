@@ -168,9 +168,9 @@ def file_name(record: dict[str, Any]) -> str:
     return name + (seen and f', <span style="color:{RED}">saw only {seen}</span>')
 
 
-def note(html: str) -> str:
-    """A warning, with a red bar at its left."""
-    return f'<div style="border-left:4px solid {RED};padding:3px 8px;margin:4px 0">{html}</div>'
+def note(html: str, color: str = RED) -> str:
+    """A warning, with a red bar at its left, or with another colour something else."""
+    return f'<div style="border-left:4px solid {color};padding:3px 8px;margin:4px 0">{html}</div>'
 
 
 def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float = math.inf) -> str:
