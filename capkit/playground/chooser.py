@@ -25,7 +25,7 @@ from capkit.playground.settings import Settings
 from capkit.runs import Item, find_clips
 from capkit.text import CapkitWarning, plain_text, plural
 from capkit.video import Clip, VideoError, load_clip
-from capkit.views import note, numbers_warning, picture, time_line, to_webp, video_player
+from capkit.views import clip_player, note, numbers_warning, picture, time_line, to_webp
 
 _PICTURE = "width:300px;max-width:100%;display:block"
 STEP_MILLISECONDS = 600  # of a frame while frames are played
@@ -120,7 +120,7 @@ class ClipChooser:
     def _show_player(self) -> None:
         path = None if self.clip is None else self.video.value
         if path != self._played and self.clip is not None:  # else it goes on playing
-            self.player.value = video_player(path, self.clip.info.codec, server_link(path))
+            self.player.value = clip_player(self.clip, server_link(path))
         self.player.layout.display = "none" if path is None else None
         self._played = path or self._played
 

@@ -2,7 +2,7 @@
 
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
-from capkit.views.frames import load_first_clip, numbers_warning, show_clip, time_line
+from capkit.views.frames import clip_player, load_first_clip, numbers_warning, show_clip, time_line
 from capkit.views.html import (
     CARD,
     GREEN,
@@ -22,7 +22,6 @@ from capkit.views.html import (
     to_webp,
 )
 from capkit.views.page import CaptionsPage
-from capkit.views.player import video_player
 from capkit.views.reading import captions_page, compare_runs
 from capkit.views.replacements import show_replacement
 from capkit.views.sweeps import compare_captions, show_sweep
@@ -38,6 +37,7 @@ __all__ = [
     "load_first_clip",
     "numbers_warning",
     "show_clip",
+    "clip_player",
     "time_line",
     "CARD",
     "GREEN",
@@ -56,7 +56,6 @@ __all__ = [
     "table_html",
     "to_webp",
     "CaptionsPage",
-    "video_player",
     "captions_page",
     "compare_runs",
     "compare_captions",

@@ -14,6 +14,7 @@ from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.text import escape, warn
 from capkit.video import Clip, VideoError, load_clip, resized_and_cut
 from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, note, picture, to_webp
+from capkit.views.player import video_player
 
 FRAME_PIXELS = 240  # longer side of a frame's picture
 NEAR_SECONDS = 0.5  # a moment this near to a sampled frame counts as sampled: at one frame a second, all do
@@ -43,7 +44,7 @@ def load_first_clip(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], 
 
 
 def show_clip(clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, image_size: int = 224) -> HTML:
-    """Show the frames that the model sees, with its crop, frame numbers and a time line of what is never sampled.
+    """Show the frames that the model sees, with its crop, frame numbers and a time line, and the clip itself, playing.
 
     Each frame is shown in full. A box marks the model's crop; the rest is grey and dark. Below a frame are its number
     in the prompt and its true time, marked where the number is not the time in seconds.
@@ -68,7 +69,7 @@ def show_clip(clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, image_size: int =
     warning = numbers_warning(clip, numbers)
     return HTML(
         f'<div style="{CARD}">{_heading(clip, box)}{warning and note(f"⚠ {warning}")}'
-        f'<div style="{grid}">{"".join(cells)}</div>{time_line(clip)}'
+        f'<div style="{grid}">{"".join(cells)}</div>{time_line(clip)}{clip_player(clip)}'
         f'<div style="{MUTED}">{_legend(clip, prompt.template)}</div></div>'
     )
 
@@ -185,6 +186,11 @@ def _legend(clip: Clip, template: str) -> str:
     elif clip.start_seconds:
         below = f"Bold: its number in the prompt, counted from {clip.start_seconds:g} s; then its time."
     return escape(f"The box is the part of a frame that the model sees; the grey rest is cut away. {below}")
+
+
+def clip_player(clip: Clip, link: str | None = None) -> str:
+    """The file of a clip as `video_player`, with what it says of large files and codecs; "" for frames from memory."""
+    return "" if clip.info.path is None else video_player(clip.info.path, clip.info.codec, link)
 
 
 def time_line(clip: Clip, at: float | None = None) -> str:

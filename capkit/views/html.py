@@ -23,6 +23,7 @@ from capkit.runs import (
     window_name,
 )
 from capkit.text import escape, without_controls
+from capkit.views.player import video_players
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +53,7 @@ class HTML:
 
 
 def show_captions(store: CaptionStoreLike, records: Sequence[dict[str, Any]], limit: int = 20) -> HTML:
-    """Show each caption below the frames that the model saw, and each error with its reason.
+    """Show each caption below the frames that the model saw, and each error with its reason; clips can be played.
 
     Args:
         store: a `CaptionStore` or its path; its picture strips are shown.
@@ -60,7 +61,12 @@ def show_captions(store: CaptionStoreLike, records: Sequence[dict[str, Any]], li
         limit: show only the first so many, and say how many are left.
     """
     store = CaptionStore.of(store)
-    cards = [card(record, frames_strip(store, record)) for record in records[:limit]]
+    players = video_players(record["video"] for record in records[:limit] if record["status"] == "ok")
+    cards = []
+    for record in records[:limit]:  # a player with the first caption of each clip
+        player = players.pop(record["video"], "")
+        played = player and f"<details><summary>the clip, playing</summary>{player}</details>"
+        cards.append(card(record, frames_strip(store, record) + played))
     if len(records) > limit:
         cards.append(f"<p>{len(records) - limit} more in <code>{escape(str(store.path))}</code></p>")
     return HTML("".join(cards))
