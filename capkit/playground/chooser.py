@@ -75,7 +75,7 @@ class ClipChooser:
         self.message = widgets.HTML()
         self.frame = widgets.IntSlider(0, min=0, max=0, description="frame", layout={"flex": "1 1 0"})
         self.play = widgets.Play(0, min=0, max=0, interval=STEP_MILLISECONDS, show_repeat=False)
-        self.play.layout.flex = "none"
+        self.play.layout.flex, self.play.tooltip = "none", "play the frames"
         widgets.jslink((self.play, "value"), (self.frame, "value"))  # in the page: it plays as evenly as it can
         self.picture = widgets.HTML()  # unlike widgets.Image it has an alternative text for screen readers
         self.about_frame, self.player = widgets.HTML(), widgets.HTML()
@@ -230,7 +230,7 @@ def _typed_paths(text: str) -> list[str]:
         return [text]
 
 
-def server_link(path: str) -> str | None:
+def server_link(path: str | Path) -> str | None:
     """Where the Jupyter server that started this process serves a file; None if it does not."""
     if "JPY_PARENT_PID" not in os.environ:
         return None

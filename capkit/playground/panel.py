@@ -335,7 +335,7 @@ class Playground(KeyPanel):
         lost: list[str] = []
         self.chooser.change(lambda: lost.extend(self.settings.apply(card.record)))
         if lost:
-            self._show_message(f"these settings have no control here and were left out: {', '.join(lost)}")
+            self._show_message(f"the controls cannot show these settings, which were left out: {', '.join(lost)}")
         else:
             self._show_message("the controls have the settings of the caption", is_good=True)
 

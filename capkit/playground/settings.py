@@ -123,7 +123,8 @@ class Settings:
 
     def in_their_names(self, message: str) -> str:
         """An error message with the names of the controls in place of capkit's."""
-        names = {name: f'"{control.description.split(" (")[0]}"' for name, control in self.controls.items()}
+        labels = {name: control.description.split(" (")[0] for name, control in self.controls.items()}
+        names = {name: f'"{label}"' for name, label in labels.items() if label != name}
         own = "|".join(name for name in names if "_" in name)
         return re.sub(rf"\b(?:{own})\b|^(?:steps|strategy)(?=[=:])", lambda match: names[match[0]], message)
 

@@ -364,13 +364,12 @@ def test_playground_by_keys_and_while_a_text_is_typed(lab, open_page):
     panel = Playground(lab, page, "by_keys")
     panel.run_all()
     words, cells = page.get_by_text("▏"), page.locator(".jp-Cell")
-    panel.control("prompt").fill("What happens?")
-    panel.control("prompt").press("Control+Enter")
-    expect(panel.cards()).to_have_count(1)
-    assert panel.store.current()[0]["prompt"] == "What happens?"
+    for number, prompt in enumerate(("What happens?", "Which colours?"), 1):
+        panel.control("prompt").fill(prompt)
+        panel.control("prompt").press("Control+Enter")
+        expect(panel.cards()).to_have_count(number)
     slow_down(panel)
     num_cells = cells.count()
-    panel.control("prompt").fill("Why?")
     panel.control("answer prefix").fill("I see")  # which the kernel gets only when the box is left
     panel.control("answer prefix").press("Control+Enter")
     expect(words).to_contain_text("I see")
@@ -378,16 +377,15 @@ def test_playground_by_keys_and_while_a_text_is_typed(lab, open_page):
     box = panel.cards().first.get_by_role("textbox")
     box.fill("")
     box.press_sequentially("By hand, ")
-    panel.control("answer prefix").evaluate("box => box.blur()")
-    box.click()
     page.keyboard.press("Escape")  # in a box too
-    expect(panel.cards()).to_have_count(2)
-    page.keyboard.type("and dd on")
+    expect(panel.cards()).to_have_count(3)
+    page.keyboard.type("and dd on")  # where Lab would delete a cell
     expect(box).to_have_value("By hand, and dd on")
-    panel.cards().filter(has=box).get_by_role("button", name="save edit").click()
+    page.get_by_role("button", name="save edit").click()
     expect(page.get_by_text("kept", exact=True)).to_be_visible()
-    assert panel.store.current()[0]["edited_text"] == "By hand, and dd on"
-    assert panel.store.current()[1]["finish_reason"] == "stopped"
+    texts = [record.get("edited_text") for record in panel.store.current()]
+    assert texts == [None, "By hand, and dd on", None]
+    assert panel.store.current()[2]["finish_reason"] == "stopped"
 
     panel.button("Caption").click()  # disabled by that, it loses the focus
     expect(words).to_be_visible()
@@ -397,9 +395,9 @@ def test_playground_by_keys_and_while_a_text_is_typed(lab, open_page):
     expect(page.locator(".widget-html", has_text=re.compile("^camera_pans_right.mp4:"))).to_be_visible()
     panel.screenshot("panel_other_clip", showing=words)
     page.keyboard.press("ArrowLeft")
-    expect(panel.cards()).to_have_count(2)
-    page.keyboard.press("Escape")
     expect(panel.cards()).to_have_count(3)
+    page.keyboard.press("Escape")
+    expect(panel.cards()).to_have_count(4)
 
     panel.run_cell("blind = BlindRating")
     expect(page.get_by_text("1 pair left")).to_be_visible()
@@ -430,7 +428,7 @@ def test_the_clip_plays_beside_its_frames(lab, open_page):
     assert seconds == pytest.approx(
         capkit.load_clip(DEMO_CLIPS / "camera_pans_right.mp4").info.duration_seconds, abs=0.2
     )
-    page.get_by_role("button", name=re.compile("^play$", re.I)).click()  # of the frames
+    page.locator(".widget-play button").first.click()  # of the frames
     expect(page.get_by_text("frame 4 of ")).to_be_visible()
     panel.screenshot("panel_plays", showing=video)
 
@@ -484,7 +482,7 @@ def test_a_caption_of_2000_tokens_streams(lab, open_page):
     height = "document.querySelector('.jp-NotebookPanel .capkit-keys').scrollHeight"
     early = page.evaluate(height)
     expect(panel.cards()).to_have_count(1, timeout=300_000)
-    assert panel.store.current()[0]["num_tokens"] == 2000
+    assert panel.store.current()[0]["num_tokens"] > 1900  # what the model's positions leave
     gaps = np.array(page.evaluate("window.gaps"))
     print(
         f"\n2,000 tokens: a frame in {np.median(gaps):.0f} ms (median), {np.quantile(gaps, 0.99):.0f} ms (99 %)", end=""

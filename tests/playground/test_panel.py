@@ -417,7 +417,7 @@ def test_a_card_gives_its_settings_back(panel):
     assert chosen(panel) == asked
     assert len(panel.clip) == 6 and cards(panel) == [card]
     assert caption(panel)[0]["request"] == record["request"]
-    record["decoding"] = record["decoding"] | {"max_new_tokens": 5000, "word_bias": {"star": 1.0}}
+    record["decoding"] = record["decoding"] | {"max_new_tokens": 5000, "word_bias": {"moon": 1.0}}
     card.settings_button.click()
     assert "left out: max_new_tokens, word_bias" in panel.message.value
 
