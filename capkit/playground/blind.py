@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ import numpy as np
 import pandas as pd
 
 from capkit.captioning import Decoding
-from capkit.files import append_lines, read_lines
-from capkit.playground.controls import button
-from capkit.playground.kept import Kept
+from capkit.files import append_lines, atomic_write, read_lines
+from capkit.playground.controls import WRAP, button
+from capkit.playground.keys import KeyPanel, with_key
 from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, is_stopped, prompt_title
 from capkit.sweep import OUTCOMES, bradley_terry, bradley_terry_pairs
 from capkit.text import escape
 from capkit.video import FrameSampling
 from capkit.views import HTML, MUTED, file_name, frames_strip, record_text, table_html
 
+UNDONE = "undone"  # in place of an outcome
 Pair = tuple[str, str, str]
 """A clip, as `clip_id` names it, and the names of the two variants."""
 
@@ -52,15 +53,17 @@ def settings_name(record: dict[str, Any]) -> str:
     return " · ".join([*settings, str(Decoding.of(record["decoding"]))])
 
 
-class BlindRating(Kept):
+class BlindRating(KeyPanel):
     """Pairs of captions of the same clip, unlabelled and in random order, to rate as better, tie or worse.
 
-    Above a pair are the frames that the model saw; where they differ, each caption has its own.
+    Above a pair are the frames that the model saw; where they differ, each caption has its own. Keys: A, T and B rate,
+    S or the right arrow skips, U undoes. The ranking so far is below, folded, as it may sway; it is also in two tables
+    beside the ratings, `<name>_ranking.csv` and `<name>_ranking_pairs.csv`.
 
     Args:
         store: where the captions are. Hand-edited texts replace the model's; stopped captions are left out.
         ratings: file of ratings, JSON lines of `clip`, `first`, `second`, `outcome` and `seed`. Pairs rated there are
-            not shown again.
+            not shown again. The last line of a pair counts; the outcome "undone" takes it back.
         variants: as `variant_name` names them; None for all in the store.
         seed: of the order.
 
@@ -88,16 +91,24 @@ class BlindRating(Kept):
         if not pairs:
             raise ValueError(f"{store.path}: no clip has captions of two variants to compare")
         random = np.random.default_rng(seed)
-        rated = {_unordered(rating) for rating in read_ratings(ratings)}
+        self._rated = {_unordered(rating): rating for rating in read_ratings(ratings)}
         # Sides are drawn for every pair before rated ones are left out, so that a later session keeps the order.
         pairs = [(clip, b, a) if random.random() < 0.5 else (clip, a, b) for clip, a, b in pairs]
         pairs = [pairs[place] for place in random.permutation(len(pairs))]
-        self.pairs: list[Pair] = [pair for pair in pairs if (pair[0], *sorted(pair[1:])) not in rated]
-        self.shown = widgets.HTML()
-        outcomes = {"A is better": "first", "tie": "tie", "B is better": "second"}
-        buttons = [button(name, functools.partial(self.rate, outcome)) for name, outcome in outcomes.items()]
-        self.buttons = widgets.HBox(buttons, layout={"flex_flow": "row wrap"})
-        super().__init__([self.shown, self.buttons])
+        self.pairs: list[Pair] = [pair for pair in pairs if (pair[0], *sorted(pair[1:])) not in self._rated]
+        self._done: list[tuple[Pair, bool]] = []  # pairs of this sitting, and whether they were rated or skipped
+        self.shown, self.ranking = widgets.HTML(), widgets.HTML()
+        outcomes = {"A is better": ("first", "a"), "tie": ("tie", "t"), "B is better": ("second", "b")}
+        buttons = [
+            with_key(button(name, functools.partial(self.rate, outcome), tooltip=f"key {key.upper()}"), key)
+            for name, (outcome, key) in outcomes.items()
+        ]
+        self.skip_button = with_key(button("skip", self.skip, icon="arrow-right", tooltip="key S"), "s", "arrowright")
+        self.undo_button = with_key(button("undo", self.undo, icon="undo", tooltip="key U"), "u")
+        self.buttons = widgets.HBox(buttons, layout=WRAP)
+        more = widgets.HBox([self.skip_button, self.undo_button], layout=WRAP)
+        ranked = widgets.Accordion([self.ranking], titles=["the ranking so far"])
+        super().__init__([self.shown, widgets.HBox([self.buttons, more], layout=WRAP), ranked])
         self._show()
 
     def rate(self, outcome: str) -> None:
@@ -111,22 +122,52 @@ class BlindRating(Kept):
         """
         if outcome not in OUTCOMES or not self.pairs:
             raise ValueError(f"outcome={outcome!r}: must be one of {', '.join(OUTCOMES)}, and a pair must be left")
-        clip, first, second = self.pairs.pop(0)
-        self.ratings.parent.mkdir(parents=True, exist_ok=True)
-        rating = {"clip": clip, "first": first, "second": second, "outcome": outcome, "seed": self.seed}
-        append_lines(self.ratings, rating)
+        self._write(self.pairs[0], outcome)
+        self._done.append((self.pairs.pop(0), True))
         self._show()
+
+    def skip(self) -> None:
+        """Show another pair; this one comes again at the end."""
+        if len(self.pairs) > 1:
+            self._done.append((self.pairs[0], False))
+            self.pairs.append(self.pairs.pop(0))
+            self._show()
+
+    def undo(self) -> None:
+        """Show the pair again that was rated or skipped last in this sitting, and take its rating back."""
+        if not self._done:
+            return
+        pair, was_rated = self._done.pop()
+        if was_rated:
+            self._write(pair, UNDONE)
+        else:
+            self.pairs.remove(pair)
+        self.pairs.insert(0, pair)
+        self._show()
+
+    def _write(self, pair: Pair, outcome: str) -> None:
+        self.ratings.parent.mkdir(parents=True, exist_ok=True)
+        rating = dict(zip(("clip", "first", "second"), pair, strict=True)) | {"outcome": outcome, "seed": self.seed}
+        append_lines(self.ratings, rating)
+        self._rated.pop(_unordered(rating), None)
+        if outcome != UNDONE:
+            self._rated[_unordered(rating)] = rating
+        for name, table in zip(("ranking", "ranking_pairs"), rankings(self._rated.values()), strict=True):
+            atomic_write(self.ratings.with_name(f"{self.ratings.stem}_{name}.csv"), table.to_csv(index=False))
 
     def static(self) -> HTML:
         """The pair that is shown, as static HTML."""
         return HTML(self.shown.value)
 
     def _show(self) -> None:
+        tables = rankings(self._rated.values())
+        html = "<br>".join(map(table_html, tables))
+        self.ranking.value = f'<div style="overflow:auto">{html if self._rated else "nothing is rated yet"}</div>'
+        for control in self.buttons.children:
+            control.disabled = not self.pairs
+        self.skip_button.disabled, self.undo_button.disabled = len(self.pairs) < 2, not self._done
         if not self.pairs:
-            for control in self.buttons.children:
-                control.disabled = True
-            tables = map(table_html, rankings(self.ratings))
-            self.shown.value = "<br>".join(["<b>All rated.</b>", *tables])
+            self.shown.value = f"<b>All rated.</b><br>{self.ranking.value}"
             return
         clip, *names = self.pairs[0]
         records = [self.records[clip][name] for name in names]
@@ -160,13 +201,15 @@ def read_ratings(path: str | Path) -> list[dict[str, Any]]:
     ratings: dict[Pair, dict[str, Any]] = {}
     for rating in read_lines(Path(path)):
         names = (rating.get("clip"), rating.get("first"), rating.get("second"))
-        if not all(isinstance(name, str) for name in names) or rating.get("outcome") not in OUTCOMES:
+        if not all(isinstance(name, str) for name in names) or rating.get("outcome") not in (*OUTCOMES, UNDONE):
             raise ValueError(f"{path}: {json.dumps(rating)} is no rating; mend or delete this line")
-        ratings[_unordered(rating)] = rating
+        ratings.pop(_unordered(rating), None)
+        if rating["outcome"] != UNDONE:
+            ratings[_unordered(rating)] = rating
     return list(ratings.values())
 
 
-def rankings(path: str | Path) -> list[pd.DataFrame]:
-    """`bradley_terry` and `bradley_terry_pairs` of a file of ratings: variants, and one variant against another."""
-    ratings = pd.DataFrame(read_ratings(path), columns=["clip", "first", "second", "outcome"])
-    return [bradley_terry(ratings), bradley_terry_pairs(ratings)]
+def rankings(ratings: Iterable[dict[str, Any]]) -> list[pd.DataFrame]:
+    """`bradley_terry` and `bradley_terry_pairs` of ratings: variants, and one variant against another."""
+    table = pd.DataFrame(list(ratings), columns=["clip", "first", "second", "outcome"])
+    return [bradley_terry(table), bradley_terry_pairs(table)]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
 
 from capkit.cogvlm2 import FRAME_NUMBERS, TEMPLATES
-from capkit.runs import setting
+from capkit.text import escape
 from capkit.video import STRATEGIES
+from capkit.views import GREEN, RED, note
 
 WIDE = {"width": "auto"}
+WRAP = {"flex_flow": "row wrap"}
+TEXT = "line-height:1.45;overflow-wrap:anywhere"  # widgets inherit the line height of controls
 _INTEGER, _FLOAT, _SLIDER = widgets.BoundedIntText, widgets.BoundedFloatText, widgets.FloatSlider
 
 
@@ -77,14 +81,19 @@ def _control(kind: Callable[..., Any], name: str, tooltip: str, **settings: Any)
     return kind(**settings, description=name, tooltip=tooltip, layout=WIDE, style={"description_width": "150px"})
 
 
-def sweep_axes(record: dict[str, Any]) -> dict[str, Any]:
-    """A record's settings as axes of a sweep."""
-    names = ("steps", "answer_prefix", "template", "frame_numbers")
-    prompt = {"text": setting(record, "prompt")} | {name: setting(record, name) for name in names}
-    return {
-        "prompts": [{name: value for name, value in prompt.items() if value}],
-        "decodings": [record["decoding"]],
-        "frame_samplings": [{name: value for name, value in record["frame_sampling"].items() if value is not None}],
-        "templates": [record["template"]],
-        "frame_numbers": [record.get("frame_numbers", "index")],
-    }
+def message_html(message: str, is_good: bool = False) -> str:
+    """A message, which a screen reader says at once: an error unless it is good."""
+    color = GREEN if is_good else RED
+    return f'<div role="alert" style="{TEXT}">{note(escape(message), color)}</div>' if message else ""
+
+
+def locked(method: Callable[..., None]) -> Callable[..., None]:
+    """Run one such method at a time: Lab handles messages in several threads of the kernel (subshells), and of two
+    clips chosen at once the one shown must be the one captioned."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any) -> None:
+        with self._lock:
+            method(self, *args)
+
+    return run

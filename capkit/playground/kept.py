@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 from uuid import uuid4
@@ -71,7 +72,7 @@ def static_html(widget: widgets.Widget) -> str:
         style = "display:flex;flex-wrap:wrap;gap:6px 16px" if is_row else ""
         return f'<div style="{style}">{"".join(parts)}</div>' if parts else ""
     if isinstance(widget, widgets.HTML):
-        return widget.value
+        return re.sub(r"<video\b.*?</video>", "", widget.value)  # megabytes, which every update would send again
     value = getattr(widget, "label", getattr(widget, "value", None))
     if value in (None, "", ()) or getattr(widget, "disabled", False):
         return ""

@@ -2,12 +2,14 @@
 
 from capkit.views.captions import show_caption
 from capkit.views.charts import forest_plot, heat_map, ratio_bars, scatter, split_bars, token_histogram
-from capkit.views.frames import load_first_clip, numbers_warning, show_clip
+from capkit.views.frames import clip_player, load_first_clip, numbers_warning, show_clip, time_line
 from capkit.views.heat import content_words, show_attention, word_frames
 from capkit.views.html import (
     CARD,
+    GREEN,
     HTML,
     MUTED,
+    RED,
     caption_facts,
     captions_table,
     file_name,
@@ -36,9 +38,13 @@ __all__ = [
     "load_first_clip",
     "numbers_warning",
     "show_clip",
+    "clip_player",
+    "time_line",
     "CARD",
+    "GREEN",
     "HTML",
     "MUTED",
+    "RED",
     "caption_facts",
     "captions_table",
     "file_name",

@@ -16,7 +16,7 @@ from capkit.runs import clip_seconds
 from capkit.sweep import COGVIDEOX_T5_LIMIT, t5_counter
 from capkit.text import escape
 from capkit.video import STRIP_FRAME_PIXELS, Clip
-from capkit.views.frames import frame_label, numbers_warning
+from capkit.views.frames import clip_player, frame_label, numbers_warning
 from capkit.views.html import (
     BLUE,
     CARD,
@@ -113,7 +113,8 @@ def show_caption(
     parts.append(facts_line(record))
     frames = warning = ""
     if clip is not None:
-        frames = f'<div style="flex:1 1 240px">{caption_frames(record, clip, grounding)}</div>'
+        seen = caption_frames(record, clip, grounding)
+        frames = f'<div style="flex:1 1 240px">{seen}{clip_player(clip)}</div>'
         warning = numbers_warning(clip, _frame_numbers(record, clip))
     return HTML(
         f'<div style="{CARD}">{heading(record)}{warning and note(f"⚠ {warning}")}'

@@ -14,6 +14,7 @@ from capkit.cogvlm2 import DEFAULT_PROMPT, Prompt, PromptLike
 from capkit.text import escape, warn
 from capkit.video import Clip, VideoError, load_clip, resized_and_cut
 from capkit.views.html import CARD, HTML, MUTED, ORANGE, RED, SKY, note, picture, to_webp
+from capkit.views.player import video_player
 
 FRAME_PIXELS = 240  # longer side of a frame's picture
 NEAR_SECONDS = 0.5  # a moment this near to a sampled frame counts as sampled: at one frame a second, all do
@@ -44,7 +45,7 @@ def load_first_clip(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], 
 
 
 def show_clip(clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, image_size: int = 224) -> HTML:
-    """Show the frames that the model sees, with its crop, frame numbers and a time line of what is never sampled.
+    """Show the frames that the model sees, with its crop, frame numbers and a time line, and the clip itself, playing.
 
     Each frame is shown in full. A box marks the model's crop; the rest is grey and dark. Below a frame are its number
     in the prompt and its true time, marked where the number is not the time in seconds.
@@ -69,7 +70,7 @@ def show_clip(clip: Clip, prompt: PromptLike = DEFAULT_PROMPT, image_size: int =
     warning = numbers_warning(clip, numbers)
     return HTML(
         f'<div style="{CARD}">{_heading(clip, box)}{warning and note(f"⚠ {warning}")}'
-        f'<div style="{grid}">{"".join(cells)}</div>{_time_line(clip)}'
+        f'<div style="{grid}">{"".join(cells)}</div>{time_line(clip)}{clip_player(clip)}'
         f'<div style="{MUTED}">{_legend(clip, prompt.template)}</div></div>'
     )
 
@@ -188,8 +189,16 @@ def _legend(clip: Clip, template: str) -> str:
     return escape(f"The box is the part of a frame that the model sees; the grey rest is cut away. {below}")
 
 
-def _time_line(clip: Clip) -> str:
-    """The full video from left to right: tall where sampled, thin where not, dotted outside the window."""
+def clip_player(clip: Clip, link: str | None = None) -> str:
+    """The file of a clip as `video_player`, with what it says of large files and codecs; "" for frames from memory."""
+    return "" if clip.info.path is None else video_player(clip.info.path, clip.info.codec, link)
+
+
+def time_line(clip: Clip, at: float | None = None) -> str:
+    """The full video from left to right, as HTML: tall where sampled, thin where not, dotted outside the window.
+
+    Ticks are the moments of the sampled frames; the one at `at` seconds stands out.
+    """
     begin, end = _extent(clip)
     first, last = _window(clip)
     gaps = unsampled_gaps(clip)
@@ -209,6 +218,7 @@ def _time_line(clip: Clip) -> str:
     line = "top:0;width:2px;height:28px;background:#888;margin-left:-1px"
     times = dict.fromkeys(map(float, clip.timestamps_seconds))
     parts += [part(line, time, title=f"frame at {time:.2f} s") for time in times]
+    parts += [] if at is None else [part(f"top:-3px;height:34px;width:4px;background:{ORANGE};margin-left:-2px", at)]
     label = f"top:30px;width:60px;margin-left:-30px;text-align:center;{MUTED}"
     parts += [part(label, time, text=f"{time:g}") for time in _round_times(begin, end)]
     legend = "Ticks: the sampled frames. Tall: within half a second of one."

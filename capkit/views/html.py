@@ -25,6 +25,7 @@ from capkit.runs import (
 )
 from capkit.text import escape
 from capkit.video import STRIP_COLUMNS, STRIP_FRAME_PIXELS, STRIP_GAP_PIXELS
+from capkit.views.player import video_players
 
 # In an untrusted notebook JupyterLab removes <style> and <svg>, and currentColor and aspect-ratio from inline CSS.
 CARD = "border:1px solid #8886;border-radius:6px;padding:10px;margin:10px 0;max-width:1000px"
@@ -47,7 +48,7 @@ class HTML:
 
 
 def show_captions(store: CaptionStoreLike, records: Sequence[dict[str, Any]], limit: int = 20) -> HTML:
-    """Show each caption below the frames that the model saw, and each error with its reason.
+    """Show each caption below the frames that the model saw, and each error with its reason; clips can be played.
 
     Args:
         store: a `CaptionStore` or its path; its picture strips are shown.
@@ -55,7 +56,12 @@ def show_captions(store: CaptionStoreLike, records: Sequence[dict[str, Any]], li
         limit: show only the first so many, and say how many are left.
     """
     store = CaptionStore.of(store)
-    cards = [card(record, frames_strip(store, record)) for record in records[:limit]]
+    players = video_players(record["video"] for record in records[:limit] if record["status"] == "ok")
+    cards = []
+    for record in records[:limit]:  # a player with the first caption of each clip
+        player = players.pop(record["video"], "")
+        played = player and f"<details><summary>the clip, playing</summary>{player}</details>"
+        cards.append(card(record, frames_strip(store, record) + played))
     if len(records) > limit:
         cards.append(f"<p>{len(records) - limit} more in <code>{escape(str(store.path))}</code></p>")
     return HTML("".join(cards))
@@ -166,9 +172,9 @@ def file_name(record: dict[str, Any]) -> str:
     return name + (seen and f', <span style="color:{RED}">saw only {seen}</span>')
 
 
-def note(html: str) -> str:
-    """A warning, with a red bar at its left."""
-    return f'<div style="border-left:4px solid {RED};padding:3px 8px;margin:4px 0">{html}</div>'
+def note(html: str, color: str = RED) -> str:
+    """A warning, with a red bar at its left, or with another colour something else."""
+    return f'<div style="border-left:4px solid {color};padding:3px 8px;margin:4px 0">{html}</div>'
 
 
 def frames_strip(store: CaptionStore, record: dict[str, Any], max_bytes: float = math.inf) -> str:

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -80,7 +81,7 @@ def test_the_better_variant_comes_first(store, tmp_path):
     while rating.pairs:
         _, first, _ = rating.pairs[0]
         rating.rate("first" if PROMPTS[1] in first else "second")
-    table, pairs = rankings(tmp_path / "ratings.jsonl")
+    table, pairs = rankings(read_ratings(tmp_path / "ratings.jsonl"))
     assert PROMPTS[1] in table["variant"][0] and table["strength"][0] > 0
     assert PROMPTS[1] in pairs["stronger"][0] and pairs["difference"][0] == pytest.approx(2 * table["strength"][0])
 
@@ -125,7 +126,9 @@ def test_windows_of_a_video_are_clips_and_no_variants(tmp_path):
         assert shown_strips(rating) == [store.strips.joinpath(f"{start:g}.webp").read_bytes()]
         seen.append(start)
         rating.rate("tie")
-    assert sorted(seen) == [0.0, 4.0] and rankings(tmp_path / "ratings.jsonl")[0]["num_comparisons"].tolist() == [2, 2]
+    assert sorted(seen) == [0.0, 4.0] and rankings(read_ratings(tmp_path / "ratings.jsonl"))[0][
+        "num_comparisons"
+    ].tolist() == [2, 2]
 
 
 def test_each_caption_has_the_frames_that_it_was_made_from(tmp_path):
@@ -183,3 +186,41 @@ def test_prompts_with_separators_and_a_torn_line_lose_no_rating(store, tmp_path)
     again.rate("first")
     with pytest.warns(UserWarning, match=f"line {len(rated)} is not valid JSON"):
         assert [one["outcome"] for one in read_ratings(path)] == ["tie"] * (len(rated) - 1) + ["first"]
+
+
+def test_undo_brings_back_what_was_rated_or_skipped_also_after_all_are_rated(store, tmp_path):
+    path = tmp_path / "ratings.jsonl"
+    rating = BlindRating(store, path)
+    pairs = list(rating.pairs)
+    assert rating.undo_button.disabled
+    rating.skip_button.click()
+    assert rating.pairs == [*pairs[1:], pairs[0]] and not path.exists()
+    for _ in range(6):
+        rating.rate("first")
+    assert not rating.pairs and rating.skip_button.disabled and len(read_ratings(path)) == 6
+    rating.undo_button.click()  # the last, which was skipped at first
+    assert rating.pairs == [pairs[0]] and not any(button.disabled for button in rating.buttons.children)
+    rating.rate("second")
+    assert [one["outcome"] for one in read_ratings(path)] == ["first"] * 5 + ["second"]
+    for _ in range(6):
+        rating.undo()
+    assert rating.pairs == [*pairs[1:], pairs[0]] and read_ratings(path) == []
+    rating.undo()
+    assert rating.pairs == pairs and rating.undo_button.disabled
+    assert BlindRating(store, path).pairs == pairs  # another sitting: nothing is rated
+
+
+def test_the_ranking_so_far_is_shown_and_on_disk(store, tmp_path):
+    path = tmp_path / "ratings.jsonl"
+    rating = BlindRating(store, path)
+    assert "nothing is rated" in rating.ranking.value
+    for _ in range(3):
+        _, first, _ = rating.pairs[0]
+        rating.rate("first" if PROMPTS[1] in first else "second")
+    table = pd.read_csv(tmp_path / "ratings_ranking.csv")
+    assert PROMPTS[1] in table["variant"][0] and list(table["num_comparisons"]) == [3, 3]
+    assert PROMPTS[1] in pd.read_csv(tmp_path / "ratings_ranking_pairs.csv")["stronger"][0]
+    assert f"{table['strength'][0]:.2f}" in rating.ranking.value
+    assert BlindRating(store, path).ranking.value == rating.ranking.value  # after a restart
+    rating.undo()
+    assert list(pd.read_csv(tmp_path / "ratings_ranking.csv")["num_comparisons"]) == [2, 2]

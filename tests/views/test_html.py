@@ -134,8 +134,8 @@ def test_a_note_beside_the_demo_models_captions_of_clips_that_it_cannot_know(tmp
     panel = Playground(captioner, clips, store, tmp_path)
     for clip, count in zip(clips, (1, 0), strict=True):
         panel.video.value = clip
-        (card,) = panel.cards.children
-        assert card.children[0].value.count(DEMO_NOTICE) == count
+        (card,) = panel.baseline.children
+        assert card.shown.value.count(DEMO_NOTICE) == panel.about_frame.value.count(DEMO_NOTICE) == count
     monkeypatch.setattr(sys, "argv", ["capkit", "show", str(store.path)])
     with pytest.raises(SystemExit):
         capkit.__main__.main()
