@@ -19,7 +19,7 @@ from capkit.views.html import (
     table_html,
     to_webp,
 )
-from capkit.views.page import CaptionsPage
+from capkit.views.page import CaptionsPage, page_path
 from capkit.views.reading import captions_page, compare_runs
 from capkit.views.replacements import show_replacement
 from capkit.views.sweeps import compare_captions, show_sweep
@@ -50,6 +50,7 @@ __all__ = [
     "table_html",
     "to_webp",
     "CaptionsPage",
+    "page_path",
     "captions_page",
     "compare_runs",
     "compare_captions",
