@@ -119,9 +119,14 @@ def undo(path: Path, batch: str) -> int:
 
 
 def write_page(paths: Sequence[Path], out: Path, baseline: str | None = None) -> int:
-    """Write a page of a store's captions, or of what changed from one store to another."""
-    from capkit.views import captions_page, compare_runs
+    """Write a page of a store's captions, or of what changed from one store to another.
 
+    Raises:
+        ValueError: no store, or a name that is no page's.
+    """
+    from capkit.views import captions_page, compare_runs, page_path
+
+    page_path(out)  # before a large store is read
     old, new = _store(paths[0]), _store(paths[-1])
     page = compare_runs(old, new) if len(paths) > 1 else captions_page(old, baseline=baseline)
     print(plain_text(f"{page.summary}: {page.save(out).absolute()}"))

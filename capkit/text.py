@@ -60,7 +60,7 @@ def unknown_name(kind: str, name: str, names: Iterable[str], introduction: str) 
     names = list(names)
     nearest = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"unknown {kind} {name!r}; {hint}{introduction}: {', '.join(names)}"
+    return f"unknown {kind} {name!r}; {hint}{introduction}: {', '.join(names) or 'none'}"
 
 
 class CapkitWarning(UserWarning):

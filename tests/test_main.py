@@ -391,3 +391,12 @@ class TestPages:
         code, printed = main("page", tmp_path, "--out", tmp_path / "a.html")
         assert code == 2 and "holds 2 stores; merge them first (python -m capkit merge)" in printed
         assert not (tmp_path / "a.html").exists()
+
+    @pytest.mark.parametrize("command", ["page", "compare"])
+    def test_a_page_takes_the_place_of_no_other_file(self, main, store, tmp_path, command):
+        before = store.path.read_bytes()
+        stores = [store.path] * (1 if command == "page" else 2)
+        for out in (store.path, tmp_path / "clip.mp4", tmp_path / "page"):
+            code, printed = main(command, *stores, "--out", out)
+            assert code == 2 and printed == f"capkit: {out}: is no name of a page; let it end in .html\n"
+            assert store.path.read_bytes() == before and not (out.exists() and out != store.path)

@@ -198,10 +198,7 @@ class StoreIndex:
             of = self._batches.setdefault(line["batch"], {}) if "batch" in line else self._edits
             of[line["edits"]] = start
         elif "marks" in line:
-            if line["mark"] is None:
-                self._marks.pop(line["marks"], None)
-            else:
-                self._marks[line["marks"]] = start
+            self._marks[line["marks"]] = start
         elif "completes" in line:
             self._complete_batch(line["completes"], set(line["leaves_out"]))
         else:
@@ -247,7 +244,7 @@ class StoreIndex:
     def __contains__(self, request: str) -> bool:
         with self._lock:
             self.refresh()
-            return request in self._places
+            return isinstance(request, str) and request in self._places
 
     def done(self, retry_errors: bool) -> set[str]:
         """Requests with a complete caption or, unless `retry_errors`, with an error."""
@@ -260,31 +257,34 @@ class StoreIndex:
         """The current record of each of these requests that the store has, superseded or not."""
         with self._lock:
             self.refresh()
-            return self._records().at([self._places[request] for request in requests if request in self._places])
+            records, _ = self._records()
+            return records.at([self._places[request] for request in requests if request in self._places])
 
     def current(self) -> Records:
         """The current records, without those that another request for the same video and settings supersedes."""
         with self._lock:
             self.refresh()
-            records, heirs = self._records(), self._heirs()
-            for request in self._edits | self._marks:  # go over to the heir, if it is of the same content
-                place = self._places.get(request, 0)
-                if request in self._places and (heir := int(heirs[place])) != place:
-                    old, new = records.at([place, heir])
-                    if old.get("video_sha256") and old["video_sha256"] == new.get("video_sha256"):
-                        for by_hand in (records.edits, records.marks):
-                            if (start := by_hand.get(self._starts[place])) is not None:
-                                by_hand.setdefault(self._starts[heir], start)
+            records, heirs = self._records()
             is_current = heirs == np.arange(len(heirs))
             is_current[list(self._mended)] = False
             return records.at(np.flatnonzero(is_current))
 
-    def _records(self) -> Records:
+    def _records(self) -> tuple[Records, npt.NDArray[np.int64]]:
+        """All records and `_heirs`; an heir of the same content has the last edit and mark of all it replaces."""
+
         def by_start(by_hand: dict[str, int]) -> dict[int, int]:
             return {self._starts[self._places[name]]: at for name, at in by_hand.items() if name in self._places}
 
-        starts = np.array(self._starts, np.int64)
-        return Records(self.path, starts, by_start(self._edits), by_start(self._marks), self._file_state[:2])
+        starts, heirs = np.array(self._starts, np.int64), self._heirs()
+        records = Records(self.path, starts, by_start(self._edits), by_start(self._marks), self._file_state[:2])
+        for request in self._edits | self._marks:
+            if (place := self._places.get(request)) is not None and (heir := int(heirs[place])) != place:
+                old, new = records.at([place, heir])
+                if old.get("video_sha256") and old["video_sha256"] == new.get("video_sha256"):
+                    for by_hand in (records.edits, records.marks):
+                        if (at := by_hand.get(self._starts[place])) is not None:
+                            by_hand[self._starts[heir]] = max(at, by_hand.get(self._starts[heir], at))
+        return records, heirs
 
     def _heirs(self) -> npt.NDArray[np.int64]:
         """For each place the one shown instead: of those with equal subjects the last complete one, else the last."""
@@ -314,7 +314,9 @@ def record_text(record: dict[str, Any]) -> str:
 
 
 def _mark_fields(line: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """What a mark adds to its record. Once the text is another one, it reads OUTDATED."""
+    """What a mark adds to its record: nothing once it was taken away, and OUTDATED once the text is another one."""
+    if line["mark"] is None:
+        return {}
     is_of_text = line["text"].strip() == record_text(record)
     return {name: line[name] for name in MARK_FIELDS} | ({} if is_of_text else {"mark": OUTDATED})
 

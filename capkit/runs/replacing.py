@@ -121,11 +121,13 @@ def replace(store: CaptionStoreLike, pattern: str, replacement: str, where: Wher
     store = CaptionStore.of(store)
     try:
         regex = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"pattern={pattern!r}: is no regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(f"pattern={pattern!r:.300}: is no regular expression: {error}") from None
+    if not isinstance(replacement, str):
+        raise ValueError(f"replacement={replacement!r}: must be a text")
     try:
         regex.sub(replacement, "")
-    except (re.error, IndexError) as error:
+    except (re.error, IndexError, TypeError) as error:
         raise ValueError(f"replacement={replacement!r}: {error}") from None
     where = dict(where or {}) | {"status": "ok"}
     records = select(store.current(), where)
@@ -173,6 +175,8 @@ def edit_all(store: CaptionStore, edits: Iterable[tuple[str, str]], about: dict[
         while some := list(islice(edits, LINES_AT_ONCE)):
             store.append(*({"edits": name, "text": text, "batch": batch, "created": created} for name, text in some))
             requests.update(name for name, _ in some)
+        if not requests:
+            raise ValueError(f"{store.path}: nothing to replace any more; its texts have changed since the preview")
         since = store.index.edits()
         edited = sorted(request for request in requests if since.get(request) != before.get(request))
         store.append({"completes": batch, "leaves_out": edited, **about, "created": created})
@@ -185,10 +189,10 @@ def undo(store: CaptionStoreLike, batch: str | Batch) -> Batch:
     Raises:
         ValueError: the store has no such batch, or it was taken back before.
     """
-    store, name = CaptionStore.of(store), batch if isinstance(batch, str) else batch.id
+    store, name = CaptionStore.of(store), batch.id if isinstance(batch, Batch) else batch
     batches = store.index.batches()
     if name not in batches:
-        names = [known for known, counts in batches.items() if counts] or ["none"]
+        names = [known for known, counts in batches.items() if counts]
         raise ValueError(f"{store.path}: " + unknown_name("batch", name, names, "to take back there are"))
     if (counts := batches[name]) is None:
         raise ValueError(f"{store.path}: batch {name!r} was taken back before")

@@ -154,7 +154,7 @@ class CaptionStore:
             ValueError: the store has no such request.
         """
         if request not in self.index:
-            raise ValueError(f"{self.path} has no request {request!r} to edit")
+            raise ValueError(f"{self.path} has no request {request!r:.100} to edit")
         self.append({"edits": request, "text": text, "created": now("microseconds")})
 
     def mark(
@@ -180,7 +180,10 @@ class CaptionStore:
             raise ValueError(f"{self.path}: request {request!r} has no caption to mark: {reason}")
         if mark not in (None, *MARKS):
             raise ValueError(f"mark={mark!r}: must be one of {', '.join(map(repr, MARKS))}, or None for no mark")
-        words = [" ".join(word.split()) for word in ([words] if isinstance(words, str) else words) if word.strip()]
+        words = [words] if isinstance(words, str) else list(words)
+        if not all(isinstance(text, str) for text in (*words, remark)):
+            raise ValueError(f"words={words!r}, remark={remark!r}: must be texts")
+        words = [" ".join(word.split()) for word in words if word.strip()]
         if words and mark in (None, "right"):
             raise ValueError(f"words={words!r}: are for captions that are wrong, and mark={mark!r}")
         for word in words:

@@ -21,7 +21,7 @@ from capkit.views.html import (
     show_captions,
     to_webp,
 )
-from capkit.views.page import CaptionsPage
+from capkit.views.page import CaptionsPage, page_path
 from capkit.views.reading import captions_page, compare_runs
 from capkit.views.replacements import show_replacement
 from capkit.views.sweeps import compare_captions, show_sweep
@@ -59,6 +59,7 @@ __all__ = [
     "show_attention",
     "word_frames",
     "CaptionsPage",
+    "page_path",
     "captions_page",
     "compare_runs",
     "compare_captions",

@@ -86,6 +86,14 @@ class _Caption(NamedTuple):
 _Row = list[list[_Caption]]  # the captions of each cell
 
 
+def page_path(path: str | os.PathLike[str]) -> Path:
+    """Where a page goes. Raises ValueError unless it ends as a page does, so that no store or clip is overwritten."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{path}: is no name of a page; let it end in .html")
+    return path
+
+
 @dataclass(frozen=True)
 class CaptionsPage:
     """Captions beside their frames, a row for each clip and a cell for each combination of settings.
@@ -126,8 +134,11 @@ class CaptionsPage:
 
         Further pages are `<name>.page2.html` and so on, beside the first; those that an earlier page of more captions
         left there are deleted.
+
+        Raises:
+            ValueError: as `page_path` does.
         """
-        first = Path(path).expanduser()
+        first = page_path(path)
         starts = range(0, max(self.matrix.num_rows, 1), ROWS_ON_A_PAGE)
         with ThreadPoolExecutor() as pool:  # scaling picture strips down takes time
             for number in range(len(starts), 0, -1):  # the first page last: all it leads to is there

@@ -79,6 +79,11 @@ class TestPreview:
             ("red", "blue", {"promt": "Why?"}, "where: unknown column 'promt'; did you mean 'prompt'"),
             ("red", "blue", {"prompt": "Wherefore?"}, "holds no captions where {'prompt': 'Wherefore"),
             ("red", "\udc00", None, "half a character"),
+            ("a{99999999999}", "x", None, "9}': is no regular expression: the repetition number is too large"),
+            ("(" * 5000 + ")" * 5000, "x", None, "is no regular expression: maximum recursion depth"),
+            (5, "x", None, "pattern=5: is no regular expression"),
+            (b"red", "x", None, "bytes pattern"),
+            ("red", str.upper, None, "replacement=.*upper.*: must be a text"),
         ],
     )
     def test_what_cannot_be_done_is_an_error_and_nothing_is_written(self, store, pattern, replacement, where, message):
@@ -98,6 +103,13 @@ class TestPreview:
             assert preview.num_changed == 0 and "0 of 4 captions" in str(preview)
             with pytest.raises(ValueError, match="nothing to replace: .* 0 of 4 captions"):
                 preview.write()
+
+    def test_what_changes_nothing_any_more_is_no_batch(self, store):
+        preview, num_lines = capkit.replace(store, "Nothing", "Something"), len(store.lines()) + 1
+        store.edit(preview.first[0][0]["request"], "By hand.")
+        with pytest.raises(ValueError, match="nothing to replace any more"):
+            preview.write()
+        assert len(store.lines()) == num_lines
 
 
 class TestBatch:

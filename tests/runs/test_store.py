@@ -640,6 +640,29 @@ class TestReplacedClips:
         store.edit(f"{2:020x}", "By hand, again.")
         assert store.current()[0]["edited_text"] == "By hand, again."
 
+    def test_what_was_done_by_hand_last_counts_for_every_copy_of_the_same_content(self, store, tmp_path):
+        def request(number):
+            store.append(make_record(number, tmp_path / "a.mp4", video_sha256="same", text="A star."))
+            return f"{number:020x}"
+
+        def found(request):
+            (current,), (latest,) = store.current(), store.latest([request])
+            assert current == latest and current["request"] == request
+            return current.get("edited_text"), current.get("mark")
+
+        first = request(1)
+        store.mark(first, "right")
+        second = request(2)
+        assert found(second) == (None, "right")
+        store.edit(second, "By hand.")
+        store.mark(second, "wrong")
+        third = request(3)
+        assert found(third) == ("By hand.", "wrong")
+        audit = capkit.audit(store, 1)
+        assert list(audit) == [] and audit.error_rate().num_wrong.item() == 1
+        store.mark(third, None)
+        assert found(third) == found(request(4)) == ("By hand.", None)
+
     def test_records_that_lack_a_setting_supersede_none(self, store):
         for name in "ab":
             store.append(attempt(name, video="/clips/same.mp4"))
