@@ -7,11 +7,13 @@ import json
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capkit import __version__
 
-Subparsers = argparse._SubParsersAction
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
 EXIT_CODES = """\
 exit codes, of all commands:
   0    done. A clip that cannot be captioned has a record with its error, is counted in the last line, and is no

@@ -66,16 +66,16 @@ def follow(path: Path, conditions: Iterable[str] = ()) -> int:
         _stores(path)  # says what is wrong with it
     stores: dict[Path, CaptionStore] = {}
     num_read: dict[Path, int] = {}  # bytes of each store that were printed
-    is_first = True
+    is_first, title = True, ""
     while True:
         for file in _followed(path):
             store = stores.setdefault(file, CaptionStore(file))
             records, before = store.current(), num_read.get(file, 0)
-            num_read[file] = store.index.size
+            num_read[file] = store.index.end
             if num_read[file] < before:  # it was replaced
                 before = 0
             if num_read[file] > before and (new := select(records.since(before), where)):
-                print_captions(store, new[-LAST:] if is_first else new)
+                title = print_captions(store, new[-LAST:] if is_first else new, title)
         if is_first and not stores:
             print(plain_text(f"{path}: no captions yet; waiting for them"), file=sys.stderr)
         sys.stdout.flush()
@@ -182,11 +182,17 @@ def _print_store(store: CaptionStore, records: Iterable[dict[str, Any]]) -> None
     print(f"\nCaptions:           {store.path.absolute()}\nFrames as seen:     {store.strips.absolute()}/")
 
 
-def print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> None:
-    """Print captions, hand-edited or the model's, or errors, each with its clip; a prompt before those of it."""
+def print_captions(store: CaptionStore, records: Iterable[dict[str, Any]], title: str = "") -> str:
+    """Print captions, hand-edited or the model's, or errors, each with its clip; a prompt before those of it.
+
+    Args:
+        title: of the prompt that was printed last.
+
+    Returns:
+        The same, afterwards.
+    """
     from capkit.runs import mark_text, prompt_title, record_text, seen_part, window_name
 
-    title = ""
     for record in records:
         if record.get("prompt") and title != (title := prompt_title(record)):
             print("\n" + plain_text(f"Prompt: {title}"))
@@ -201,3 +207,4 @@ def print_captions(store: CaptionStore, records: Iterable[dict[str, Any]]) -> No
             print(plain_text(f"  {mark_text(record)}"))
         if notice := store.notice(record):
             print(f"  note: {notice}")
+    return title

@@ -1,7 +1,9 @@
 """The command line: one table of exit codes, errors in one line, and Ctrl-C whatever the command is doing."""
 
 import errno
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,7 +18,9 @@ from store_records import make_record
 
 import capkit.__main__
 from capkit import CaptionStore
-from capkit.runs import DEMO_CLIPS, new_record, request_settings
+from capkit.arguments import make_parser
+from capkit.cogvlm2 import CogVLM2VideoForConditionalGeneration
+from capkit.runs import DEMO_CLIPS, TRAINERS, new_record, request_settings
 from capkit.runs.store import ModelIdentity
 
 CLIPS = sorted(map(str, DEMO_CLIPS.glob("*.mp4")))[:2]
@@ -46,6 +50,7 @@ def store(tmp_path):
     return store
 
 
+TRAINERS_IN_HELP = re.compile(r"trains on: (.*?); default", re.DOTALL)
 COMMANDS = ["caption", "caption-shard", "merge", "show", "page", "compare", "replace", "batch", "doctor"]
 
 
@@ -55,7 +60,136 @@ def test_exit_codes_are_one_table_in_every_help(main, command):
     assert code == 0 and capkit.__main__.EXIT_CODES in printed
 
 
+def test_the_version(main):
+    assert main("--version") == (0, f"capkit {capkit.__version__}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_option_tells_its_default(command):
+    parser = make_parser()._subparsers._group_actions[0].choices[command]
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if action.option_strings and not action.required and action.nargs != 0:
+            told = formatter._expand_help(action)
+            in_words = "default: " in (action.help or "") or not action.default
+            assert "default" in told and (in_words or f"default: {action.default}" in told), told
+
+
+def test_the_help_names_what_there_is(main):
+    printed = " ".join(main("caption-shard", "--help")[1].split()).replace("- ", "-")  # broken at hyphens, too
+    assert re.split(", | or ", TRAINERS_IN_HELP.search(printed)[1]) == [*TRAINERS]
+    assert f"default: {capkit.DEFAULT_PROMPT}" in printed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+class TestNobodyReads:
+    """As in `| head`: no traceback, and only a command that has nothing left to do is done."""
+
+    def run(self, *arguments):
+        code = f"import sys; sys.argv[1:] = {[*map(str, arguments)]!r}; import capkit.__main__ as main; main.main()"
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+        os.close(writer)
+        return ended.returncode, ended.stderr
+
+    def test_help_show_doctor_and_merge(self, store):
+        with CaptionStore(store.path).hold():  # many, so that printing breaks before the end, too
+            store.append(*(make_record(number, store.path) for number in range(300)))
+        plan = {"num_shards": 1, "items": "x", "written": "1", "settings": {}, "shard": 0, "clips": [["a", "a.mp4"]]}
+        folder = store.path.parent / "shards"
+        folder.mkdir()
+        (folder / "shard-00000-of-00001.plan.json").write_text(json.dumps(plan))
+        for arguments in (["--help"], ["show", store.path], ["show", store.path, "--where", "text=none"]):
+            assert self.run(*arguments) == (0, ""), arguments
+        assert self.run("merge", folder) == (1, "capkit: [Errno 32] Broken pipe\n")
+
+    def test_a_replacement_that_is_not_written_is_no_success(self, store):
+        store.append(*(make_record(number, store.path) for number in range(300)))
+        code, errors = self.run("replace", store.path, "dog", "cat", "--write")
+        assert code == 1 and errors == "capkit: [Errno 32] Broken pipe\n"
+        assert not any("edited_text" in record for record in store.current())
+
+
+class TestCaption:
+    FEW = ("--model", GOLDEN, "--device", "cpu", "--max-new-tokens", "3")
+
+    def test_prints_captions_and_keeps_nothing(self, main, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        code, printed = main("caption", *CLIPS, *self.FEW, "--prompt", "What is red?", "--start", "1", "--end", "2.5")
+        assert code == 0 and "Traceback" not in printed
+        assert "Prompt: What is red?" in printed and printed.count("Prompt:") == 1
+        for clip in CLIPS:
+            assert re.search(rf"^{re.escape(clip)} \(1 to 2.5 s\)\n  \S", printed, re.MULTILINE)
+        assert not [*tmp_path.iterdir()]
+
+    def test_into_a_store_and_a_bad_clip(self, main, tmp_path):
+        (tmp_path / "bad.mp4").touch()
+        clips = (tmp_path / "bad.mp4", CLIPS[0])
+        code, printed = main("caption", *clips, *self.FEW, "--output", tmp_path / "out", "--num-frames", "2")
+        assert code == 0 and f"{tmp_path / 'bad.mp4'}\n  error: " in printed
+        assert f"Captions: {tmp_path / 'out' / 'captions.jsonl'}\n" in printed
+        bad, good = CaptionStore(tmp_path / "out").current()
+        assert (bad["status"], good["num_tokens"], len(good["frame_indices"])) == ("error", 3, 2)
+        assert CaptionStore(tmp_path / "out").read_strip(good)
+        assert main("caption", clips[0], *self.FEW)[0] == 1
+        with CaptionStore(tmp_path / "out" / "captions.jsonl").hold():
+            code, printed = main("caption", CLIPS[0], *self.FEW, "--output", tmp_path / "out")
+        assert code == 3 and "another run is captioning" in printed.lower() or "is captioning into this" in printed
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("nowhere.mp4",), "'nowhere.mp4': there is no such file or folder"),
+            ((CLIPS[0], "--start", "-1"), "start_seconds must be a finite number, not negative; got -1.0"),
+            ((CLIPS[0], "--start", "3", "--end", "2"), "end_seconds must be None or above start_seconds, 3; got 2.0"),
+            ((CLIPS[0], "--max-new-tokens", "0"), "max_new_tokens=0"),
+            ((CLIPS[0], "--max-new-tokens", "9", "--decoding", '{"max_new_tokens": 3}'), "give one of them"),
+            ((CLIPS[0], "--decoding", "[1]"), "decoding=[1]: must be"),
+            ((CLIPS[0], "--batch-size", "0"), "batch_size must be a whole number, at least 1; got 0"),
+            ((CLIPS[0], "--prompt", "Who is {camera}?"), "{camera}"),
+            ((CLIPS[0], "--prompt", ""), "prompt"),
+            ((CLIPS[0], "--frame-sampling", "all"), "unknown frame sampling 'all'"),
+            ((CLIPS[0], "--output", __file__), "it is a file"),
+            ((CLIPS[0], "--features-dir", __file__), "features_dir="),
+            ((CLIPS[0], "--answer-prefix", "I see", "--decoding", '{"forbidden_words": ["see"]}'), "answer_prefix="),
+            ((CLIPS[0], "--device", "meta"), "device='meta': cannot be used on this machine"),
+            ((CLIPS[0], "--dtype", "float5"), "dtype='float5'"),
+            ((CLIPS[0], "--revision", "v9"), "revision='v9': has no effect"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["caption", "caption-shard"])
+    def test_wrong_arguments_are_code_2_before_a_model_is_loaded(
+        self, main, tmp_path, monkeypatch, command, arguments, message
+    ):
+        def load(*arguments, **settings):
+            raise AssertionError("the weights are loaded")
+
+        monkeypatch.setattr(CogVLM2VideoForConditionalGeneration, "from_pretrained", load)
+        monkeypatch.chdir(tmp_path)
+        if command == "caption-shard":
+            if "--start" in arguments:
+                return
+            arguments = ("--output", tmp_path / "out", *arguments)
+        code, printed = main(command, *arguments)
+        assert code == 2 and message in printed and "Traceback" not in printed
+
+
 class TestShow:
+    def test_a_hand_edit_is_what_counts_and_said_to_be_one(self, main, tmp_path):
+        store = CaptionStore(tmp_path / "captions.jsonl")
+        for number, fields in enumerate(
+            ({}, {"prompt": "What moves?", "start_seconds": 2.0, "duration_seconds": 9.0}, {"prompt": "What moves?"})
+        ):
+            store.append(make_record(number, tmp_path / f"{number}.mp4", **fields))
+        store.edit(store.current()[1]["request"], "A cat\nsleeps.")
+        code, printed = main("show", store.path)
+        assert code == 0 and printed.count("edited by hand") == 1 and "lawn number 1," not in printed
+        heading = "\nPrompt: What moves?\n"
+        assert f"{heading}\n{tmp_path / '1.mp4'} (2 s to the end)\n  A cat sleeps.\n  edited by hand\n" in printed
+        assert printed.count(heading) == 1 and printed.startswith(f"\nPrompt: {capkit.DEFAULT_PROMPT}\n")
+
     def test_a_store_and_the_folder_that_it_is_in(self, main, store):
         for path in (store.path, store.path.parent):
             code, printed = main("show", path)
@@ -110,6 +244,73 @@ class TestShow:
         moved = store.path.rename(tmp_path / "runs" / "mine" / "captions.jsonl")
         code, printed = main("show", tmp_path / "runs")
         assert code == 2 and str(moved) in printed  # says what to give
+
+
+class TestFollow:
+    @pytest.fixture
+    def follow(self, monkeypatch, capsys):
+        """Follow a store, doing one thing after the other between looks at it; returns what each look printed."""
+
+        def run(path, *between, where=()):
+            looks, todo = [], iter(between)
+
+            def sleep(seconds):
+                printed = capsys.readouterr()
+                looks.append(printed.out + printed.err)
+                if (step := next(todo, None)) is None:
+                    raise KeyboardInterrupt
+                step()
+
+            monkeypatch.setattr("capkit.store_commands.time.sleep", sleep)
+            monkeypatch.setattr(sys, "argv", ["capkit", "show", str(path), "--follow", *where])
+            with pytest.raises(SystemExit, match="130"):
+                capkit.__main__.main()
+            return [re.findall(r"(\d+)\.mp4", look) for look in looks], looks
+
+        return run
+
+    def test_captions_as_they_arrive(self, follow, tmp_path):
+        store = CaptionStore(tmp_path / "captions.jsonl")
+
+        def add(*numbers):
+            for number in numbers:
+                CaptionStore(store.path).append(make_record(number, tmp_path / f"{number}.mp4"))
+
+        def edit():
+            store.edit(f"{3:020x}", "By hand.")
+
+        shown, looks = follow(tmp_path, lambda: add(*range(12)), lambda: None, lambda: add(12, 13), edit)
+        assert looks[0] == f"{tmp_path}: no captions yet; waiting for them\n"
+        assert shown[1:] == [[*map(str, range(12))], [], ["12", "13"], ["3"]]
+        assert "  By hand.\n  edited by hand\n" in looks[-1]
+        assert follow(store.path, lambda: add(20))[0] == [[*map(str, range(4, 14))], ["20"]]  # the last ten first
+        where = ("--where", "video=*1.mp4")
+        assert follow(store.path, lambda: add(30, 31), where=where)[0] == [["1", "11"], ["31"]]
+
+    def test_shards_of_a_run_and_their_merging(self, follow, tmp_path):
+        def add(shard, number):
+            path = tmp_path / f"shard-0000{shard}-of-00002.jsonl"
+            CaptionStore(path).append(make_record(number, tmp_path / f"{number}.mp4"))
+
+        def merge():
+            for shard in range(2):
+                content = (tmp_path / f"shard-0000{shard}-of-00002.jsonl").read_bytes()
+                with open(tmp_path / "captions.jsonl", "ab") as file:
+                    file.write(content)
+
+        add(0, 0)
+        shown, _ = follow(tmp_path, lambda: add(1, 1), lambda: add(0, 2), merge, lambda: add(1, 3))
+        assert shown == [["0"], ["1"], ["2"], [], ["3"]]
+
+    def test_what_is_no_store_is_not_waited_for(self, main, tmp_path):
+        (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x20ftypisom\n" * 10)
+        for name, reason in (
+            ("nowhere", "no such file"),
+            ("clip.mp4", "is no caption store"),
+            ("a/b.jsonl", "no such"),
+        ):
+            code, printed = main("show", "--follow", tmp_path / name)
+            assert code == 2 and reason in printed and printed.count("\n") == 1
 
 
 class TestReplace:

@@ -84,12 +84,14 @@ def load_captioner(
 
     Raises:
         CheckpointError: the checkpoint cannot be found, is damaged or of another kind, or does not fit into memory.
-        ValueError: unknown device, dtype or quantization, quantization without a CUDA GPU, or a revision of "demo" or
-            of a folder.
+        ValueError: unknown device, dtype or quantization, quantization without a CUDA GPU, a revision of "demo" or of
+            a folder, or a `features_dir` that is a file.
         ImportError: quantization is given, but bitsandbytes is not installed.
     """
     device = loading.choose_device(device)
     dtype = loading.choose_dtype(dtype, device)
+    if features_dir is not None and Path(features_dir).expanduser().is_file():
+        raise ValueError(f"features_dir={str(features_dir)!r}: is a file; name a folder")
     if quantization is not None:
         loading.quantization_config(quantization, dtype, device)  # raises before anything is downloaded
     folder = loading.find(DEMO_CHECKPOINT if model == "demo" else model, revision)

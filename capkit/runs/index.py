@@ -144,6 +144,11 @@ class StoreIndex:
         """Bytes of the file that have been read."""
         return self._file_state[2] if self._file_state else 0
 
+    @property
+    def end(self) -> int:
+        """Where the last complete line that was read ends, in bytes."""
+        return self._end
+
     def refresh(self) -> None:
         """Read what was added to the file; nothing if it does not exist."""
         with self._lock, naming(self.path):

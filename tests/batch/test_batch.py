@@ -422,6 +422,14 @@ class TestRun:
         (record,) = capkit.CaptionStore(folder / "runs" / "captions" / "results" / "captions.jsonl").current()
         assert record["status"] == "ok" and record["num_tokens"] == 4
 
+    def test_files_beside_the_table_are_no_modules(self, folder, capsys):
+        """Relative paths begin there, but neither capkit, papermill nor a notebook imports from there."""
+        for name in ("papermill", "ipykernel_helper", "colorsys"):
+            (folder / f"{name}.py").write_text("raise SystemExit('imported from the folder of the table')")
+        code = "import colorsys, importlib.util, pathlib\nassert importlib.util.find_spec('ipykernel_helper') is None"
+        write_notebook(folder / "tiny.ipynb", f"{code}\nassert pathlib.Path('colorsys.py').exists()")
+        assert run_command(table(folder, "- {notebook: tiny.ipynb, name: one}\n")) == 0, capsys.readouterr().out
+
     def test_a_dry_run_starts_nothing_and_workers_are_checked(self, folder, capsys):
         path = table(folder, "notebook: tiny.ipynb\ngrid: {n: [1, 2]}\n")
         assert run_command(path, dry_run=True) == 0

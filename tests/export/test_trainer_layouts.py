@@ -15,7 +15,7 @@ from store_records import make_record
 from video_factory import encode_clip
 
 from capkit import CaptionStore
-from capkit.export import LAYOUTS, export_dataset
+from capkit.export import LAYOUTS, check_export, export_dataset
 from capkit.files import file_sha256
 
 tomllib = pytest.importorskip("tomllib")  # from Python 3.11
@@ -323,7 +323,9 @@ def test_a_share_of_empty_captions(tmp_path, clip, layout):
     if layout in READERS:
         assert_read_back(layout, tmp_path / "out", report)
     again = export_dataset(store, layout, tmp_path / "again", **settings)
+    check_export(layout, tmp_path / "other", **settings, seed=1)
     other = export_dataset(store, layout, tmp_path / "other", **settings, seed=1)
+    assert other.options["seed"] == 1
     assert list(again.table["text"]) == list(report.table["text"]) != list(other.table["text"])
     if LAYOUTS[layout].adds_trigger:
         with pytest.raises(ValueError, match="would put the trigger word before empty captions"):

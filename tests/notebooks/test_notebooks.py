@@ -186,7 +186,11 @@ class TestSweep:
         assert "6 cells x 3 clips: 27 captions" in shown and "27/27 captions, 0 errors" in shown
         assert "\r" not in shown and "jupyter.widget" not in shown
         settings = yaml.safe_load((folder / "winner.yaml").read_text()) | FAST
-        run("01", tmp_path, limit=1, **settings)  # its settings are parameters of notebook 01
+        run("01", tmp_path, limit=1, **settings)  # its settings are parameters of notebook 01, and of 02
+        run("02", tmp_path, limit=1, **settings)
+        made = capkit.CaptionStore(tmp_path / "runs" / "captions" / "captions.jsonl").current()
+        viewed = capkit.CaptionStore(tmp_path / "runs" / "view" / "captions.jsonl").current()
+        assert [record["request"] for record in viewed] == [record["request"] for record in made]
         _, shown = run("03", tmp_path, limit=3, prompts=["default", "sentence", "Why?"])
         assert "9 captions to make, 18 done before" in shown  # only the changed prompt's cells
 

@@ -1,5 +1,6 @@
 """Parameters of the notebooks: what papermill's command passes is taken for what it means, or refused in time."""
 
+import inspect
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import pytest
 from notebook_runner import NOTEBOOK_PATHS
 
 import capkit
-from capkit.batch.parameters import code_cells
+from capkit.batch.parameters import code_cells, parameter_annotations
+from capkit.export import EXPORT_OPTIONS, export_dataset
 from capkit.runs import find_clips
 
 
@@ -23,6 +25,12 @@ def execute_here(name, **parameters):
     namespace = {"In": ["", first, injected], "display": print}
     for source in (first, injected, *others):
         exec(source, namespace)
+
+
+def test_notebook_05_takes_every_argument_of_an_export():
+    arguments = inspect.signature(export_dataset).parameters.keys() - {"stores", "layout", "output_dir"}
+    parameters = parameter_annotations(code_cells(find("05"))[0]["source"])
+    assert {*EXPORT_OPTIONS} <= arguments and arguments - parameters.keys() == {*EXPORT_OPTIONS}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +49,9 @@ def execute_here(name, **parameters):
         ("05", {"options": {"trainer": {"num_frames": 50}}}, "num_frames=50: CogVideo's finetune/ takes only 8 N + 1"),
         ("05", {"options": {"cuts": "encode"}}, "unknown {'cuts'}; there are leave_out, trainer, cut, crf, several"),
         ("05", {"options": {"cut": "copy"}}, "cut='copy': must be one of '', 'encode'"),
+        ("05", {"options": {"seed": "one"}}, "seed='one': must be a whole number"),
+        ("05", {"options": {"empty_share": "half"}}, "empty_share='half': must be at least 0 and below 1"),
+        ("05", {"options": {"several": "no"}}, "several='no': must be true or false"),
         (
             "01",
             {"parts": {"window_seconds": 1e-7}},

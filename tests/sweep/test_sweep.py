@@ -466,10 +466,11 @@ def test_references_of_a_manifest_come_along(demo, tmp_path):
     assert table["reference"].tolist()[0] == "A star." and table["reference"].isna().tolist() == [False, True]
 
 
-def test_a_cell_is_parameters_of_notebook_01():
+@pytest.mark.parametrize("name", ["01_caption_clips", "02_view_frames"])
+def test_a_cell_is_parameters_of_notebooks(name):
     import nbformat
 
-    notebook = nbformat.read(NOTEBOOKS / "01_caption_clips.ipynb", as_version=4)
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     for settings in plan_sweep(CLIPS[:1], **AXES).cells:
         parameters = settings.to_parameters()

@@ -18,7 +18,7 @@ from capkit.cogvlm2 import pixels_to_frames, preprocess_frames
 from capkit.views import captions_table, compare_captions, mark_differences, show_caption, show_clip, show_sweep
 from capkit.views.captions import t5_kept
 from capkit.views.frames import FRAME_PIXELS, crop_box, draw_crop, unsampled_gaps
-from capkit.views.html import BLUE, GREEN, PURPLE, RED
+from capkit.views.html import BLUE, GREEN, PURPLE, RED, card
 
 
 def length_of_common_words(first, second):
@@ -313,6 +313,11 @@ def test_a_table_has_captions_in_full_and_errors_without_the_path():
     assert cells[12:] == ["b.mp4", "not captioned: no such file", "", "", "", ""] and "1 more in the store" in html
     seen = record | {"timestamps_seconds": [float(second) for second in range(24)], "duration_seconds": 60.0}
     assert "saw only 24 of 60 s" in text_of(captions_table([seen]).html) and "saw only" not in html
+    for by_hand in (record, failed):  # a caption, and an error in whose place somebody has written one
+        html = captions_table([by_hand | {"edited_text": "By hand."}]).html
+        assert "By hand." in html and "edited by hand" in html and "word" not in html and "no such file" not in html
+    html = card(failed | {"edited_text": "By hand.", "prompt": "What?"}, "")
+    assert "By hand." in html and "edited by hand" in html and "not captioned: no such file" in html
 
 
 def test_a_clip_of_which_only_a_part_was_seen_says_so_beside_any_caption(tmp_path):
