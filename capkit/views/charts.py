@@ -202,7 +202,7 @@ def token_histogram(num_tokens: pd.Series, limit: int) -> Chart:
     axes.axvline(limit, color=RED, label=f"{limit} tokens are kept")
     axes.set(xlabel="T5 tokens", ylabel="captions")
     axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.legend(fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)  # where no bar can be
     return figure
 
 
