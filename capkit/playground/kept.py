@@ -73,7 +73,7 @@ def static_html(widget: widgets.Widget) -> str:
         return f'<div style="{style}">{"".join(parts)}</div>' if parts else ""
     if isinstance(widget, widgets.HTML):
         return re.sub(r"<video\b.*?</video>", "", widget.value)  # megabytes, which every update would send again
-    value = getattr(widget, "label", getattr(widget, "value", None))
-    if value in (None, "", ()) or getattr(widget, "disabled", False):
+    name, value = getattr(widget, "description", ""), getattr(widget, "label", getattr(widget, "value", None))
+    if not name or value in (None, "", ()) or getattr(widget, "disabled", False):
         return ""
-    return f'<span style="{MUTED}">{escape(widget.description)}:</span> <span dir="auto">{escape(value)}</span>'
+    return f'<span style="{MUTED}">{escape(name)}:</span> <span dir="auto">{escape(value)}</span>'

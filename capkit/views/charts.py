@@ -106,20 +106,25 @@ def scatter(table: pd.DataFrame, x: str, y: str, label: str = "cell") -> Chart:
     axes.legend(
         loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7, frameon=False, handlelength=0, title="number of a point"
     )
-    figure.draw_without_rendering()  # only now it is known how near points are to each other
-    places = axes.transData.transform(means.to_numpy()) * 72 / figure.dpi
+    _number_points(figure, axes, means.to_numpy())
+    return figure
+
+
+def _number_points(figure: Chart, axes: Axes, points: np.ndarray) -> None:
+    """Write the numbers of points (N, 2) beside them, those of points that are near each other together."""
+    figure.draw_without_rendering()  # only now it is known where points are
+    places = axes.transData.transform(points) * 72 / figure.dpi
     groups: list[list[int]] = []
-    for point in range(len(places)):
-        near = (group for group in groups if np.linalg.norm(places[group[0]] - places[point]) < NEAR_POINTS)
-        if group := next(near, None):
-            group.append(point)
-        else:
-            groups.append([point])
+    for point, place in enumerate(places):
+        near = (group for group in groups if np.linalg.norm(places[group[0]] - place) < NEAR_POINTS)
+        group = next(near, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(point)
     for group in groups:
         numbers = textwrap.fill(", ".join(str(point + 1) for point in group), 24)
         rightmost = max(group, key=lambda point: places[point][0])
-        axes.annotate(numbers, means.iloc[rightmost], (5, 4), textcoords="offset points", fontsize=8)
-    return figure
+        axes.annotate(numbers, points[rightmost], (5, 4), textcoords="offset points", fontsize=8)
 
 
 def forest_plot(comparison: pd.DataFrame, measure: str, baseline: str) -> Chart:
@@ -141,11 +146,10 @@ def forest_plot(comparison: pd.DataFrame, measure: str, baseline: str) -> Chart:
     names = [f"{cell}  ({_p_value(p)})" for cell, p in zip(_labels(rows["cell"]), rows["p_adjusted"], strict=True)]
     _name_rows(axes, names)
     axes.set_xlabel(f"{_mean(measure)}: difference from\n{_label(baseline, 50)}", fontsize=9)
-    line, clear, unclear = "95 % intervals, which hold all together", "p < 0.05", "p of 0.05 and more, or not tested"
     handles = [
-        Line2D([], [], color=GREY, label=line),
-        Line2D([], [], color=RED, marker="o", label=f"filled: {clear}, corrected for all comparisons"),
-        Line2D([], [], color=BLUE, marker="o", markerfacecolor="white", label=f"hollow: {unclear}"),
+        Line2D([], [], color=GREY, label="95 % intervals, which hold all together"),
+        Line2D([], [], color=RED, marker="o", label="filled: p < 0.05, corrected for all comparisons"),
+        Line2D([], [], color=BLUE, marker="o", markerfacecolor="white", label="hollow: larger p, or not tested"),
     ]
     figure.legend(handles=handles, loc="outside lower center", fontsize=8, frameon=False)
     return figure
@@ -198,7 +202,7 @@ def token_histogram(num_tokens: pd.Series, limit: int) -> Chart:
     axes.axvline(limit, color=RED, label=f"{limit} tokens are kept")
     axes.set(xlabel="T5 tokens", ylabel="captions")
     axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.legend(fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)  # where no bar can be
     return figure
 
 

@@ -571,6 +571,38 @@ def test_marking_by_hand(lab, open_page):
     assert page.away == []
 
 
+def test_a_widget_is_seen_once_and_its_static_twin_after_saving(lab, open_page):
+    """Live, saved as it was filtered last, and opened by someone who has neither the kernel nor the trust."""
+    path = lab.folder / "kept.ipynb"
+    source = "import pandas as pd\nfrom capkit.playground import browse\n"
+    source += "browse(pd.DataFrame({'cell': ['alpha', 'beta'], 'words': [1, 2]}))"
+    cells = [nbformat.v4.new_markdown_cell("# Kept?"), nbformat.v4.new_code_cell(source)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    page = open_page()
+    lab.open(page, path)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.get_by_placeholder("only rows with this text").fill("ALPHA")
+    page.keyboard.press("Enter")
+    seen, twin = page.locator(".jupyter-widgets td"), page.locator("[class*=capkit-kept]")
+    expect(seen).to_have_text(["alpha", "1"])
+    expect(twin.locator("td")).to_have_text(["alpha", "1"])
+    expect(twin).to_be_hidden()
+    page.screenshot(path=SCREENSHOTS / "kept_live.png")
+    page.keyboard.press("Control+S")
+    expect(page.locator(".jp-mod-dirty")).to_have_count(0)
+    saved = nbformat.read(path, 4)
+    assert not saved.metadata.get("widgets")
+    saved.cells[0].source += " By another."  # no longer what was trusted here
+    nbformat.write(saved, path.with_name("sent.ipynb"))
+    page = open_page()
+    lab.open(page, path.with_name("sent.ipynb"))
+    expect(page.locator("[class*=capkit-kept] td")).to_have_text(["alpha", "1"])
+    expect(page.locator("[class*=capkit-kept]")).to_be_visible()
+    page.screenshot(path=SCREENSHOTS / "kept_sent.png")
+
+
 # ---- views ---------------------------------------------------------------------------------------------------------
 
 

@@ -133,3 +133,5 @@ def test_token_histogram_marks_the_limit_and_counts_every_caption():
     (axes,) = figure.axes
     assert sum(bar.get_height() for bar in axes.patches) == 3
     assert [line.get_xdata()[0] for line in axes.lines] == [224]
+    figure.draw_without_rendering()
+    assert not axes.get_legend().get_window_extent().overlaps(axes.bbox)  # it hides no bar
