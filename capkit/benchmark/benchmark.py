@@ -280,7 +280,7 @@ class Benchmark(Measurements):
         pair = score_and_attend(self.captioner, self.clips[0], captions[0])
         score, seconds = take_turns(pair, size.num_loads, self.device)
         shares = self._shares(seconds, 1, 1, size.num_grounded_tokens)
-        self._add("see where a caption's words look", "2 x scoring it", "s", (2 * score, seconds), **shares)
+        self._add("see where a caption's words look", "2 x scoring it", "s", (2 * score, seconds), "", **shares)
         self._add_memory("extra memory to see where a caption's words look", "scoring it", pair, self.device, "")
 
     def _compiled(self) -> None:

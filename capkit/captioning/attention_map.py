@@ -78,8 +78,8 @@ class AttentionMap:
 
         Half of it counts what the patches get, half the two positions that begin and end a frame.
         """
-        parts = self.weights.sum((2, 3)), self._of_words(self.edge_rows)
-        return sum(part / part.sum(1, keepdims=True) for part in parts) / 2
+        patches, edges = self.weights.sum((2, 3)), self._of_words(self.edge_rows)
+        return patches / patches.sum(1, keepdims=True) / 2 + edges / edges.sum(1, keepdims=True) / 2
 
     @property
     def frames(self) -> np.ndarray:

@@ -8,7 +8,7 @@ import threading
 import ipywidgets as widgets
 
 from capkit.captioning import AttentionMap
-from capkit.playground.controls import button
+from capkit.playground.controls import WIDE, button
 from capkit.text import plain_text
 from capkit.video import Clip
 from capkit.views import content_words, word_frames
@@ -36,7 +36,7 @@ class Looked(widgets.VBox):
         self.looked, self.clip, self._lock = looked, clip, threading.Lock()
         self.buttons = widgets.HBox(
             [
-                button(plain_text(word), functools.partial(self.show, at), layout={"width": "auto"})
+                button(plain_text(word), functools.partial(self.show, at), layout=WIDE)
                 for at, (word, _) in enumerate(looked.words)
             ],
             layout={"flex_flow": "row wrap"},
@@ -44,7 +44,7 @@ class Looked(widgets.VBox):
         self.shown = widgets.HTML()
         super().__init__([self.buttons, self.shown])
         self.place = 0
-        self.show([*content_words(looked), 0][0])
+        self.show(next(iter(content_words(looked)), 0))
 
     def show(self, place: int) -> None:
         """Show where the model looked for the word at this place."""

@@ -102,13 +102,13 @@ def show_caption(
         spans = [(0, escape(prefix)), *_doubt_spans(pieces, logprobs, len(prefix))]
     parts = [caption_paragraph(record, _strike(spans, kept))]
     if logprobs is not None:
-        parts.append(_legend("Doubt. The chance that the model gave each word:", _BY_PROBABILITY))
+        parts.append(_legend("Doubt, for the model's own mistakes. The chance of each word:", _BY_PROBABILITY))
     if kept < len(text.rstrip()):
         parts.append(_cut_note(text[kept:], t5_limit))
     if grounding is not None and grounding.words:
         leans = _leaned_on(grounding, record, clip)
         parts += ["<hr>", paragraph(escape(prefix) + _word_spans(grounding, leans))]
-        parts.append(_legend("Support. Each word with the video:", _BY_SUPPORT))
+        parts.append(_legend("Support, for words that people changed. Each word with the video:", _BY_SUPPORT))
         parts.append(_words_table(grounding, leans))
     parts.append(facts_line(record))
     frames = warning = ""

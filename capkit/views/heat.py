@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
@@ -78,8 +76,8 @@ def word_frames(looked: AttentionMap, clip: Clip, at: int) -> HTML:
     return HTML(f'{note}<div style="{_GRID}">{"".join(cells)}</div>')
 
 
-def _frames(looked: AttentionMap, clip: Clip) -> Sequence[np.ndarray]:
-    """The frames as the model sees them, small."""
+def _frames(looked: AttentionMap, clip: Clip) -> np.ndarray:
+    """The frames as the model sees them, small: uint8 (T, S, S, 3)."""
     if len(clip) != len(looked.timestamps_seconds):
         raise ValueError(f"attention to {len(looked.timestamps_seconds)} frames, but a clip of {len(clip)}")
     return pixels_to_frames(preprocess_frames(clip.frames, STRIP_FRAME_PIXELS))
@@ -95,7 +93,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _word_cell(looked: AttentionMap, frames: Sequence[np.ndarray], at: int) -> str:
+def _word_cell(looked: AttentionMap, frames: np.ndarray, at: int) -> str:
     """A word below the frame with the patch that it attends to most, and the frame that it attends to most."""
     weights, (place, row, column), when = looked.weights[at], looked.places[at], looked.frames[at]
     pictures = []

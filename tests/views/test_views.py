@@ -212,7 +212,7 @@ class TestCaption:
         assert re.findall(r'<span title="([\d.]+)%"[^>]*>([^<]*)<', html) == [
             *(("50.0", "A"), ("40.0", "star"), ("25.0", "moves.")),
         ]
-        assert "Doubt. The chance" in html and "Support. Each word" in html
+        assert "Doubt, for the model's own mistakes." in html and "Support, for words that people changed." in html
 
     def test_frames_are_named_by_number_and_time(self, random_clip):
         clip = capkit.Clip.from_frames(random_clip().frames, [0, 2, 5])
