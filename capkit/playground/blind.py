@@ -18,11 +18,11 @@ import pandas as pd
 
 from capkit.captioning import Decoding
 from capkit.files import append_lines, atomic_write, read_lines
-from capkit.playground.controls import WRAP, button
+from capkit.playground.controls import SCROLLED, WRAP, button
 from capkit.playground.keys import KeyPanel, with_key
 from capkit.runs import CaptionStore, CaptionStoreLike, clip_id, is_stopped, prompt_title
 from capkit.sweep import OUTCOMES, bradley_terry, bradley_terry_pairs
-from capkit.text import escape
+from capkit.text import escape, spreadsheet_cell
 from capkit.video import FrameSampling
 from capkit.views import HTML, MUTED, file_name, frames_strip, record_text, table_html
 
@@ -137,11 +137,12 @@ class BlindRating(KeyPanel):
         """Show the pair again that was rated or skipped last in this sitting, and take its rating back."""
         if not self._done:
             return
-        pair, was_rated = self._done.pop()
+        pair, was_rated = self._done[-1]
         if was_rated:
             self._write(pair, UNDONE)
         else:
             self.pairs.remove(pair)
+        self._done.pop()
         self.pairs.insert(0, pair)
         self._show()
 
@@ -153,7 +154,8 @@ class BlindRating(KeyPanel):
         if outcome != UNDONE:
             self._rated[_unordered(rating)] = rating
         for name, table in zip(("ranking", "ranking_pairs"), rankings(self._rated.values()), strict=True):
-            atomic_write(self.ratings.with_name(f"{self.ratings.stem}_{name}.csv"), table.to_csv(index=False))
+            content = table.map(spreadsheet_cell).to_csv(index=False)
+            atomic_write(self.ratings.with_name(f"{self.ratings.stem}_{name}.csv"), content)
 
     def static(self) -> HTML:
         """The pair that is shown, as static HTML."""
@@ -176,7 +178,7 @@ class BlindRating(KeyPanel):
         sides = "".join(
             '<div style="flex:1 1 300px;border:1px solid #8886;border-radius:6px;padding:8px;overflow-wrap:anywhere">'
             f"<b>{side}</b><br>{'' if shared else strip}"
-            f'<div dir="auto" style="white-space:pre-wrap">{escape(record_text(record))}</div></div>'
+            f'<div dir="auto" style="white-space:pre-wrap;{SCROLLED}">{escape(record_text(record))}</div></div>'
             for side, record, strip in zip("AB", records, strips, strict=True)
         )
         left = "1 pair left" if len(self.pairs) == 1 else f"{len(self.pairs)} pairs left"

@@ -11,13 +11,11 @@ import ipywidgets as widgets
 
 from capkit.captioning import Decoding
 from capkit.playground.blind import settings_name
-from capkit.playground.controls import TEXT, WIDE, WRAP, button
+from capkit.playground.controls import SCROLLED, TEXT, WIDE, WRAP, button
 from capkit.runs import prompt_title, setting
 from capkit.text import escape
 from capkit.video import FrameSampling
 from capkit.views import MUTED, caption_facts, mark_differences, note, record_text
-
-_SCROLLED = "max-height:20em;overflow:auto"  # a caption that repeats itself does not stretch the page
 
 
 class Card(widgets.VBox):
@@ -82,7 +80,7 @@ class Card(widgets.VBox):
         other = f"<div>differs from the baseline: {escape(others)}</div>" if others else ""
         self.shown.value = (
             f'<div style="{TEXT}"><div style="max-height:4.5em;overflow:auto">{title}</div>{other}'
-            f'<div dir="auto" style="white-space:pre-wrap;margin:6px 0;{_SCROLLED}">{marked}</div>{notes}'
+            f'<div dir="auto" style="white-space:pre-wrap;margin:6px 0;{SCROLLED}">{marked}</div>{notes}'
             f'<div style="{MUTED}">{escape(settings_name(record))}; {caption_facts(record)}</div></div>'
         )
 
@@ -102,11 +100,13 @@ class Card(widgets.VBox):
         self.edit.value = record_text(self.record)
         self.edit.layout.display, self.discard_button.layout.display = "flex", None
         self.edit_button.description, self.edit_button.button_style = "save edit", "primary"
+        self.fold_button.disabled = True
 
     def close_edit(self) -> None:
         """Leave the text as it was before the edit."""
         self.edit.layout.display = self.discard_button.layout.display = "none"
         self.edit_button.description, self.edit_button.button_style = "edit", ""
+        self.fold_button.disabled = False
 
 
 def differences(record: dict[str, Any], baseline: dict[str, Any]) -> list[str]:

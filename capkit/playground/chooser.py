@@ -118,11 +118,9 @@ class ClipChooser:
         self._on_change()
 
     def _show_player(self) -> None:
-        path = None if self.clip is None else self.video.value
-        if path != self._played and self.clip is not None:  # else it goes on playing
-            self.player.value = clip_player(self.clip, server_link(path))
-        self.player.layout.display = "none" if path is None else None
-        self._played = path or self._played
+        self.player.layout.display = "none" if self.clip is None else None
+        if self.clip is not None and self._played != (path := str(self.video.value)):  # else it goes on playing
+            self.player.value, self._played = clip_player(self.clip, server_link(path)), path
 
     @locked
     def change(self, function: Callable[[], None]) -> None:

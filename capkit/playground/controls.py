@@ -16,6 +16,7 @@ from capkit.views import GREEN, RED, note
 WIDE = {"width": "auto"}
 WRAP = {"flex_flow": "row wrap"}
 TEXT = "line-height:1.45;overflow-wrap:anywhere"  # widgets inherit the line height of controls
+SCROLLED = "max-height:20em;overflow:auto"  # a caption that repeats itself does not stretch the page
 _INTEGER, _FLOAT, _SLIDER = widgets.BoundedIntText, widgets.BoundedFloatText, widgets.FloatSlider
 
 

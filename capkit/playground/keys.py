@@ -24,7 +24,7 @@ window.capkitKeys ??= (() => {
     const at = event.target, panel = panelOf(at) ?? (last && at.contains(last) ? last : null);
     if (!panel || event.isComposing || event.altKey || event.shiftKey) return;
     const key = (event.ctrlKey || event.metaKey ? "ctrl-" : "") + event.key.toLowerCase();
-    const isTyped = at.matches(boxes) || (at.matches("[role=slider]") && key.startsWith("arrow"));
+    const isTyped = at.matches(boxes) || (at.matches("[role=slider], video") && key.startsWith("arrow"));
     if (isTyped && key != "ctrl-enter" && key != "escape") return;
     const button = panel.querySelector(".capkit-key-" + CSS.escape(key));
     if (!button ? !/^[a-z0-9]$/.test(key) : key == "escape" && button.disabled) return;

@@ -9,7 +9,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from capkit.playground.controls import WIDE, button
+from capkit.playground.controls import SCROLLED, WIDE, button
 from capkit.playground.kept import Kept
 from capkit.runs import MARK_FIELDS, MARKS, OUTDATED, Audit, CaptionStore, CaptionStoreLike, record_text, select
 from capkit.text import escape
@@ -110,7 +110,9 @@ class Marking(Kept):
         self._is_marked[self.place] = _is_marked(record)
         left = f"caption {self.place + 1} of {len(self.requests)}; {self._is_marked.count(False)} not marked"
         prompt = f'<span dir="auto">{escape(record.get("prompt", ""))}</span>'
-        text = f'<div dir="auto" style="white-space:pre-wrap;margin:6px 0">{escape(record_text(record))}</div>'
+        text = (
+            f'<div dir="auto" style="white-space:pre-wrap;margin:6px 0;{SCROLLED}">{escape(record_text(record))}</div>'
+        )
         self.shown.value = (
             f'<div style="{_TEXT}"><div style="{MUTED}">{file_name(record)}; {left}. {prompt}</div>'
             f'{frames_strip(self.store, record)}{text}<div style="{MUTED}">{caption_facts(record)}</div></div>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import defaultdict
@@ -89,6 +90,7 @@ class Playground(KeyPanel):
         self._cards: dict[str, list[Card]] = {}  # by clip, the newest last
         self._baselines: dict[str, Card] = {}  # by clip
         self._captioned: dict[str, Any] | None = None  # settings of the caption that is being made
+        self._words_clip = ""  # its picture and name
         self._stream: CaptionStream | None = None
         self._thread: threading.Thread | None = None
         self._is_stopped = threading.Event()  # a sweep
@@ -105,7 +107,8 @@ class Playground(KeyPanel):
         self.baseline = widgets.VBox(layout={"flex": "1 1 260px", "min_width": "0"})
         self.cards = widgets.GridBox(layout=_CARDS)
         self.older = widgets.HTML()
-        self.sweep = SweepBar(self.output_dir / "sweep_axes.yaml", self.chooser.items, self._start_sweep)
+        axes_file = self.output_dir / "sweep_axes.yaml"
+        self.sweep = SweepBar(axes_file, self.chooser.items, self._start_sweep, self._show_sweep)
         row = {"display": "flex", "flex_flow": "row wrap"}
         compared = widgets.Box([self.cards, self.baseline], layout=row | {"grid_gap": "12px", "margin": "10px 0"})
         self.baseline.layout.order = "-1"  # in the page the newest comes first, for the keyboard
@@ -239,7 +242,7 @@ class Playground(KeyPanel):
         try:
             for item in items:
                 self.progress.value = f"<i>sweep: {num_done} of {plural(len(items), 'clip')}</i>"
-                shown = {card.record["request"] for cards in self._cards.values() for card in cards}
+                shown = {card.record["request"] for card in itertools.chain.from_iterable(self._cards.values())}
                 for record in run_sweep(self.captioner, [item], self.store, **axes).records:
                     num_made += record["status"] == "ok"
                     num_failed += record["status"] == "error"
@@ -267,6 +270,7 @@ class Playground(KeyPanel):
         self._show_message("")
         self._show_words_clip()
         self._show_results()
+        self.sweep.show()  # clips may have been added
 
     def _cards_of(self, clip: str) -> list[Card]:
         """The cards of a clip, of earlier sittings first."""
@@ -342,7 +346,12 @@ class Playground(KeyPanel):
     def _to_sweep(self, card: Card) -> None:
         """Add a card to the sweep, or take it out."""
         self.sweep.toggle(card.record)
-        self._show_message(f"sweep axes written to {self.sweep.path}", is_good=True)
+        self._show_message(f"sweep axes written to {self.sweep.path}" if self.sweep.records else "", is_good=True)
+
+    def _show_sweep(self) -> None:
+        for card in itertools.chain.from_iterable(self._cards.values()):
+            is_in = card.record["request"] in self.sweep.records
+            card.sweep_button.description = "out of the sweep" if is_in else "to a sweep"
 
     def _show_message(self, message: str, is_good: bool = False) -> None:
         self.message.value = message_html(message, is_good)

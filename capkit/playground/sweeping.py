@@ -24,12 +24,17 @@ class SweepBar(widgets.VBox):
         path: the YAML file of the axes.
         clips: returns the clips of a sweep: of the chosen one, or of all.
         start: called with a sweep's clips and axes.
+        on_change: called when captions were added or taken out.
     """
 
     def __init__(
-        self, path: Path, clips: Callable[[bool], list[Item]], start: Callable[[list[Item], dict[str, Any]], None]
+        self,
+        path: Path,
+        clips: Callable[[bool], list[Item]],
+        start: Callable[[list[Item], dict[str, Any]], None],
+        on_change: Callable[[], None],
     ) -> None:
-        self.path, self._clips, self._start = path, clips, start
+        self.path, self._clips, self._start, self._on_change = path, clips, start, on_change
         self.records: dict[str, dict[str, Any]] = {}  # by request
         self.about = widgets.HTML()
         self.here_button = button("sweep this clip", functools.partial(self.start, False), layout=WIDE, icon="play")
@@ -47,15 +52,16 @@ class SweepBar(widgets.VBox):
         """
         if self.records.pop(record["request"], None) is None:
             self.records[record["request"]] = record
-        self.layout.display = "flex" if self.records else "none"
         if self.records:
             atomic_write(self.path, yaml.safe_dump(self.axes, sort_keys=False, allow_unicode=True))
         self.show()
+        self._on_change()
 
     def clear(self) -> None:
         """Take all out; the file stays."""
         self.records.clear()
-        self.layout.display = "none"
+        self.show()
+        self._on_change()
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -68,6 +74,7 @@ class SweepBar(widgets.VBox):
 
     def show(self) -> None:
         """Say what the sweep is."""
+        self.layout.display = "flex" if self.records else "none"
         if not self.records:
             return
         axes, clips = self.axes, self._clips(True)

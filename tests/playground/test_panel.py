@@ -486,9 +486,10 @@ def test_cards_make_one_sweep_which_is_run_here(panel, demo, tmp_path):
     assert len(panel.store.current()) == 8 and "2 of 2 clips" in panel.message.value
     panel.video.value = CLIPS[1]
     assert {(card.record["prompt"], str(Decoding.of(card.record["decoding"]))) for card in cards(panel)} == asked
-    cards(panel)[0].sweep_button.click()
+    panel.video.value = CLIPS[0]
+    assert sum(card.sweep_button.description == "out of the sweep" for card in cards(panel)) == 2
     panel.sweep.clear_button.click()
-    assert panel.sweep.layout.display == "none"
+    assert panel.sweep.layout.display == "none" and cards(panel)[0].sweep_button.description == "to a sweep"
 
 
 def test_a_sweep_stops_after_its_clip(panel):
