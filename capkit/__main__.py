@@ -140,8 +140,7 @@ def _add_caption_shard(commands: Subparsers) -> None:
     add("--frames-per-second", type=float, help="for --frame-sampling fps")
     add("--window-seconds", type=float, help="caption long videos in windows of this length")
     add("--shots", action="store_true", help="caption each shot of a film; needs pip install -e '.[shots]'")
-    trainers = "cogvideo, cogkit, diffusers, cogvideox-factory, finetrainers, sat or videox-fun"
-    add("--trainer", type=_text, help=f"caption only the part of each video that {trainers} trains on")
+    add("--trainer", type=_text, help="caption only the part of each video that a trainer, such as cogkit, trains on")
     add("--trainer-num-frames", type=int, help="number of frames that the trainer is set to; default: 49")
     add("--trainer-frames-per-second", type=float, help="that sat is set to, 8 (default) or 16")
     add("--trainer-stride", type=int, help="that videox-fun is set to; default: 3")

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -71,10 +72,13 @@ class TrainerSettings:
         """Settings from a dictionary of the fields; None stands for a field's default.
 
         Raises:
-            ValueError: also for an unknown field, or one that the trainer does not have.
+            ValueError: also for an unknown field, or one that the trainer does not have, and a number of frames that it
+                does not take.
         """
         if isinstance(values, TrainerSettings):
-            return values
+            return values._checked_for(trainer)
+        if not isinstance(values, (Mapping, NoneType)):
+            raise ValueError(f"trainer={values!r}: must be a dictionary of what it is set to, such as num_frames")
         given = {name: value for name, value in (values or {}).items() if value is not None}
         names = [field.name for field in fields(cls)]
         for name in given:
@@ -82,9 +86,17 @@ class TrainerSettings:
                 raise ValueError("trainer settings: " + unknown_name("field", name, names, "there are"))
             if (owner := OWNERS.get(name, trainer)) != trainer:
                 raise ValueError(f"{name}={given[name]!r}: has no effect on {trainer!r}; it belongs to {owner!r}")
-        return cls(**given)
+        return cls(**given)._checked_for(trainer)
+
+    def _checked_for(self, trainer: str) -> TrainerSettings:
+        if (self.num_frames - 1) % (step := FRAMES_STEP.get(trainer, 1)):
+            raise ValueError(f"num_frames={self.num_frames}: {trainer!r} takes only {step} N + 1")
+        return self
 
 
+FRAMES_STEP = dict.fromkeys(("cogvideo", "cogkit", "ltx-2"), 8)
+FRAMES_STEP |= dict.fromkeys(("musubi", "diffsynth", "diffusion-pipe", "fastvideo"), 4)
+"""The number of frames that these trainers are set to must be a multiple of it, and 1."""
 OWNERS = {"frames_per_second": "sat", "stride": "videox-fun"}
 """Settings that only one trainer has."""
 DEFAULTS = TrainerSettings()
