@@ -46,7 +46,7 @@ class Decoding:
         word_bias: numbers by word or phrase; above 0 makes it likelier. The number is added to the logit of each token
             that begins it or, where it is begun, continues it. These are the tokens in which the tokenizer writes it as
             given, in lower case and with a capital, after a space, or without one where no word is being written. Other
-            words that begin with these tokens change too.
+            words that begin with these tokens change too, and the numbers of words that share a token add up there.
         dropped: what `from_generate_kwargs` left out because it has no effect. Not a setting, not compared.
 
     Raises:

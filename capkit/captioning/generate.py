@@ -117,7 +117,7 @@ class Request:
         kept = [PromptCache(self.model) for _ in prompts] if has_steps else []
         answers = ask_steps(prompts, partial(self._answer, kept=kept, is_step=True), self.stop.is_set)
         if has_steps and self.stop.is_set():
-            captions = [Caption("", [], [], "stopped", prompt, self.decoding, 0.0) for prompt in prompts]
+            captions = [Caption(p.answer_prefix, [], [], "stopped", p, self.decoding, 0.0) for p in prompts]
         else:
             last = [*map(next_question, prompts, answers)]
             captions = self._answer(range(len(prompts)), last, kept, streamer=streamer)

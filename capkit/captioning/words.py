@@ -10,6 +10,7 @@ from typing import Any
 from capkit.text import encodable
 from capkit.video import finite_float
 
+MOST_CHARACTERS = 200  # of a word or phrase: what is kept for a biased one grows with the square
 MOST_BIAS = 100.0  # either way; logits of neighbouring tokens are some ten apart
 _APOSTROPHES = {ord(mark): "'" for mark in "\u2018\u2019\u02bc"}
 
@@ -55,14 +56,15 @@ def check_words(name: str, words: Any) -> tuple[str, ...]:
     """Words in order, each once, with single spaces.
 
     Raises:
-        ValueError: no list or tuple of texts, or one that is empty or not UTF-8.
+        ValueError: no list or tuple of texts, or one that is empty, longer than MOST_CHARACTERS or not UTF-8.
     """
     if isinstance(words, str) or not isinstance(words, (list, tuple)):
-        raise ValueError(f"{name}={words!r}: must be a list of words or phrases")
+        raise ValueError(f"{name}={words!r:.300}: must be a list of words or phrases")
     checked: dict[str, str] = {}
     for word in words:
-        if not isinstance(word, str) or not word.strip() or encodable(word) != word:
-            raise ValueError(f"{name}: {word!r} is in it, which is no word or phrase")
+        if not isinstance(word, str) or not word.strip() or encodable(word) != word or len(word) > MOST_CHARACTERS:
+            rule = f"which is no word or phrase (of at most {MOST_CHARACTERS} characters)"
+            raise ValueError(f"{name}: {word!r:.{MOST_CHARACTERS}} is in it, {rule}")
         checked.setdefault(fold(word).strip(), " ".join(word.split()))
     return tuple(checked[key] for key in sorted(checked))
 

@@ -6,7 +6,7 @@ import json
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -141,6 +141,8 @@ def choose_records(
     clips = array("q")  # the number of each record's clip
     for _, records in sources:
         clips.extend(clip_numbers.setdefault(_resolved(record["video"]), len(clip_numbers)) for record in records)
+    if not clips:
+        return ChosenRecords(sources)
     del clip_numbers  # a million names take 0.2 GB
     order = np.argsort(clips, kind="stable")
     starts = np.flatnonzero(np.diff(np.array(clips, np.int64)[order], prepend=-1)).tolist()
@@ -170,11 +172,16 @@ def _resolved(video: str) -> str:
         return video
 
 
+def as_list(values: Any) -> list[Any]:
+    """The values of an argument that may also be a single one: a text, a dictionary, or what a check then refuses."""
+    return [values] if isinstance(values, (Mapping, str)) or not isinstance(values, Iterable) else list(values)
+
+
 def check_choices(choose: Choice | Sequence[Choice], leave_out: Sequence[str] = ()) -> list[Choice]:
     """The choices of `choose_records` as a list. Raises ValueError for an unknown choice or mark."""
-    if isinstance(leave_out, str) or set(leave_out) - set(MARKS):
+    if isinstance(leave_out, str) or not all(mark in MARKS for mark in as_list(leave_out)):
         raise ValueError(f"leave_out={leave_out!r}: must be a list of {', '.join(map(repr, MARKS))}")
-    choices = [choose] if isinstance(choose, (Mapping, str)) else list(choose)
+    choices = as_list(choose)
     for choice in choices:
         if not isinstance(choice, Mapping):
             if choice not in ("edited", "latest"):

@@ -155,7 +155,8 @@ class ClipFiles:
         name = f"{safe_stem(chosen.clip.stem) or 'clip'}_{first}-{last}-x{hashlib.sha256(origin).hexdigest()[:10]}.mp4"
         try:
             cuts.mkdir(exist_ok=True)
-            if not (target := cuts / name).exists():
+            made = self._facts(target := cuts / name, by_decord=False)
+            if isinstance(made, str) or len(made[0]) != last - first + 1:  # not there, or damaged since
                 arguments = (str(chosen.clip), first, last, str(target), self._crf)
                 if reason := _call(self._cutter, CUT_SECONDS, *arguments):
                     return f"the window cannot be cut out: {reason}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from capkit.export.choose import CUT, ENTIRE, SEEN, Choice, Chosen, check_choices, choose_records
+from capkit.export.choose import CUT, ENTIRE, SEEN, Choice, Chosen, as_list, check_choices, choose_records
 from capkit.export.cleaning import CLEANING, clean, trim_to_sentence
 from capkit.export.clip_files import ClipFiles
 from capkit.export.clip_names import name_clips
@@ -24,7 +24,7 @@ from capkit.files import DiskList, atomic_write, output_folder
 from capkit.runs import TrainerSettings, seen_part, window_name
 from capkit.sweep import COGVIDEOX_1_5_T5_LIMIT, count_words, near_duplicates, stock_opening, t5_counter
 from capkit.text import encodable, plain_text
-from capkit.video import finite_float
+from capkit.video import at_least_one, finite_float
 
 PARTS = {ENTIRE: "", SEEN: "{}: what the trainer sees", CUT: "{}: cut out and encoded anew"}
 
@@ -105,7 +105,8 @@ def export_dataset(
         "trigger_word": trigger_word,
     }
     check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
-    rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
+    _check_value("overwrite", overwrite, (False, True))
+    rules = as_list(cleaning or ())
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     settings = TrainerSettings.of(kind.window_rule, trainer)
     trigger_word = encodable(trigger_word.strip())
@@ -164,26 +165,26 @@ def check_export(
     trigger_word: str = "",
 ) -> None:
     """Check arguments of `export_dataset`, for example before the captions are made; it raises the same ValueErrors."""
-    rules = [cleaning] if isinstance(cleaning, str) and cleaning else list(cleaning)
+    rules = as_list(cleaning or ())
     _check_value("layout", layout, LAYOUTS)
     _check_value("on_too_long", on_too_long, ("report", "trim", "refuse"))
     _check_value("clips", clips, ("link", "copy", "hardlink"))
     _check_value("cut", cut, ("", "encode"))
     _check_value("crf", crf, range(52))
+    _check_value("several", several, (False, True))
     if type(seed) is not int:
         raise ValueError(f"seed={seed!r}: must be a whole number")
-    if type(several) is not bool:
-        raise ValueError(f"several={several!r}: must be true or false")
-    if set(rules) - set(CLEANING):
+    if not all(rule in [*CLEANING] for rule in rules):
         raise ValueError(f"cleaning={rules!r}: must be of {', '.join(map(repr, CLEANING))}")
-    if token_limit < 2:
+    if not isinstance(trigger_word, str):
+        raise ValueError(f"trigger_word={trigger_word!r}: must be a text")
+    if at_least_one("token_limit", token_limit) < 2:
         raise ValueError(f"token_limit={token_limit!r}: must be at least 2, one of them for </s>")
     check_choices(choose, leave_out)
     t5_counter(tokenizer)
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     _check_captions(kind, several, empty_share, trigger_word)
-    if reason := kind.unfit_settings(TrainerSettings.of(kind.window_rule, trainer)):
-        raise ValueError(f"trainer: {reason}")
+    TrainerSettings.of(kind.window_rule, trainer)
     if reason := kind.unfit_root(root):
         raise ValueError(f"output_dir: {reason}")
     is_exported(kind, root, [], clips, overwrite=True)  # raises for a folder that holds something else
@@ -224,7 +225,7 @@ class _TokenLimit:
 
 
 def _check_value(name: str, value: Any, values: Sequence[Any] | dict[str, Any]) -> None:
-    if value not in values:
+    if value not in [*values]:
         names = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(repr, values))
         raise ValueError(f"{name}={value!r}: must be one of {names}")
 

@@ -15,6 +15,7 @@ from capkit.runs.index import Records
 from capkit.runs.lines import MARK_FIELDS, MARKS
 from capkit.runs.store import RECORD_FIELDS, CaptionStore, CaptionStoreLike
 from capkit.text import plural, unknown_name
+from capkit.video import at_least_one
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,8 +120,7 @@ def audit(store: CaptionStoreLike, num_captions: int, seed: int = 0, where: Wher
     Raises:
         ValueError: no captions to draw from, fewer than one to draw, a column that no record has, or one of marks.
     """
-    if num_captions < 1:
-        raise ValueError(f"num_captions={num_captions!r}: must be at least 1")
+    num_captions = at_least_one("num_captions", num_captions)
     store, where = CaptionStore.of(store), dict(where or {}) | {"status": "ok"}
     if changing := set(MARK_FIELDS) & where.keys():
         raise ValueError(f"where: has {changing.pop()!r} in it, which changes while you mark; choose by other columns")

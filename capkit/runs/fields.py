@@ -148,6 +148,6 @@ def _text(name: str, values: Mapping[str, Any]) -> str:
         raise ValueError(f"{{{name}}} is no text or number, but a {type(value).__name__}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas makes floats of whole numbers where a cell is empty
-    if value is None or not str(value).strip():
+    if value is None or not (text := str(value).strip()):
         raise ValueError(f"{{{name}}} is empty")
-    return str(value)
+    return text

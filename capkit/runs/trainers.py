@@ -49,6 +49,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,11 @@ class TrainerSettings:
         """What a trainer is set to, its defaults included, by a dictionary of the fields; None stands for a default.
 
         Raises:
-            ValueError: also for an unknown field, or one that the trainer does not have.
+            ValueError: also for an unknown field, or one that the trainer does not have, and a number of frames that it
+                does not take.
         """
+        if not isinstance(values, (TrainerSettings, Mapping, NoneType)):
+            raise ValueError(f"trainer={values!r}: must be a dictionary of what it is set to, such as num_frames")
         values = asdict(values) if isinstance(values, TrainerSettings) else values or {}
         given = {name: value for name, value in values.items() if value is not None}
         names = [field.name for field in fields(cls)]
@@ -110,9 +114,15 @@ class TrainerSettings:
             if owners and trainer not in owners:
                 belongs = " and ".join(map(repr, owners))
                 raise ValueError(f"{name}={given[name]!r}: has no effect on {trainer!r}; it belongs to {belongs}")
-        return cls(**OWN_SETTINGS.get(trainer, {}) | given)
+        settings = cls(**OWN_SETTINGS.get(trainer, {}) | given)
+        if (settings.num_frames - 1) % (step := FRAMES_STEP.get(trainer, 1)):
+            raise ValueError(f"num_frames={settings.num_frames}: {trainer!r} takes only {step} N + 1")
+        return settings
 
 
+FRAMES_STEP = dict.fromkeys(("cogvideo", "cogkit", "ltx-2"), 8)
+FRAMES_STEP |= dict.fromkeys(("musubi", "diffsynth", "diffusion-pipe", "fastvideo"), 4)
+"""The number of frames that these trainers are set to must be a multiple of it, and 1."""
 DEFAULTS = TrainerSettings()
 Taken = tuple[Sequence[int], str]  # the frames, or none and the reason
 

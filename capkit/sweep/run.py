@@ -39,6 +39,7 @@ CAPTION_COLUMNS = {
     **{"start": ("start",), "end": ("end",)},
 }
 WINDOW = ("start_seconds", "end_seconds")
+FRAMES = ("video", "frame_sampling", *WINDOW, "strip", "error")  # what tells which frames a request sees
 Request = tuple[dict[str, Any], Decoding]  # settings of a record, and what they were made from
 
 
@@ -333,8 +334,9 @@ def _read_clips(
             yield group, source.clip
         else:
             from_files.append(group)
-    first = (group[0][0] for group in from_files)
-    ahead = read_ahead(first, timeout_seconds, num_ahead=2, image_size=image_size, store=store, prepare=prepare)
+    # Without a prompt: that of one request may be wrong for this clip, and the others' right.
+    frames = ({name: group[0][0][name] for name in FRAMES if name in group[0][0]} for group in from_files)
+    ahead = read_ahead(frames, timeout_seconds, num_ahead=2, image_size=image_size, store=store, prepare=prepare)
     with closing(ahead) as clips:
         for group, (_, clip) in zip(from_files, clips, strict=True):
             yield group, clip

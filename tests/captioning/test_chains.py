@@ -182,7 +182,8 @@ def test_steps_that_prompts_share_are_answered_once(counted):
 # ---- ends before its time ------------------------------------------------------------------------------------------
 
 
-def test_stop_ends_all(captioner, random_clip, monkeypatch, tmp_path):
+@pytest.mark.parametrize("prefix", ["", "In this clip,"])
+def test_stop_ends_all(captioner, random_clip, monkeypatch, tmp_path, prefix):
     generate, calls, is_ready, streams = captioner.model.generate, [], threading.Event(), []
 
     def stopped_at_the_second(*args, **kwargs):
@@ -194,11 +195,11 @@ def test_stop_ends_all(captioner, random_clip, monkeypatch, tmp_path):
 
     monkeypatch.setattr(captioner.model, "generate", stopped_at_the_second)
     clip = random_clip()
-    streams.append(captioner.stream(clip, CHAIN, DECODINGS[0]))
+    streams.append(captioner.stream(clip, dataclasses.replace(CHAIN, answer_prefix=prefix), DECODINGS[0]))
     is_ready.set()
-    assert list(streams[0]) == []
+    assert "".join(streams[0]) == streams[0].caption.text == prefix
     caption = streams[0].caption
-    assert (caption.text, caption.token_ids, caption.finish_reason) == ("", [], "stopped") and len(calls) == 2
+    assert (caption.token_ids, caption.finish_reason) == ([], "stopped") and len(calls) == 2
     assert len(caption.steps) == 2 and caption.step_finish_reasons == ("length", "stopped")
     assert math.isnan(caption.mean_logprob)
     store = capkit.CaptionStore(tmp_path / "captions.jsonl")

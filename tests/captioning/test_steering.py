@@ -361,6 +361,7 @@ def test_rows_of_other_beginnings_are_steered_apart(captioner):
         ({"word_bias": {"cat": -float("inf")}}, "goes into forbidden_words"),
         ({"word_bias": {"cat": 1, "Cat": 2}}, "'Cat' is there twice"),
         ({"word_bias": {"": 1}}, "'' is in it"),
+        ({"word_bias": {"cat" * 100: 1}}, "which is no word or phrase (of at most 200 characters)"),
         ({"word_bias": {"Cat": 1}, "forbidden_words": ["cat"]}, "word_bias: 'Cat' has no effect"),
     ],
 )

@@ -108,7 +108,7 @@ def test_what_depends_on_the_settings(clips, tmp_path):
     )
     assert len(export_dataset(store, "cogvideox-factory", tmp_path / "c", trainer={"num_frames": 53}).refused) == 1
     for layout, trainer, message in (
-        ("cogvideo", {"num_frames": 50}, "num_frames=50: CogVideo's finetune/ takes only 8 N . 1"),
+        ("cogvideo", {"num_frames": 50}, "num_frames=50: 'cogvideo' takes only 8 N . 1"),
         ("cogkit", {"frames_per_second": 16}, "has no effect on 'cogkit'"),
         ("sidecar", {"stride": 16}, "has no effect"),
     ):
@@ -316,6 +316,15 @@ export_dataset(sys.argv[1], "cogvideo", sys.argv[2], cut="encode")
         ):
             export_dataset(store, "cogvideo", tmp_path / "out", cut="encode")
         assert len([*(tmp_path / "out.cut").iterdir()]) == 1 and not (tmp_path / "out").exists()
+
+    def test_what_was_damaged_since_is_cut_out_again(self, store, tmp_path):
+        export_dataset(store, "sidecar", tmp_path / "out", cut="encode")
+        first, second = sorted((tmp_path / "out.cut").iterdir())
+        shown = numbers_in(first), numbers_in(second)
+        first.write_bytes(first.read_bytes()[:1000])
+        second.write_bytes(b"")
+        export_dataset(store, "sidecar", tmp_path / "out", cut="encode")
+        assert (numbers_in(first), numbers_in(second)) == shown
 
     def test_crf_and_a_changed_film_give_other_clips(self, store, tmp_path):
         export_dataset(store, "cogvideo", tmp_path / "out", cut="encode")

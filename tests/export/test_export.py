@@ -264,6 +264,33 @@ class TestWhichCaption:
             with pytest.raises(ValueError, match=message):
                 export_dataset(store, "cogvideo", tmp_path / "wrong", choose=choose)
 
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"layout": ["cogvideo"]}, r"layout=\['cogvideo'\]: must be one of"),
+            ({"choose": 5}, "choose=5: must be 'edited'"),
+            ({"leave_out": 5}, "leave_out=5: must be a list of"),
+            ({"cleaning": 5}, r"cleaning=\[5\]: must be of"),
+            ({"token_limit": "224"}, "token_limit must be a whole number, .*; got '224'"),
+            ({"trigger_word": 5}, "trigger_word=5: must be a text"),
+            ({"several": "no"}, "several='no': must be one of False, True"),
+            ({"overwrite": "no"}, "overwrite='no': must be one of False, True"),
+            ({"empty_share": "0.1"}, "empty_share='0.1': must be at least 0"),
+            ({"trainer": "cogvideo"}, "trainer='cogvideo': must be a dictionary"),
+        ],
+    )
+    def test_arguments_of_another_type_are_named(self, make_store, tmp_path, arguments, message):
+        store = make_store({"a.mp4": "A dog."})
+        with pytest.raises(ValueError, match=message):
+            export_dataset(store, **{"layout": "cogvideo", "output_dir": tmp_path / "out", **arguments})
+        assert not (tmp_path / "out").exists()
+
+    def test_no_captions_at_all(self, tmp_path):
+        (tmp_path / "empty.jsonl").touch()
+        for stores in ([], [tmp_path / "empty.jsonl"]):
+            with pytest.raises(ValueError, match="nothing to export: there are no captions in the stores"):
+                export_dataset(stores, "sidecar", tmp_path / "out")
+
     def test_hand_edits_win_and_no_rule_changes_their_words(self, make_store, tmp_path):
         store = make_store({"a.mp4": {"text": "The video shows a dog. It", "finish_reason": "length"}})
         store.edit("captions 0", " The video shows\nOUR dog, and ")

@@ -119,7 +119,7 @@ def test_the_number_of_frames_is_that_of_the_windows(layout):
     for num_frames in (SETTINGS.num_frames, 81):
         settings = TrainerSettings(num_frames)
         text = kind.command(root, "", settings) + kind.config(root, "", settings)
-        assert re.search(rf"\b{num_frames}(x768x1360|\b)", text) and not kind.unfit_settings(settings)
+        assert re.search(rf"\b{num_frames}(x768x1360|\b)", text) and TrainerSettings.of(kind.window_rule, settings)
 
 
 def test_the_files_of_settings_load_and_have_what_their_trainers_need(tmp_path):

@@ -46,7 +46,7 @@ def test_notebook_05_takes_every_argument_of_an_export():
         ("01", {"parts": {"window_seconds": "3"}}, "window_seconds='3': must be a positive number"),
         ("01", {"parts": {"trainer": "sat", "num_frames": 0}}, "num_frames must be a whole number, at least 1"),
         ("01", {"parts": {"trainer": "sat", "stride": 2}}, "stride=2: has no effect on 'sat'"),
-        ("05", {"options": {"trainer": {"num_frames": 50}}}, "num_frames=50: CogVideo's finetune/ takes only 8 N + 1"),
+        ("05", {"options": {"trainer": {"num_frames": 50}}}, "num_frames=50: 'cogvideo' takes only 8 N + 1"),
         ("05", {"options": {"cuts": "encode"}}, "unknown {'cuts'}; there are leave_out, trainer, cut, crf, several"),
         ("05", {"options": {"cut": "copy"}}, "cut='copy': must be one of '', 'encode'"),
         ("05", {"options": {"seed": "one"}}, "seed='one': must be a whole number"),

@@ -64,7 +64,9 @@ class TestTheSample:
     def test_what_cannot_be_drawn_is_an_error(self, tmp_path):
         store = write_store(tmp_path / "a.jsonl", [None] * 3)
         for arguments, where, message in (
-            ((0,), None, "num_captions=0: must be at least 1"),
+            ((0,), None, "num_captions must be a whole number, at least 1; got 0"),
+            (("30",), None, "num_captions must be a whole number, at least 1; got '30'"),
+            ((2.5,), None, "num_captions must be a whole number, at least 1; got 2.5"),
             ((5,), {"prompt": "Why?"}, "a.jsonl: holds no captions where"),
             ((5,), {"promt": "Why?"}, "unknown column 'promt'; did you mean 'prompt'"),
             ((5,), {"mark": "wrong"}, "has 'mark' in it, which changes while you mark"),

@@ -85,7 +85,7 @@ def test_of_tables_in_memory_and_rows_with_prompts_of_their_own(folder):
         items = find_clips(table)
     assert prompts(items, "Where is {who}?") == ["Who is Ann?", "Where is Bo?"]
     assert prompts(items[:1], "{name}") == ["Who is Ann?"]
-    assert prompts([Item("/clips/a b.mp4", columns={"n": 3.0, "name": "Ann"})], "{n} of {name}") == ["3 of Ann"]
+    assert prompts([Item("/clips/a b.mp4", columns={"n": 3.0, "name": "Ann "})], "{n} of {name}.") == ["3 of Ann."]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,13 @@ def test_rows_of_one_video_stay_apart(captioner, folder, tmp_path):
     assert [one.record["prompt"] for one in chosen] == ["Where are the tail?"]
     with pytest.raises(ValueError, match="several captions"):
         choose_records(store, {"prompt": "Where are the {what}?"})
+
+
+def test_a_value_that_one_prompt_cannot_have_fails_that_prompt_only(captioner, folder, tmp_path):
+    items = [Item(str(folder / "cow.mp4"), columns={"what": "x" * 100_001})]
+    result = run_sweep(captioner, items, tmp_path / "a.jsonl", prompts=["{what}", "Why?"], decodings=[FEW])
+    bad, good = result.records
+    assert "has 100001 characters, more than 100000" in bad["error"] and good["status"] == "ok"
 
 
 def test_shards_agree_and_are_merged(captioner, items, tmp_path):

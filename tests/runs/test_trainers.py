@@ -106,6 +106,9 @@ class TestSettings:
         ("cogkit", TrainerSettings(stride=2), "stride=2: has no effect on 'cogkit'; .* 'videox-fun' and 'videotuna'"),
         ("sat", {"num_frame": 2}, "unknown field 'num_frame'; did you mean 'num_frames'"),
         ("sat", {"num_frames": 0}, "num_frames must be a whole number, at least 1; got 0"),
+        ("cogkit", {"num_frames": 50}, "num_frames=50: 'cogkit' takes only 8 N . 1"),
+        ("musubi", TrainerSettings(50), "num_frames=50: 'musubi' takes only 4 N . 1"),
+        ("cogkit", "cogkit", "trainer='cogkit': must be a dictionary"),
         ("sat", {"frames_per_second": -8}, "frames_per_second must be a positive number"),
     ])  # fmt: skip
     def test_nonsense_is_refused(self, trainer, values, message):

@@ -73,6 +73,7 @@ def test_one_way_of_cutting_is_chosen(folder):
     )
     for wrong, message in (
         ({"window_seconds": 4.0, "trainer": "cogkit"}, "choose one"),
+        ({"trainer": "cogkit", "num_frames": 50}, "num_frames=50: 'cogkit' takes only 8 N . 1"),
         ({"window_seconds": 0}, "window_seconds=0"),
         ({"trainer": "sora"}, "unknown trainer"),
         ({"shots": True, "trainer": "cogkit"}, "choose one"),

@@ -79,7 +79,6 @@ class Layout(ABC):
         takes_short: whether it takes clips of fewer frames than it is set to.
         window_rule: the one of `capkit.runs.TRAINERS` whose rule tells which frames of a clip the trainer sees, and
             which clips it cannot take; "" if it sees the entire clip.
-        frames_step: the number of frames that the trainer is set to must be a multiple of it, and 1.
         uses_datasets: the trainer gives the root to `load_dataset`.
     """
 
@@ -104,7 +103,6 @@ class Layout(ABC):
     fewest_frames = 1
     takes_short = True
     window_rule = ""
-    frames_step = 1
     uses_datasets = False
 
     def as_read(self, text: str) -> list[str]:
@@ -135,12 +133,6 @@ class Layout(ABC):
     def has_csv(self) -> bool:
         """Whether captions are cells of a CSV."""
         return any(table.endswith(".csv") for table in self.tables)
-
-    def unfit_settings(self, settings: TrainerSettings) -> str:
-        """Why the trainer cannot be set so, or ""."""
-        if (settings.num_frames - 1) % self.frames_step == 0:
-            return ""
-        return f"num_frames={settings.num_frames}: {self.trainer} takes only {self.frames_step} N + 1"
 
     @property
     def is_choosy(self) -> bool:

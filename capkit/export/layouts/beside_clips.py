@@ -53,7 +53,6 @@ class Musubi(BesideClips):
     name = "musubi"
     trainer = "musubi-tuner"
     config_suffix = ".toml"
-    frames_step = 4
     window_rule = "musubi"
     clip_suffixes = frozenset((".mp4", ".webm", ".avi", ".mkv", ".mov", ".flv", ".wmv", ".m4v", ".mpg", ".mpeg"))
     launch = (

@@ -65,7 +65,6 @@ class CogVideo(TwoLists):
     trainer = "CogVideo's finetune/"
     decoder = "decord"
     window_rule = "cogvideo"
-    frames_step = 8
     latents = ("cache", "first_frames", ".cache")
     launch = (
         "accelerate launch train.py --model_path THUDM/CogVideoX1.5-5B --model_name cogvideox1.5-t2v "

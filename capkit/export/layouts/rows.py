@@ -96,7 +96,6 @@ class DiffSynth(Rows):
     trainer = "DiffSynth-Studio"
     tables = ("metadata.jsonl",)
     path, caption = "video", "prompt"
-    frames_step = 4
     window_rule = "diffsynth"
     clip_suffixes = frozenset((".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm"))
     launch = (
@@ -136,7 +135,6 @@ class LTX2(Rows):
     trainer = "LTX-2's trainer"
     tables = ("dataset.jsonl",)
     path = "video"
-    frames_step = 8
     window_rule = "ltx-2"
     takes_short = False
     latents = (".precomputed",)
@@ -167,7 +165,7 @@ class MusubiRows(Rows):
     trainer = "musubi-tuner"
     tables = ("metadata.jsonl",)
     path = "video_path"
-    config_suffix, frames_step, launch = Musubi.config_suffix, Musubi.frames_step, Musubi.launch
+    config_suffix, launch = Musubi.config_suffix, Musubi.launch
     window_rule = "musubi"
 
     def row(self, pair: Pair) -> dict[str, Any]:
@@ -189,7 +187,6 @@ class DiffusionPipe(Layout):
 
     name = "diffusion-pipe"
     trainer = "diffusion-pipe"
-    frames_step = 4
     window_rule = "diffusion-pipe"
     fewest_frames = 2
     holds_several = True
@@ -233,7 +230,6 @@ class FastVideo(Rows):
 
     name = "fastvideo"
     trainer = "FastVideo"
-    frames_step = 4
     window_rule = "fastvideo"
     uses_datasets = True
     holds_several = True

@@ -132,7 +132,6 @@ class CogKit(VideoFolder):
 
     name = "cogkit"
     window_rule = "cogkit"
-    frames_step = 8
     needs = "torchvision 0.25 or older and datasets 3.4.1"
     config_suffix = ".cogkit.yaml"
     model = ("cogvideox1.5-t2v", "THUDM/CogVideoX1.5-5B")
