@@ -24,7 +24,7 @@ exit codes, of all commands:
   130  stopped by Ctrl-C or SIGTERM"""
 STORE = "captions.jsonl, or the folder that it is in"
 MARKS = ["right", "wrong", "unsure", "outdated"]
-NO_DEFAULT = (None, False, "", [], {})  # of options whose help says in words what happens without them
+NO_DEFAULT: tuple[object, ...] = (None, False, "", [], {})  # the help says in words what happens without
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -77,9 +77,10 @@ class TrainerSettings:
 
     Attributes:
         num_frames: F, how many frames of a clip it trains on, or at most.
-        frames_per_second: of "sat", 8 for CogVideoX and 16 for CogVideoX 1.5; of "open-sora" its `fps_max`. None: the
-            trainer's default, see `OWN_SETTINGS`.
-        stride: of "videox-fun" and "videotuna", which take every so many-th frame. None: the trainer's default.
+        frames_per_second: of "sat", 8 for CogVideoX and 16 for CogVideoX 1.5; of "open-sora" its `fps_max`.
+        stride: of "videox-fun" and "videotuna", which take every so many-th frame.
+
+    None stands for the trainer's default, see `OWN_SETTINGS`; `of` fills it in.
 
     Raises:
         ValueError: a number out of range.

@@ -167,7 +167,7 @@ class TestTrainers:
         assert (flagged["seen_from_seconds"], flagged["seen_to_seconds"]) == (0.0, pytest.approx(5.9, abs=1e-4))
 
     def test_nonsense_is_refused(self, folder):
-        with pytest.raises(ValueError, match="unknown trainer 'sora'; there are: cogvideo"):
+        with pytest.raises(ValueError, match="unknown trainer 'sora'; did you mean 'open-sora'. there are: cogvideo"):
             trainer_windows([], "sora")
         with pytest.raises(ValueError, match="num_frames must be"):
             cut_into([], trainer="sat", num_frames=0)
