@@ -14,7 +14,7 @@ from capkit.views.html import CARD, HTML, MUTED, ORANGE, picture, to_webp
 
 MOST_WORDS = 60  # that have pictures; captions of some hundred words would make pages of many megabytes
 _GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(84px,1fr));gap:6px"
-_IMAGE = "width:100%;max-width:112px;border-radius:3px"
+_IMAGE = "display:block;width:100%;max-width:112px;border-radius:3px"
 _LEGEND = (
     "A frame is bright where a word attends to it, dark and grey where it does not; a box marks the patch that it "
     "attends to most. A second frame is the one that it attends to most as a whole. Where the model looked need not be "
@@ -114,4 +114,4 @@ def _cell(frame: np.ndarray, heat: np.ndarray, label: str, box: tuple[int, int] 
         side = image.width / len(heat)
         top, left = box[0] * side, box[1] * side
         ImageDraw.Draw(drawn).rectangle((left, top, left + side - 1, top + side - 1), outline=ORANGE, width=2)
-    return f'<div>{picture(to_webp(drawn), label, _IMAGE)}<div style="{MUTED}">{label}</div></div>'
+    return f'<div>{picture(to_webp(drawn), label, _IMAGE)}<div style="{MUTED};line-height:1.4">{label}</div></div>'
