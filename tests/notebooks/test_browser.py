@@ -393,7 +393,7 @@ def test_playground_by_keys_and_while_a_text_is_typed(lab, open_page):
     page.keyboard.press("ArrowRight")
     expect(panel.control("clip")).not_to_have_value("camera_pans_right.mp4")
     expect(page.locator(".widget-html", has_text=re.compile("^camera_pans_right.mp4:"))).to_be_visible()
-    panel.screenshot("panel_other_clip", showing=words)
+    panel.screenshot("panel_other_clip", showing=panel.control("clip"))
     page.keyboard.press("ArrowLeft")
     expect(panel.cards()).to_have_count(3)
     page.keyboard.press("Escape")
