@@ -71,8 +71,7 @@ class Card(widgets.VBox):
         self.baseline_button.disabled = is_baseline
         if self._is_folded:
             line = f'{title} <span dir="auto">{escape(textwrap.shorten(text, 300, placeholder=" ..."))}</span>'
-            style = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis;line-height:1.45"
-            self.shown.value = f'<div style="{style}">{line}</div>'
+            self.shown.value = f'<div style="{TEXT};max-height:1.45em;overflow:hidden">{line}</div>'
             return
         marked = escape(text) if is_baseline else mark_differences(record_text(baseline), text)[1]
         notes = note(notice) if notice and record.get("model") == "demo" else ""

@@ -19,7 +19,7 @@ from PIL import Image
 from capkit.captioning import Captioner, demo_notice
 from capkit.cogvlm2 import Prompt, pixels_to_frames, preprocess_frames
 from capkit.files import atomic_write
-from capkit.playground.controls import TEXT, button, locked, message_html
+from capkit.playground.controls import TEXT, WRAP, button, locked, message_html
 from capkit.playground.keys import with_key
 from capkit.playground.settings import Settings
 from capkit.runs import Item, find_clips
@@ -27,7 +27,7 @@ from capkit.text import CapkitWarning, plain_text, plural
 from capkit.video import Clip, VideoError, load_clip
 from capkit.views import clip_player, note, numbers_warning, picture, time_line, to_webp
 
-_PICTURE = "width:300px;max-width:100%;display:block"
+_PICTURE = "width:224px;max-width:100%;display:block"
 STEP_MILLISECONDS = 600  # of a frame while frames are played
 
 
@@ -80,8 +80,14 @@ class ClipChooser:
         self.picture = widgets.HTML()  # unlike widgets.Image it has an alternative text for screen readers
         self.about_frame, self.player = widgets.HTML(), widgets.HTML()
         row = {"align_items": "center"}
-        self.above = [widgets.HBox([self.video, *steps]), widgets.HBox([self.upload, self.path]), self.message]
-        self.below = [widgets.HBox([self.play, self.frame], layout=row), self.about_frame, self.player]
+        pictures = widgets.HBox([self.picture, self.player], layout=WRAP | {"grid_gap": "6px"})
+        self.above = [
+            widgets.HBox([self.video, *steps]),
+            widgets.HBox([self.upload, self.path]),
+            self.message,
+            pictures,
+        ]
+        self.below = [widgets.HBox([self.play, self.frame], layout=row), self.about_frame]
         for control in (self.video, *settings.of_frames.values()):
             control.observe(lambda _: self.read(), "value")
         for control in (self.frame, *settings.of_prompt.values()):

@@ -120,7 +120,7 @@ class Playground(KeyPanel):
     def _top(self, row: dict[str, str]) -> widgets.Box:
         """The controls: the clip at the left, the settings at the right."""
         settings, chooser = self.settings, self.chooser
-        clip = [*chooser.above, chooser.picture, self.words_clip, self.words, *chooser.below]
+        clip = [*chooser.above, self.words_clip, self.words, *chooser.below]
         questions = [settings.preset, settings.earlier_prompts, settings.steps, settings.prompt]
         controls = widgets.GridBox([*settings.of_prompt.values(), *settings.of_decoding.values()], layout=_GRID)
         buttons = widgets.HBox([self.caption_button, self.stop_button])

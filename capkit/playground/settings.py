@@ -39,6 +39,8 @@ class Settings:
         # Synchronized with every key: on leaving the box only, the click on Caption could overtake the new text.
         self.prompt = widgets.Textarea(PROMPT_PRESETS["default"][0], description="prompt", rows=3, layout=WIDE)
         self.steps = widgets.Textarea(description="asked before", placeholder="a question a line", rows=2, layout=WIDE)
+        for control in (self.preset, self.earlier_prompts, self.steps, self.prompt):
+            control.style.description_width = "100px"
         self.of_prompt, self.of_frames, self.of_decoding = prompt_controls(), frame_controls(), decoding_controls()
         self.controls = {"prompt": self.prompt, "steps": self.steps}
         self.controls |= self.of_prompt | self.of_frames | self.of_decoding

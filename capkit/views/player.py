@@ -31,7 +31,7 @@ def video_player(
         num_bytes = path.stat().st_size
         if kind and codec in (None, *PLAYED_CODECS) and num_bytes <= most_bytes:
             data = base64.b64encode(path.read_bytes()).decode()
-            style = "width:300px;max-width:100%;max-height:300px;display:block"
+            style = "width:224px;max-width:100%;max-height:300px;display:block"
             return f'<video controls loop muted style="{style}" src="data:video/{kind};base64,{data}"></video>'
     except OSError:
         return ""
