@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ class TrainerSettings:
         """
         if isinstance(values, TrainerSettings):
             return values._checked_for(trainer)
-        if not isinstance(values, (Mapping, NoneType)):
+        if values is not None and not isinstance(values, Mapping):
             raise ValueError(f"trainer={values!r}: must be a dictionary of what it is set to, such as num_frames")
         given = {name: value for name, value in (values or {}).items() if value is not None}
         names = [field.name for field in fields(cls)]
