@@ -49,7 +49,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -103,7 +102,7 @@ class TrainerSettings:
             ValueError: also for an unknown field, or one that the trainer does not have, and a number of frames that it
                 does not take.
         """
-        if not isinstance(values, (TrainerSettings, Mapping, NoneType)):
+        if values is not None and not isinstance(values, (TrainerSettings, Mapping)):
             raise ValueError(f"trainer={values!r}: must be a dictionary of what it is set to, such as num_frames")
         values = asdict(values) if isinstance(values, TrainerSettings) else values or {}
         given = {name: value for name, value in values.items() if value is not None}
