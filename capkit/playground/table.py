@@ -9,8 +9,7 @@ import pandas as pd
 
 from capkit.playground.kept import Kept
 from capkit.runs import is_interactive
-from capkit.views import HTML, table_html
-from capkit.views.tables import with_index
+from capkit.views import HTML, table_html, with_index
 
 
 def browse(table: pd.DataFrame, sort_by: str | None = None) -> widgets.Widget | HTML:

@@ -22,7 +22,7 @@ from capkit.views.page import CaptionsPage
 from capkit.views.reading import captions_page, compare_runs
 from capkit.views.replacements import show_replacement
 from capkit.views.sweeps import compare_captions, show_sweep
-from capkit.views.tables import show_table, table_html
+from capkit.views.tables import show_table, table_html, with_index
 
 __all__ = [
     "show_caption",
@@ -56,4 +56,5 @@ __all__ = [
     "show_sweep",
     "show_table",
     "table_html",
+    "with_index",
 ]
