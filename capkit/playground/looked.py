@@ -9,15 +9,16 @@ import ipywidgets as widgets
 
 from capkit.captioning import AttentionMap
 from capkit.playground.controls import WIDE, button
+from capkit.playground.kept import Kept
 from capkit.text import plain_text
 from capkit.video import Clip
 from capkit.views import content_words, word_frames
 
 
-class Looked(widgets.VBox):
+class Looked(Kept):
     """The words of a caption as buttons; a click shows the frames, bright where the word attends to them.
 
-    Its static twin is `capkit.views.show_attention`.
+    `capkit.views.show_attention` shows all content words at once, without a kernel.
 
     Args:
         looked: from `attend`.
