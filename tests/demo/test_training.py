@@ -250,6 +250,9 @@ def test_a_run_stops_with_its_time_and_goes_on(tmp_path, monkeypatch):
     training.train(tmp_path, **settings)  # all is done: nothing changes
     assert (checkpoint / "model.safetensors").read_bytes() == weights
     further = training.train(tmp_path / "on", **settings | {"vision_steps": 0}, start_from=checkpoint)
+    once = (further / "model.safetensors").read_bytes()
+    training.train(tmp_path / "on", **settings | {"vision_steps": 0}, start_from=checkpoint)  # all is done here too
+    assert (further / "model.safetensors").read_bytes() == once
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, further))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
