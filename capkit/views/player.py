@@ -33,7 +33,7 @@ def video_player(
             data = base64.b64encode(path.read_bytes()).decode()
             style = "width:224px;max-width:100%;max-height:300px;display:block"
             return f'<video controls loop muted style="{style}" src="data:video/{kind};base64,{data}"></video>'
-    except OSError:
+    except (OSError, ValueError):  # not there, or of a name that no file can have
         return ""
     reason = f"of {num_bytes / 1e6:.0f} MB, too large to be played here"
     if not kind or codec not in (None, *PLAYED_CODECS):
