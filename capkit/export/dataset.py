@@ -105,7 +105,7 @@ def export_dataset(
         "trigger_word": trigger_word,
     }
     check_export(layout, output_dir, choose=choose, tokenizer=tokenizer, **options)
-    _check_value("overwrite", overwrite, (False, True))
+    _check_switch("overwrite", overwrite)
     rules = as_list(cleaning or ())
     kind, root = LAYOUTS[layout], Path(os.path.abspath(Path(output_dir).expanduser()))
     settings = TrainerSettings.of(kind.window_rule, trainer)
@@ -171,7 +171,7 @@ def check_export(
     _check_value("clips", clips, ("link", "copy", "hardlink"))
     _check_value("cut", cut, ("", "encode"))
     _check_value("crf", crf, range(52))
-    _check_value("several", several, (False, True))
+    _check_switch("several", several)
     if type(seed) is not int:
         raise ValueError(f"seed={seed!r}: must be a whole number")
     if not all(rule in [*CLEANING] for rule in rules):
@@ -228,6 +228,11 @@ def _check_value(name: str, value: Any, values: Sequence[Any] | dict[str, Any]) 
     if value not in [*values]:
         names = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(repr, values))
         raise ValueError(f"{name}={value!r}: must be one of {names}")
+
+
+def _check_switch(name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"{name}={value!r}: must be true or false")
 
 
 class _Export:
