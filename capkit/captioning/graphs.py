@@ -28,6 +28,21 @@ COMPILE_AFTER = 8000  # steps of a size, by when as much time was lost as compil
 MEMORY_SHARE = 0.25  # of the GPU's memory, for caches that are kept
 
 
+class GraphPool:
+    """Torch's memory pool for the graphs of a model, kept as long as this object.
+
+    Torch gives a pool up with its last graph, and then refuses to record another one in it.
+
+    Attributes:
+        handle: what torch knows the pool by.
+        newest: the graph recorded last, which keeps the pool where no step needs it any more.
+    """
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self.newest: torch.cuda.CUDAGraph | None = None
+
+
 class DecodingStep:
     """One decoding step over a static cache, for `num_rows` rows and `num_positions` positions.
 
@@ -39,7 +54,7 @@ class DecodingStep:
         model: the model.
         num_rows, num_positions: of the cache.
         compile_after: number of calls after which the step is compiled.
-        pool: torch's memory pool for graphs, or None.
+        pool: for its graphs, on a GPU.
         stream: of the model's device, to record on; None for a new one.
 
     Attributes:
@@ -56,7 +71,7 @@ class DecodingStep:
         num_rows: int,
         num_positions: int,
         compile_after: int = COMPILE_AFTER,
-        pool: Any = None,
+        pool: GraphPool | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
         config, device = model.config, model.device
@@ -130,10 +145,11 @@ class DecodingStep:
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
+        handle = self._pool.handle if self._pool else None
         try:
             with (
                 torch.cuda.device(self.ids.device),
-                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, handle, self._stream, capture_error_mode="thread_local"),
             ):
                 self._forward()
         except Exception as error:
@@ -143,6 +159,8 @@ class DecodingStep:
             self._is_recorded = False
             return
         self._graph = graph
+        if self._pool:
+            self._pool.newest = graph
 
     def _run(self) -> None:
         try:
@@ -241,7 +259,7 @@ class GraphDecoder:
         """Free the memory."""
         self._steps: OrderedDict[tuple[int, int], DecodingStep] = OrderedDict()
         is_cuda = self.model.device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        self._pool = GraphPool() if is_cuda else None
 
     def step(self, num_rows: int, num_positions: int) -> DecodingStep:
         """A kept or new step that is large enough."""
