@@ -72,7 +72,7 @@ AXES = {"prompts": ["default", "sentence"], "decodings": [{"max_new_tokens": 6}]
 
 @pytest.mark.parametrize(
     "name, parameters, num_twins",
-    [("01", SHORT, 0), ("02", SHORT | {"num_to_mark": 2}, 1), ("03", AXES, 1), ("04", {"limit": 1}, 1), ("05", {}, 0)],
+    [("01", SHORT, 0), ("02", SHORT | {"num_to_mark": 2}, 2), ("03", AXES, 1), ("04", {"limit": 1}, 1), ("05", {}, 0)],
 )
 def test_a_notebook_run_by_hand_keeps_all_that_it_showed(tmp_path, name, parameters, num_twins):
     (path,) = [path for path in NOTEBOOK_PATHS if path.stem.startswith(name)]
