@@ -250,14 +250,19 @@ def test_streams(fresh, golden_cases, findings, graphs):
 # ---- sweeps and grounding --------------------------------------------------------------------------------------------
 
 
-def test_sweeps_say_what_each_cell_says_on_the_cpu(fresh, captioner, random_clip, graphs):
+def test_sweeps_say_what_each_cell_says_on_the_cpu(fresh, captioner, random_clip, findings, graphs):
     """What `run_sweep` does with each clip; it needs pandas."""
+    # After other tests of this file, log probabilities were 0.0086 apart on an H200; in a process of their own 0.00003.
+    findings["matmul precision"] = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision
+    differences = []
     cells = [(prompt, Decoding(max_new_tokens=12, **settings)) for prompt in PROMPTS for settings in SETTINGS]
     for clip in (random_clip(4, 1), random_clip(2, 2)):
         for found, cell in zip(SharedVideo(fresh, clip).caption(cells), cells, strict=True):
             expected = captioner.caption(clip, *cell)
             assert found.token_ids == expected.token_ids
-            assert found.logprobs == pytest.approx(expected.logprobs, abs=5e-3)
+            differences.append(float(np.abs(np.subtract(found.logprobs, expected.logprobs)).max()))
+    findings["log probabilities differ by"] = differences
+    assert max(differences) < 5e-3
     assert DEVICE == "cpu" or graphs["replayed"] > 0
 
 
