@@ -157,10 +157,15 @@ WATCH = """() => {
     if (name) window.seen[name] ??= performance.now();
   }, true);
   new MutationObserver(() => {
-    if (document.querySelector(".jp-NotebookPanel").textContent.includes("▏")) window.seen.word ??= performance.now();
+    if (document.querySelector(".capkit-keys")?.textContent.includes("▏")) window.seen.word ??= performance.now();
     else if (window.seen.word && !caption()?.disabled) window.seen.end ??= performance.now();
   }).observe(document.body, {subtree: true, childList: true, characterData: true, attributes: true});
 }"""
+
+
+def visible(page, text, **how):
+    """What a person sees of a text; the static twin of a widget, which is hidden, has it too."""
+    return page.get_by_text(text, **how).filter(visible=True)
 
 
 class Notebook:
@@ -233,7 +238,7 @@ def test_playground_by_hand(lab, open_page):
     add_a_large_clip(panel)
     panel.control("clip").select_option("green_cross_grows.mp4")
     panel.slider("frame").press("ArrowRight")
-    expect(page.get_by_text("frame 2 of ")).to_be_visible()
+    expect(visible(page, "frame 2 of ")).to_be_visible()
     first = panel.caption()
     panel.control("prompt").fill("Describe this video in one sentence.")
     expect(panel.control("preset")).to_have_value("sentence")  # the kernel knows of the prompt
@@ -281,12 +286,12 @@ def add_a_large_clip(panel):
         panel.page.get_by_role("button", name="add a clip").click()  # its name goes on with a count
     chooser.value.set_files(large)
     expect(panel.control("clip")).to_have_value("large.mp4")
-    expect(panel.page.get_by_text("frame 1 of ")).to_be_visible()
+    expect(visible(panel.page, "frame 1 of ")).to_be_visible()
 
 
 def stop_half_way(panel):
     """Words come while the panel stays usable; Stop keeps what was said."""
-    page, words = panel.page, panel.page.get_by_text("▏")
+    page, words = panel.page, visible(panel.page, "▏")
     slow_down(panel)
     panel.button("Caption").click()
     text = words.inner_text()
@@ -296,7 +301,7 @@ def stop_half_way(panel):
     assert len(longer) > len(text) and longer.startswith(text.removesuffix("▏").rstrip()[:-3])
     started = time.monotonic()
     panel.slider("frame").press("ArrowRight")
-    expect(page.get_by_text("frame 3 of ")).to_be_visible()
+    expect(visible(page, "frame 3 of ")).to_be_visible()
     print(f"another frame while a caption is made: {time.monotonic() - started:.2f} s")
     panel.screenshot("panel_while", showing=panel.button("Stop"))
     panel.button("Stop").click()
@@ -312,11 +317,11 @@ def stop_half_way(panel):
 
 def rate_a_pair(panel):
     panel.run_cell("blind = BlindRating")
-    left = panel.page.get_by_text(re.compile(r"\d+ pairs? left"))
+    left = visible(panel.page, re.compile(r"\d+ pairs? left"))
     pairs = left.inner_text()
     panel.screenshot("blind", showing=panel.button("tie"))
     panel.button("A is better").click()
-    expect(panel.page.get_by_text(pairs)).to_have_count(0)
+    expect(visible(panel.page, pairs)).to_have_count(0)
     (rating,) = map(json.loads, (panel.folder / "runs/playground/ratings.jsonl").read_text().splitlines())
     assert rating["outcome"] == "first" and rating["clip"].endswith("green_cross_grows.mp4")
 
@@ -363,7 +368,7 @@ def test_playground_by_keys_and_while_a_text_is_typed(lab, open_page):
     page = open_page()
     panel = Playground(lab, page, "by_keys")
     panel.run_all()
-    words, cells = page.get_by_text("▏"), page.locator(".jp-Cell")
+    words, cells = visible(page, "▏"), page.locator(".jp-Cell")
     for number, prompt in enumerate(("What happens?", "Which colours?"), 1):
         panel.control("prompt").fill(prompt)
         panel.control("prompt").press("Control+Enter")
@@ -382,7 +387,7 @@ def test_playground_by_keys_and_while_a_text_is_typed(lab, open_page):
     page.keyboard.type("and dd on")  # where Lab would delete a cell
     expect(box).to_have_value("By hand, and dd on")
     page.get_by_role("button", name="save edit").click()
-    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    expect(visible(page, "kept", exact=True)).to_be_visible()
     texts = [record.get("edited_text") for record in panel.store.current()]
     assert texts == [None, "By hand, and dd on", None]
     assert panel.store.current()[2]["finish_reason"] == "stopped"
@@ -400,15 +405,15 @@ def test_playground_by_keys_and_while_a_text_is_typed(lab, open_page):
     expect(panel.cards()).to_have_count(4)
 
     panel.run_cell("blind = BlindRating")
-    expect(page.get_by_text("1 pair left")).to_be_visible()
-    page.locator(".jp-OutputArea-output", has=panel.button("tie")).get_by_text("1 pair left").click()
+    expect(visible(page, "1 pair left")).to_be_visible()
+    visible(page, "1 pair left").click()
     page.keyboard.press("b")
-    expect(page.get_by_text("All rated.")).to_be_visible()
+    expect(visible(page, "All rated.")).to_be_visible()
     page.keyboard.press("a")  # nothing is left to rate; Lab would add a cell
     page.keyboard.press("u")
-    expect(page.get_by_text("1 pair left")).to_be_visible()
+    expect(visible(page, "1 pair left")).to_be_visible()
     page.keyboard.press("t")
-    expect(page.get_by_text("All rated.")).to_be_visible()
+    expect(visible(page, "All rated.")).to_be_visible()
     lines = map(json.loads, (panel.folder / "runs/playground/ratings.jsonl").read_text().splitlines())
     assert [line["outcome"] for line in lines] == ["second", "undone", "tie"]
     assert cells.count() == num_cells and page.away == []
@@ -429,7 +434,7 @@ def test_the_clip_plays_beside_its_frames(lab, open_page):
         capkit.load_clip(DEMO_CLIPS / "camera_pans_right.mp4").info.duration_seconds, abs=0.2
     )
     page.locator(".widget-play button").first.click()  # of the frames
-    expect(page.get_by_text("frame 4 of ")).to_be_visible()
+    expect(visible(page, "frame 4 of ")).to_be_visible()
     panel.screenshot("panel_plays", showing=video)
 
 
@@ -442,7 +447,7 @@ def test_the_playground_is_readable(lab, open_page, theme, width):
     panel = Playground(lab, page, f"readable_{theme}_{width}")
     panel.run_all()
     panel.control("clip").select_option("purple_circle_appears.mp4")
-    expect(page.get_by_text("frame 1 of ")).to_be_visible()
+    expect(visible(page, "frame 1 of ")).to_be_visible()
     panel.caption()
     panel.control("prompt").fill("the same again and " * 60)
     expect(panel.control("preset")).to_have_value("")
@@ -476,7 +481,7 @@ def test_a_caption_of_2000_tokens_streams(lab, open_page):
     }""")
     panel.control("max_new_tokens").fill("2000")
     panel.control("max_new_tokens").press("Control+Enter")
-    words = page.get_by_text("▏")
+    words = visible(page, "▏")
     expect(words).to_be_visible()
     page.wait_for_function("document.body.textContent.split('▏')[0].length > 0")
     height = "document.querySelector('.jp-NotebookPanel .capkit-keys').scrollHeight"
@@ -515,11 +520,11 @@ def test_whatever_texts_and_file_names_say_is_shown_as_text_in_the_playground(la
     card.get_by_role("button", name="edit").click()
     card.get_by_role("textbox").fill(NASTY)
     card.get_by_role("button", name="edit").click()
-    expect(page.get_by_text("kept", exact=True)).to_be_visible()
+    expect(visible(page, "kept", exact=True)).to_be_visible()
     assert panel.cards().first.inner_text().count(NASTY) == 2  # prompt and caption
     panel.screenshot("dark_panel", showing=card)
     panel.run_cell("blind = BlindRating")
-    expect(page.get_by_text(NASTY_NAME + "; 1 pair left")).to_be_visible()
+    expect(visible(page, NASTY_NAME + "; 1 pair left")).to_be_visible()
     expect(page.locator(".jp-OutputArea-output", has=panel.button("tie"))).to_contain_text(NASTY)
     panel.screenshot("dark_blind", showing=panel.button("tie"))
     lab.set("apputils-extension/themes", {"theme": "JupyterLab Light"})
@@ -531,7 +536,7 @@ def test_whatever_texts_and_file_names_say_is_shown_as_text_in_the_playground(la
 def test_marking_by_hand(lab, open_page):
     """Notebook 02 in Lab: mark two captions of the sample, undo one, run the table again, restart, and go on."""
     page = open_page(height=1000)
-    store = capkit.CaptionStore(lab.folder / "marking" / "captions.jsonl")
+    store = capkit.CaptionStore(tempfile.mkdtemp(dir=lab.folder) + "/captions.jsonl")
     captioner = capkit.load_captioner("demo", device="cpu")
     capkit.run_sweep(captioner, capkit.find_clips("demo", limit=2), store, prompts=["default", "sentence"])
     store.edit(store.current()[0]["request"], f"{NASTY} square")
@@ -539,7 +544,7 @@ def test_marking_by_hand(lab, open_page):
     notebook.menu("Run", "Run All Cells")
     expect(notebook.button("right").first).to_be_enabled()
     sample = [record["request"] for record in capkit.audit(store, 4).records]
-    expect(page.get_by_text("caption 1 of 4; 4 not marked")).to_be_visible()
+    expect(visible(page, "caption 1 of 4; 4 not marked")).to_be_visible()
     notebook.screenshot("marking_first", showing=notebook.button("right").first)
     notebook.control("wrong words").fill("no such word")
     notebook.button("wrong").click()
@@ -549,30 +554,30 @@ def test_marking_by_hand(lab, open_page):
     notebook.control("wrong words").fill(word)
     notebook.control("remark").fill(NASTY)
     notebook.button("wrong").click()
-    expect(page.get_by_text("caption 2 of 4; 3 not marked")).to_be_visible()
+    expect(visible(page, "caption 2 of 4; 3 not marked")).to_be_visible()
     assert [store.latest(sample[:1])[0][name] for name in ("mark", "wrong_words", "remark")] == ["wrong", [word], NASTY]
     notebook.button("right").first.click()
-    expect(page.get_by_text("caption 3 of 4; 2 not marked")).to_be_visible()
+    expect(visible(page, "caption 3 of 4; 2 not marked")).to_be_visible()
     notebook.button("undo").click()
-    expect(page.get_by_text("caption 2 of 4; 3 not marked")).to_be_visible()
+    expect(visible(page, "caption 2 of 4; 3 not marked")).to_be_visible()
     assert "mark" not in store.latest(sample[1:2])[0]
     notebook.button("previous").click()
     expect(notebook.control("remark")).to_have_value(NASTY)
     expect(page.locator(".widget-html", has_text="marked wrong")).to_contain_text(NASTY)
     notebook.screenshot("marking_marked", showing=notebook.button("right").first)
     notebook.run_cell("print(sample)")
-    expect(page.get_by_text("1 of 1 are wrong, 100.0%")).to_be_visible()
+    expect(visible(page, "1 of 1 are wrong, 100.0%")).to_be_visible()
     notebook.run_cell("capkit.replace(captions")
     expect(page.locator(".jp-OutputArea-output", has_text="would be replaced in")).to_contain_text("Nothing is written")
     notebook.screenshot("replace_preview", showing=page.get_by_text("would be replaced in"))
-    looked = page.locator(".widget-vbox", has_text="below each frame, its share of the attention")
+    looked = page.locator(".widget-vbox", has_text="below each frame, its share of the attention").last  # innermost
     looked.get_by_role("button").last.click()  # a word of the caption, which may be "right"
     expect(looked.get_by_role("button").last).to_have_class(re.compile("mod-info"))
     expect(looked.locator("img").first).to_be_visible()
     notebook.screenshot("looked", showing=looked)
     notebook.menu("Kernel", "Restart Kernel and Run All Cells….*")
     page.get_by_role("button", name="Confirm Kernel Restart").click()
-    expect(page.get_by_text("caption 2 of 4; 3 not marked")).to_be_visible()  # the first that is not marked
+    expect(visible(page, "caption 2 of 4; 3 not marked")).to_be_visible()  # the first that is not marked
     assert page.away == []
 
 
@@ -599,7 +604,7 @@ def test_a_widget_is_seen_once_and_its_static_twin_after_saving(lab, open_page):
     page.get_by_role("menuitem", name=re.compile("^Save Notebook( Ctrl.*)?$")).click()
     until = time.monotonic() + PATIENCE_SECONDS
     while "capkit-kept" not in path.read_text() and time.monotonic() < until:
-        time.sleep(0.2)
+        page.wait_for_timeout(200)  # Lab's requests go on meanwhile, which a sleep would hold up
     saved = nbformat.read(path, 4)
     assert not saved.metadata.get("widgets")
     saved.cells[0].source += " By another."  # no longer what was trusted here
