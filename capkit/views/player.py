@@ -8,7 +8,7 @@ from pathlib import Path
 
 from capkit.text import escape
 
-PLAYER_BYTES = 20_000_000  # a larger file is not copied into a panel or a page
+PLAYER_BYTES = 8_000_000  # a larger file is not copied into a panel or a page
 CARD_BYTES = 4_000_000  # of all files on a page of cards
 PLAYED_CODECS = ("h264", "vp8", "vp9", "av1")  # by browsers, as FFmpeg names them
 PLAYED_FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "webm", ".mkv": "webm"}
