@@ -19,15 +19,16 @@ WIDE_FROM, WIDTH = 40, "min-width:22em"  # columns with a text of more character
 
 
 def show_table(table: pd.DataFrame, limit: int = ROWS, formats: Mapping[str, str] = NO_FORMATS) -> HTML:
-    """Show the first rows of a table, its texts in full, and say how many are left.
+    """Show the first rows of a table, its texts in full, and say how many are left, or that there are none.
 
     Args:
         table: any; its index is shown unless it only counts rows. Missing values are left empty.
         limit: how many rows.
         formats: of columns whose numbers need another than three digits, such as {"share": "{:.0%}"}.
     """
-    more = f'<div style="{MUTED}">{len(table) - limit:,} more rows</div>' if len(table) > limit else ""
-    return HTML(f'<div style="overflow:auto">{table_html(table.head(limit), formats)}</div>{more}')
+    note = f"{len(table) - limit:,} more rows" if len(table) > limit else "" if len(table) else "no rows"
+    below = f'<div style="{MUTED}">{note}</div>' if note else ""
+    return HTML(f'<div style="overflow:auto">{table_html(table.head(limit), formats)}</div>{below}')
 
 
 def table_html(table: pd.DataFrame, formats: Mapping[str, str] = NO_FORMATS) -> str:

@@ -67,6 +67,7 @@ def test_the_rest_is_counted():
     assert "more rows" not in show_table(pd.DataFrame({"number": range(10)}), limit=10)._repr_html_()
 
 
-def test_empty_tables_keep_their_heading():
-    assert [[text for _, text in row] for row in cells(show_table(pd.DataFrame({"a": []}))._repr_html_())] == [["a"]]
+def test_empty_tables_keep_their_heading_and_say_so():
+    html = show_table(pd.DataFrame({"a": []}))._repr_html_()
+    assert [[text for _, text in row] for row in cells(html)] == [["a"]] and "no rows" in html
     assert cells(show_table(pd.DataFrame())._repr_html_()) == [[]]
