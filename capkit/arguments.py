@@ -99,6 +99,7 @@ def _add_caption(commands: Subparsers) -> None:
     _add_settings(parser)
     add("--batch-size", type=int, default=4, help="clips in a batch of the model")
     add("--timeout-seconds", type=float, default=60.0, help="maximum time for reading a clip")
+    add("--retry-errors", action="store_true", help="try clips of --output again that failed before")
 
 
 def _add_caption_shard(commands: Subparsers) -> None:

@@ -34,7 +34,7 @@ def caption(arguments: argparse.Namespace) -> int:
     from capkit.video import check_window
 
     settings = _settings(arguments)
-    settings |= {name: getattr(arguments, name) for name in ("batch_size", "timeout_seconds")}
+    settings |= {name: getattr(arguments, name) for name in ("batch_size", "timeout_seconds", "retry_errors")}
     check_numbers(arguments.batch_size, arguments.timeout_seconds)
     check_window(arguments.start or 0.0, arguments.end)
     window = {name: getattr(arguments, name) for name in ("start", "end") if getattr(arguments, name) is not None}

@@ -39,7 +39,7 @@ LOOKED_AT = 2.0
 """A word looks at a patch that gets this many times an even share of the attention that the word pays to patches."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionMap:
     """How much a caption's words attend to each patch of each frame: the mean over all layers and heads.
 
@@ -61,6 +61,11 @@ class AttentionMap:
     timestamps_seconds: np.ndarray
     patch_rows: np.ndarray
     edge_rows: np.ndarray
+
+    def __repr__(self) -> str:
+        """Counts only: the arrays would be pages of numbers. `capkit.views.show_attention` draws them."""
+        _, num_frames, rows, columns = self.patch_rows.shape
+        return f"AttentionMap({len(self.words)} words, {num_frames} frames of {rows} x {columns} patches)"
 
     @cached_property
     def words(self) -> list[tuple[str, slice]]:

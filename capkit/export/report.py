@@ -35,7 +35,7 @@ COUNTED = {
     "same_file_as": ("clip", "with the content of another"),
     "part": ("caption", "of a part of a file: see `part` in the report"),
     "not_taken": ("file", "of which another part has a caption too, which was not taken"),
-    "saw": ("caption", "made from a part of what it is of: see `saw` in the report"),
+    "saw": ("caption", "that saw only some seconds of its clip: see `saw` in the report"),
     "csv_cell": ("caption", "that spreadsheets take for formulas: see `csv_cell` in the report"),
 }
 

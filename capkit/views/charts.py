@@ -86,7 +86,7 @@ def heat_map(table: pd.DataFrame, value: str, rows: str = "prompt", columns: str
         text, colour = "" if np.isnan(mean) else f"{mean:.3g}", "black" if mean > middle else "white"
         axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     axes.set_title(_mean(value), fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8, label=_mean(value))
+    figure.colorbar(image, ax=axes, shrink=0.8)  # its label is the title
     return figure
 
 

@@ -37,7 +37,7 @@ def show_attention(looked: AttentionMap, clip: Clip) -> HTML:
     """
     frames, words = _frames(looked, clip), content_words(looked)
     cells = [_word_cell(looked, frames, at) for at in words[:MOST_WORDS]]
-    more = f"; {len(words) - MOST_WORDS} more words are left out" if len(words) > MOST_WORDS else ""
+    more = f" {len(words) - MOST_WORDS} more words are left out." if len(words) > MOST_WORDS else ""
     never = looked.never_looked_at
     unseen = [
         _cell(frame, ~dark, f"{seconds:.2f} s, {_percent(dark.mean())}")
