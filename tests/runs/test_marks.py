@@ -224,7 +224,8 @@ def test_several_processes_mark_at_the_same_time(large):
         assert process.returncode == 0
     assert marks(large) == {number: "wrong" if number % 2 else "right" for number in range(400)}
     assert [record["remark"] for record in large.current()] == [str(number) for number in range(400)]
-    assert len(large.path.read_bytes().split(b"\n")) == 801 and len(large.lines()) == 800
+    lines = large.path.read_bytes().split(b"\n")  # an empty one comes between two processes that write at once
+    assert len([line for line in lines if line]) == len(large.lines()) == 800
 
 
 @pytest.mark.filterwarnings("ignore:.*torn")
