@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from capkit.demo.scenes import COLOURS, SHAPES, SIZES
+from capkit.demo.scenes import COLOURS, PLAIN_COLOURS, SHAPES, SIZES
 
 _BACKGROUNDS = {
     "grey": r"\bgr[ae]y\b",
@@ -15,6 +15,12 @@ _BACKGROUNDS = {
     "meadow": r"\bmeadow\b",
     "striped wall": r"\bstripe[sd]\b",
     "checkered wall": r"\bche(?:ck|qu)ered\b",
+}
+# "blue" may be an object's colour, and is also a part of "dark blue".
+_BACKGROUNDS |= {
+    name: rf"\b(?:plain|background is|background\": \") ?{name}\b|(?<!light )(?<!dark )\b{name} background\b"
+    for name in PLAIN_COLOURS
+    if name not in _BACKGROUNDS
 }
 _MOVES = r"(?:moves?|moving|drifts?|drifting|slides?|sliding|goes|going)"
 MOTION_WORDS = {

@@ -26,6 +26,7 @@ from capkit.demo.facts import Event, Facts, see
 from capkit.demo.random_scenes import make_scene
 from capkit.demo.scenes import DIRECTIONS, SIZES, UNSEEN_PAIRS, Scene
 from capkit.demo.wording import QUESTIONS, Example, make_example, make_question
+from capkit.sweep import PROMPT_PRESETS
 from capkit.video import Clip, load_clip
 
 TIMELESS_CHECKS = ("background", "count", "colour", "shape", "objects", "size")
@@ -80,7 +81,7 @@ def check(text: str, facts: Facts) -> dict[str, bool | None]:
         "events": num_true_events == len(claimed.events) == len(facts.events) if has_events else None,
         "camera": None if is_camera_optional else claimed.camera == facts.camera,
         "no_wrong_statement": (
-            bool(claimed.backgrounds or claimed.objects)  # an empty text is not right
+            bool(claimed.backgrounds or claimed.objects or claimed.counts)  # an empty text is not right
             and claimed.backgrounds <= {facts.background}
             and claimed.counts <= {len(objects)}
             and Counter(named.pair for named in claimed.objects) <= Counter(seen.pair for seen in objects)
@@ -152,20 +153,27 @@ def _sentences(text: str) -> list[str]:
     return [sentence for sentence in re.split(r"(?<=[.!?])\s+|\n", text.strip()) if sentence]
 
 
-def evaluate(captioner: Captioner, num_scenes: int, seed: int = 0, folder: str | Path | None = None) -> pd.DataFrame:
+def evaluate(
+    captioner: Captioner,
+    num_scenes: int,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    any_background: bool = False,
+) -> pd.DataFrame:
     """Caption held-out scenes with the default prompt and check each caption.
 
     Args:
         captioner: a `capkit.Captioner`, or an object with its `caption_batch`.
         num_scenes: the scenes are those of the seeds `seed`, `seed` + 1, ...
         folder: where the clips are written and kept; None for a temporary one.
+        any_background: see `make_scene`.
 
     Returns:
         One row a scene: `seed`, `num_frames`, `num_objects`, `has_unseen_pair`, CHECKS as True, False or None,
         `seconds` that the caption took, `text` and the true `facts`.
     """
     rows = []
-    for batch in _held_out(num_scenes, seed, folder):
+    for batch in _held_out(num_scenes, seed, folder, any_background=any_background):
         captions = _captions(captioner, [clip for _, clip, _ in batch], [DEFAULT_PROMPT] * len(batch), "chat")
         for (scene_seed, clip, facts), caption in zip(batch, captions, strict=True):
             unseen = any(seen.pair in UNSEEN_PAIRS for seen in facts.objects)
@@ -205,6 +213,24 @@ def evaluate_prompts(
                     rng = np.random.default_rng([scene_seed, len(cases)])
                     cases.append((case, make_example(facts, rng, style, template)))
             rows += _answers(captioner, cases, f"{template}: {style}")
+    return pd.DataFrame(rows)
+
+
+def evaluate_presets(captioner: Captioner, num_scenes: int, seed: int = 0, template: str = "chat") -> pd.DataFrame:
+    """Check the answers to each of `capkit.sweep.PROMPT_PRESETS`, of scenes of which half have any background.
+
+    Returns:
+        Rows as from `evaluate_prompts`, whose kind is the preset's name.
+    """
+    rows = []
+    for any_background in (False, True):
+        for batch in _held_out(num_scenes // 2, seed, any_background=any_background):
+            for name, (prompt, _) in PROMPT_PRESETS.items():
+                captions = _captions(captioner, [clip for _, clip, _ in batch], [prompt] * len(batch), template)
+                for (scene_seed, _, facts), caption in zip(batch, captions, strict=True):
+                    right = check(caption.text, facts)["no_wrong_statement"]
+                    row = {"measure": f"{template}: presets", "kind": name, "right": right, "seed": scene_seed}
+                    rows.append({**row, "prompt": prompt, "expected": "", "text": caption.text})
     return pd.DataFrame(rows)
 
 
@@ -267,6 +293,7 @@ def _held_out(
     seed: int,
     folder: str | Path | None = None,
     change: Callable[[Scene], Scene] = lambda scene: scene,
+    any_background: bool = False,
 ) -> Iterator[list[Case]]:
     """Batches of held-out scenes, each encoded and read back."""
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as directory:
@@ -274,7 +301,7 @@ def _held_out(
         for first in range(seed, seed + num_scenes, BATCH_SIZE):
             batch = []
             for scene_seed in range(first, min(first + BATCH_SIZE, seed + num_scenes)):
-                scene = change(make_scene(scene_seed, held_out=True))
+                scene = change(make_scene(scene_seed, held_out=True, any_background=any_background))
                 path = scene.write_mp4(Path(directory) / f"held_out_{scene_seed}.mp4")
                 clip = load_clip(path, timeout_seconds=None)  # no child process for our own files
                 batch.append((scene_seed, clip, see(scene, clip)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +17,20 @@ from transformers import PreTrainedTokenizerFast
 from capkit.cogvlm2 import CogVLM2VideoProcessor, Prompt, pixels_to_frames, preprocess_frames
 from capkit.demo.facts import Facts, see
 from capkit.demo.random_scenes import make_scene
-from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing, pick
-from capkit.demo.wording import CAMERA, HAPPENS, MOVES, NUMBERS, Example, make_example, make_interview
+from capkit.demo.scenes import (
+    COLOURS,
+    MOTIONS,
+    PLAIN_COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    pick,
+)
+from capkit.demo.wording import CAMERA, HAPPENS, MOVES, NUMBERS, Example, make_example, make_interview, make_steered
 from capkit.video import Clip
+
+T = TypeVar("T")
 
 IMAGE_SIZE, PATCH_SIZE = 112, 14
 CELLS = IMAGE_SIZE // PATCH_SIZE // 2  # cells a side: the bridge pools patches 2 x 2
@@ -67,9 +79,9 @@ class DrawnClip:
         return replace(self, clip=Clip.from_frames(self.clip.frames[:, :1, :1].copy(), self.clip.timestamps_seconds))
 
 
-def draw_clip(seed: int, held_out: bool = False) -> DrawnClip:
-    """Draw the sampled frames of scene `seed`, cropped as the model will see them."""
-    scene = make_scene(seed, held_out)
+def draw_clip(seed: int, held_out: bool = False, any_background: bool = False) -> DrawnClip:
+    """Draw the sampled frames of a scene of `make_scene`, cropped as the model will see them."""
+    scene = make_scene(seed, held_out, any_background)
     clip = scene.sample("chat")
     frames = pixels_to_frames(preprocess_frames(clip.frames, IMAGE_SIZE))
     facts = see(scene, clip)
@@ -142,14 +154,22 @@ def _label_cells(scene: Scene, clip: Clip, facts: Facts) -> tuple[np.ndarray, np
     return cells, places, num_seen
 
 
-def draw_clips(seeds: Sequence[int], held_out: bool = False, num_workers: int = 2) -> list[DrawnClip]:
-    """Draw many clips, in worker processes."""
+def draw_clips(
+    seeds: Sequence[int], held_out: bool = False, num_workers: int = 2, any_background: bool = False
+) -> list[DrawnClip]:
+    """Draw many clips, in worker processes; with `any_background` every second in front of any colour."""
+    plain = [any_background and bool(seed % 2) for seed in seeds]
+    return in_processes(draw_clip, num_workers, seeds, [held_out] * len(seeds), plain)
+
+
+def in_processes(function: Callable[..., T], num_workers: int, *arguments: Sequence[Any]) -> list[T]:
+    """`map` in worker processes; in this one if there is one worker."""
     if num_workers < 2:
-        return [draw_clip(seed, held_out) for seed in seeds]
+        return list(map(function, *arguments))
     context = multiprocessing.get_context("spawn")
     # One torch thread each, or they would compete for the cores.
     with ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(draw_clip, seeds, [held_out] * len(seeds), chunksize=100))
+        return list(pool.map(function, *arguments, chunksize=100))
 
 
 def train_tokenizer(clips: Sequence[DrawnClip], vocab_size: int = 640) -> PreTrainedTokenizerFast:
@@ -177,7 +197,7 @@ def content_tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """bool (vocabulary,): True for tokens of words that say what is seen, False for all other wording."""
     wordings = [*COLOURS, *SHAPES, *SIZES, *NUMBERS, *MOTIONS, *map(str, range(13)), "yes"]
     wordings += [wording for kinds in (MOVES, CAMERA, HAPPENS) for phrases in kinds.values() for wording in phrases]
-    wordings += ["grey dark beige pink meadow striped checkered nothing"]
+    wordings += [*PLAIN_COLOURS, "meadow striped checkered nothing"]
     words = {word for wording in wordings for word in wording.split()}
     words -= {"a", "the", "to", "in", "is", "not", "does", "of", "and", "{}"}
     forms = [form for word in words for form in (word, f" {word}", f" {word.capitalize()}", word.capitalize())]
@@ -188,42 +208,6 @@ def content_tokens(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 def _prompt(example: Example) -> Prompt:
     return Prompt(example.prompt, example.template, example.history)
-
-
-class Frames(torch.utils.data.Dataset):
-    """Single frames and their labels, for the first stage.
-
-    Args:
-        clips: from `draw_clips`.
-        recoloured: share of frames in false colours, their channels permuted or inverted. If it is not 0, these frames
-            alone teach shapes and the others colours: or colours would be learnt first, and then that no star is red
-            where training has no red star.
-    """
-
-    def __init__(self, clips: Sequence[DrawnClip], recoloured: float = 0.0):
-        self.numbers = [(drawn, frame) for drawn in clips for frame in range(len(drawn.clip))]
-        self.recoloured, self.random = recoloured, np.random.default_rng(0)
-        self.num_frames = [1] * len(self.numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        drawn, number = self.numbers[index]
-        frame, cells = drawn.clip.frames[number], drawn.cells[number].copy()
-        if self.recoloured:
-            is_recoloured = self.random.random() < self.recoloured
-            cells[:, 1 if is_recoloured else 2] = UNKNOWN
-            if is_recoloured:
-                frame = frame[..., self.random.permutation(3)]
-                frame = 255 - frame if self.random.random() < 0.5 else frame
-        return frame, cells, drawn.places[number]
-
-    def collate(self, rows: list[tuple[np.ndarray, ...]]) -> dict[str, torch.Tensor]:
-        """A batch for `TrainingModel.forward`, without texts."""
-        frames, cells, places = map(np.stack, zip(*rows, strict=True))
-        pixels = preprocess_frames(frames, IMAGE_SIZE)
-        return {"pixel_values_videos": pixels, "cells": torch.from_numpy(cells), "places": torch.from_numpy(places)}
 
 
 Row = tuple[DrawnClip, torch.Tensor, list[int], list[int], bool]
@@ -243,6 +227,7 @@ class Examples(torch.utils.data.Dataset):
         grey: features of a grey frame, (tokens_per_frame, hidden_size). If given, it replaces one frame in every fourth
             clip: or a frame that attribution leaves out would look to the model as if everything vanished.
         interviews: share of clips with several questions in a row, from `make_interview`.
+        steered: share of the other clips with a begun answer or a chain of prompts, from `make_steered`.
     """
 
     def __init__(
@@ -253,21 +238,32 @@ class Examples(torch.utils.data.Dataset):
         misheard: float = 0.0,
         grey: torch.Tensor | None = None,
         interviews: float = 0.0,
+        steered: float = 0.0,
     ):
         self.clips, self.features, self.processor = clips, features, processor
-        self.misheard, self.grey, self.interviews = misheard, grey, interviews
+        self.misheard, self.grey, self.interviews, self.steered = misheard, grey, interviews, steered
         self.random = np.random.default_rng(0)
-        self.num_frames = [len(drawn.clip) for drawn in clips]
+        self.next_rows: dict[int, Row] = {}
         ids = processor.tokenizer([f" {colour}" for colour in COLOURS], add_special_tokens=False)["input_ids"]
         self.colour_ids = {colour: one[0] for colour, one in zip(COLOURS, ids, strict=True) if len(one) == 1}
 
     def __len__(self) -> int:
         return len(self.clips)
 
+    def length(self, index: int) -> int:
+        """Number of tokens of the row that comes next for this index."""
+        self.next_rows[index] = self._make_row(index)
+        return len(self.next_rows[index][2])
+
     def __getitem__(self, index: int) -> Row:
+        return self.next_rows.pop(index, None) or self._make_row(index)
+
+    def _make_row(self, index: int) -> Row:
         drawn, features = self.clips[index], self.features[index]
         if self.interviews and self.random.random() < self.interviews:
             example = make_interview(drawn.facts, self.random)
+        elif self.steered and self.random.random() < self.steered:
+            example = make_steered(drawn.facts, self.random)
         else:
             example = make_example(drawn.facts, self.random)
         ids, labels = self._ids_and_labels(drawn.clip, example)
@@ -297,7 +293,7 @@ class Examples(torch.utils.data.Dataset):
         return replace(drawn, **labels), features
 
     def _ids_and_labels(self, clip: Clip, example: Example) -> tuple[list[int], list[int]]:
-        """Token ids, and labels: all answers, those of the history too, but neither questions nor frames."""
+        """Token ids, and labels: all answers, those of the history too, but neither questions, frames nor prefixes."""
         tokenizer = self.processor.tokenizer
         prompt = _prompt(example)
         frames, text = self.processor.video_ids(clip, prompt), f"{prompt.full_text} {example.answer}"
@@ -307,6 +303,8 @@ class Examples(torch.utils.data.Dataset):
             start = text.index(f" {answer}", end)
             end = start + 1 + len(answer)
             spans.append((start, end))
+        if example.answer_prefix:
+            spans[-1] = (start + 1 + len(example.answer_prefix), end)
         labels = [
             token if any(first <= begin and end <= last for first, last in spans) else UNKNOWN
             for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)

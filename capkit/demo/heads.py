@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from capkit.cogvlm2 import CogVLM2VideoForConditionalGeneration, image_mask, rotary_position_ids
 from capkit.demo.examples import CAMERA_MOTIONS, EVENTS, UNKNOWN
-from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES
+from capkit.demo.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
 
 WORDING_WEIGHT = 0.3
 """Weight in the loss of tokens that are not `content_tokens`: which of many wordings comes cannot be learnt."""
@@ -43,13 +43,20 @@ class TrainingModel(nn.Module):
         model: the model to train.
         is_content: bool (vocabulary,), from `content_tokens`.
         bf16: autocast to bfloat16; the weights stay as they are.
+        has_heads: False for a model that has been trained with heads before: its texts alone are learnt.
     """
 
     weights: torch.Tensor
 
-    def __init__(self, model: CogVLM2VideoForConditionalGeneration, is_content: torch.Tensor, bf16: bool = False):
+    def __init__(
+        self,
+        model: CogVLM2VideoForConditionalGeneration,
+        is_content: torch.Tensor,
+        bf16: bool = False,
+        has_heads: bool = True,
+    ):
         super().__init__()
-        self.model, self.bf16 = model, bf16
+        self.model, self.bf16, self.has_heads = model, bf16, has_heads
         self.register_buffer("weights", torch.where(is_content, 1.0, WORDING_WEIGHT), persistent=False)
         width = model.config.hidden_size
         pair = {"colour": len(COLOURS), "shape": len(SHAPES)}
@@ -87,11 +94,17 @@ class TrainingModel(nn.Module):
                 attention_mask=torch.ones_like(input_ids),
                 position_ids=rotary_position_ids(input_ids, self.model.config.video_token_id),
                 use_cache=False,
-                output_hidden_states=True,
+                output_hidden_states=self.has_heads,
             )
             image = image_mask(input_ids, self.model.config.video_token_id)
             next_ids = F.pad(labels, (0, 1), value=UNKNOWN)[:, 1:]  # each position predicts the next token
             logits = self.model.lm_head(outputs.last_hidden_state[next_ids != UNKNOWN]).float()
+            next_ids = next_ids[next_ids != UNKNOWN]
+            right, is_content = logits.argmax(-1) == next_ids, self.weights[next_ids] == 1
+            counts = {"num_right": (right & is_content).sum(), "num_counted": is_content.sum()}
+            loss = F.cross_entropy(logits, next_ids, self.weights)
+            if not self.has_heads:
+                return {"loss": loss, **counts}
             at_cells, at_frames, at_objects = (
                 outputs.hidden_states[layer][image].unflatten(0, video_features.shape[:2])
                 for layer in (CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER)
@@ -99,9 +112,8 @@ class TrainingModel(nn.Module):
             done, order = self.done(at_cells[:, 1:-1]), self.order(at_frames[:, 1:-1]).float()
             news, event_order = self.news(at_frames[:, -1]), self.event_order(at_objects[:, -1]).float()
             history = [heads(at_objects[:, -1]) for heads in (*self.objects, *self.events)]
-        next_ids, has_gain = next_ids[next_ids != UNKNOWN], ~places[..., 3:].isnan()
+        has_gain = ~places[..., 3:].isnan()
         done_labels = {"motion": cells[..., 3], "event": cells[..., 4], "size": cells[..., 5]}
-        loss = F.cross_entropy(logits, next_ids, self.weights)
         loss = loss + 0.5 * sum(_known_loss(done[name], true) for name, true in done_labels.items())
         loss = loss + 0.5 * _known_loss(order, cells[..., 6])
         loss = loss + F.smooth_l1_loss(done["gain"][has_gain], places[..., 3:][has_gain])
@@ -109,8 +121,7 @@ class TrainingModel(nn.Module):
         loss = loss + 0.2 * _known_loss(event_order, frames[:, 6])
         for predicted, true in zip(history, (*objects.unbind(1), *events.unbind(1)), strict=True):
             loss = loss + 0.2 * _sum_of_losses(predicted, true)
-        right, is_content = logits.argmax(-1) == next_ids, self.weights[next_ids] == 1
-        return {"loss": loss, "num_right": (right & is_content).sum(), "num_counted": is_content.sum()}
+        return {"loss": loss, **counts}
 
     def _vision_loss(self, pixels: torch.Tensor, cells: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
         what = self.what(self.model.model.get_video_features(pixels)[:, 1:-1])
@@ -121,6 +132,46 @@ class TrainingModel(nn.Module):
             loss = loss + 3 * F.smooth_l1_loss(what["place"][is_object], places[..., :3][is_object])
         right = (what["colour"].argmax(-1) == cells[..., 1]) & (what["shape"].argmax(-1) == cells[..., 2])
         return {"loss": loss, "num_right": right.sum(), "num_counted": is_object.sum()}
+
+
+class AdaptingModel(nn.Module):
+    """A vision tower that learns new backgrounds, and goes on to see everything else as it did.
+
+    So the decoder, which knows the old features, can go on from what it has learnt.
+
+    Args:
+        model: trained before; its vision tower is trained.
+    """
+
+    def __init__(self, model: CogVLM2VideoForConditionalGeneration):
+        super().__init__()
+        self.model = model
+        teacher = CogVLM2VideoForConditionalGeneration(model.config)
+        teacher.load_state_dict(model.state_dict())
+        self.teacher = teacher.model.requires_grad_(False)
+        self.background = nn.Linear(model.config.hidden_size, len(BACKGROUNDS))
+
+    def forward(
+        self, pixel_values_videos: torch.Tensor, taught: torch.Tensor, shares: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The loss of a batch of `Backgrounds`, and how many cells tell the background.
+
+        Args:
+            pixel_values_videos, taught: (N, 3, IMAGE_SIZE, IMAGE_SIZE), the frames, and as they are in front of grey.
+            shares: (N, cells), how much of each cell is covered by objects; 1 in frames that are taught as they are.
+            labels: (N,), indices into BACKGROUNDS.
+        """
+        features = self.model.model.get_video_features(pixel_values_videos)[:, 1:-1]
+        with torch.no_grad():
+            target = self.teacher.get_video_features(taught)[:, 1:-1]
+        # The decoder feels small changes of what it knows. Where no object is, the teacher's grey is but a guess.
+        weights = 0.03 + (5 * shares).clamp(max=1)
+        loss = 100 * (weights * (features - target).square().mean(-1)).mean() / target.square().mean()
+        is_background = shares < 0.3
+        logits = self.background(10 * features[is_background])
+        names = labels[:, None].expand_as(shares)[is_background]
+        loss = loss + F.cross_entropy(logits, names)
+        return {"loss": loss, "num_right": (logits.argmax(-1) == names).sum(), "num_counted": is_background.sum()}
 
 
 def _known_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | float:

@@ -8,10 +8,23 @@ from typing import Any
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import ArrayLike
 
 from capkit.demo import scenes
 from capkit.demo.facts import Facts, see
-from capkit.demo.scenes import COLOURS, REACH, SHAPES, SIZES, UNSEEN_PAIRS, Scene, Thing, pick
+from capkit.demo.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLAIN_COLOURS,
+    REACH,
+    SHAPES,
+    SIZES,
+    UNSEEN_PAIRS,
+    USUAL_BACKGROUNDS,
+    Scene,
+    Thing,
+    pick,
+)
 from capkit.video import FrameSampling
 
 # Probability of each size, by number of objects. Fewer scenes with large objects have room for all, which these shares
@@ -21,8 +34,18 @@ Path = tuple[np.ndarray, np.ndarray, np.ndarray]
 """x, y and diameter over time."""
 
 
-def make_scene(seed: int, held_out: bool = False) -> Scene:
-    """The scene of this seed, always the same. No held-out scene has a description that a training scene has."""
+def make_scene(seed: int, held_out: bool = False, any_background: bool = False) -> Scene:
+    """The scene of this seed, always the same. No held-out scene has a description that a training scene has.
+
+    Args:
+        any_background: put a plain one of any colour behind the scene, unless its camera pans. A few held-out scenes
+            keep their own, because training may show them in front of every other.
+    """
+    scene = _make_scene(seed, held_out)
+    return _on_any_colour(scene, np.random.default_rng([int(held_out), seed, 1]), held_out) if any_background else scene
+
+
+def _make_scene(seed: int, held_out: bool) -> Scene:
     rng = np.random.default_rng([int(held_out), seed])
     # Drawn before the loop, or kinds of scenes that are rejected often would be rare.
     count, is_panned = int(rng.choice(4, p=[0.05, 0.4, 0.37, 0.18])), rng.random() < 0.12
@@ -30,8 +53,7 @@ def make_scene(seed: int, held_out: bool = False) -> Scene:
         scene = _random_scene(rng, held_out, count, is_panned)
         if scene is None:
             continue
-        times = scene.timestamps_seconds
-        facts = see(scene, times[FrameSampling("chat").frame_indices(times, scene.fps)])
+        facts = _chat_facts(scene)
         num_events = sum((t.appears > 0) + (t.disappears < 1e9) + (t.changes < 1e9) for t in scene.things)
         is_clear = (
             len(facts.objects) == len(scene.things)
@@ -41,6 +63,49 @@ def make_scene(seed: int, held_out: bool = False) -> Scene:
         )
         if is_clear and _is_held_out(facts) == held_out:
             return scene
+
+
+def _chat_facts(scene: Scene) -> Facts:
+    times = scene.timestamps_seconds
+    return see(scene, times[FrameSampling("chat").frame_indices(times, scene.fps)])
+
+
+def name_colour(rgb: ArrayLike) -> str | None:
+    """The name in PLAIN_COLOURS of an RGB colour; None where two names would do, or none."""
+    shades = [(name, colour) for name, colours in PLAIN_COLOURS.items() for colour in colours]
+    distances = np.linalg.norm(_lab([colour for _, colour in shades]) - _lab(rgb), axis=1)
+    nearest = {name: distance for distance, (name, _) in sorted(zip(distances, shades, strict=True), reverse=True)}
+    (name, first), (_, second) = sorted(nearest.items(), key=lambda item: item[1])[:2]
+    return name if first < 30 and second - first > 12 else None
+
+
+def _lab(rgb: ArrayLike) -> np.ndarray:
+    """CIELAB (..., 3) of sRGB colours (..., 3) from 0 to 255, whose distances are about those that people see.
+
+    With a power of 2.2 for sRGB's curve. Source: CIE 15, white point D65.
+    """
+    linear = (np.asarray(rgb) / 255) ** 2.2
+    xyz = linear @ np.array([[0.4339, 0.2126, 0.0178], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8727]])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
+def _on_any_colour(scene: Scene, rng: Generator, held_out: bool) -> Scene:
+    """The scene in front of a plain background whose colour has one name and is none of its objects'."""
+    if scene.pan:
+        return scene
+    colours = np.array([COLOURS[name] for thing in scene.things for name in (thing.colour, thing.new_colour) if name])
+    facts = _chat_facts(scene)
+    for _ in range(500):  # of some held-out scenes the descriptions with all other backgrounds are for training
+        rgb = rng.integers(0, 256, 3)
+        if rng.random() < 0.7:  # or white, black and brown, of which there are few shades, would be rare
+            rgb = (pick(rng, pick(rng, list(PLAIN_COLOURS.values()))) + rng.integers(-24, 25, 3)).clip(0, 255)
+        name = name_colour(rgb)
+        is_far = not len(colours) or np.linalg.norm(colours - rgb, axis=1).min() > 90
+        if name and is_far and _is_held_out(replace(facts, background=name)) == held_out:
+            shade = tuple((rgb - BACKGROUNDS[name][2][0]).tolist())
+            return replace(scene, background=name, background_shade=shade)
+    return scene
 
 
 def _is_held_out(facts: Facts) -> bool:
@@ -58,7 +123,7 @@ def _random_scene(rng: Generator, held_out: bool, count: int, is_panned: bool) -
     end = num_frames / fps
     short, aspect = 2 * int(rng.integers(56, 121)), pick(rng, (9 / 16, 1, 4 / 3, 16 / 9))
     height, width = (short, 2 * round(short * aspect / 2)) if aspect >= 1 else (2 * round(short / aspect / 2), short)
-    background = pick(rng, [name for name, (*_, colours) in scenes.BACKGROUNDS.items() if len(colours) > is_panned])
+    background = pick(rng, [name for name, (*_, rgb) in USUAL_BACKGROUNDS.items() if len(rgb) > is_panned])
     pan = float(rng.uniform(0.22, 0.34)) * pick(rng, (-1, 1)) if is_panned else 0.0
     pairs = _random_pairs(rng, count, held_out)
     things: list[Thing] = []

@@ -36,7 +36,7 @@ DIRECTIONS = ("left", "right", "up", "down")
 MOTIONS = ("still", *DIRECTIONS, "bounces", "orbits", "grows", "shrinks")
 # Name: (noun phrase, phrase after "is", RGB colours, lower or darker first). No camera pans over a plain one: it would
 # look like moving objects.
-BACKGROUNDS = {
+USUAL_BACKGROUNDS = {
     "grey": ("a plain grey background", "plain grey", [(176, 178, 180)]),
     "dark blue": ("a plain dark blue background", "plain dark blue", [(52, 70, 122)]),
     "beige": ("a plain beige background", "plain beige", [(204, 184, 146)]),
@@ -44,6 +44,31 @@ BACKGROUNDS = {
     "meadow": ("a green meadow under a pale sky", "a green meadow under a pale sky", [(150, 190, 96), (168, 206, 234)]),
     "striped wall": ("a striped wall", "a striped wall", [(96, 140, 140), (146, 186, 184)]),
     "checkered wall": ("a checkered wall", "a checkered wall", [(126, 108, 96), (176, 158, 146)]),
+}
+# What a plain background of any colour is called: by the nearest of these, RGB.
+PLAIN_COLOURS = {
+    "grey": [(176, 178, 180), (128, 128, 128), (84, 84, 86)],
+    "dark blue": [(52, 70, 122), (10, 14, 120)],
+    "beige": [(204, 184, 146), (232, 220, 190)],
+    "pink": [(240, 172, 190), (250, 110, 170)],
+    "white": [(252, 252, 252)],
+    "black": [(14, 14, 16)],
+    "red": [(214, 30, 34), (150, 20, 30)],
+    "orange": [(250, 132, 14)],
+    "yellow": [(248, 226, 26), (250, 240, 140)],
+    "green": [(8, 130, 46), (40, 200, 60), (16, 240, 30)],
+    "dark green": [(10, 66, 28)],
+    "light green": [(160, 226, 150)],
+    "blue": [(30, 84, 236), (10, 16, 240)],
+    "light blue": [(150, 204, 246), (173, 216, 230)],
+    "turquoise": [(50, 196, 196), (20, 240, 240)],
+    "purple": [(146, 36, 176), (92, 24, 120)],
+    "brown": [(112, 68, 34), (139, 69, 19)],
+}
+BACKGROUNDS = USUAL_BACKGROUNDS | {
+    name: (f"a plain {name} background", f"plain {name}", colours[:1])
+    for name, colours in PLAIN_COLOURS.items()
+    if name not in USUAL_BACKGROUNDS
 }
 UNSEEN_PAIRS = {("red", "star"), ("blue", "triangle"), ("green", "circle"), ("yellow", "cross"), ("white", "square")}
 """Pairs of colour and shape that occur in held-out scenes only."""

@@ -30,21 +30,28 @@ from capkit.demo.examples import (
     PATCH_SIZE,
     DrawnClip,
     Examples,
-    Frames,
     content_tokens,
     draw_clips,
     train_tokenizer,
 )
-from capkit.demo.heads import TrainingModel
+from capkit.demo.heads import AdaptingModel, TrainingModel
+from capkit.demo.optimiser import MuonAndAdamW
+from capkit.demo.single_frames import Backgrounds, Frames, draw_pairs
 from capkit.files import output_folder
 from capkit.video import at_least_one, positive
 
 FRAMES_PER_STEP = 192
 FEATURE_LENGTH = 2.0
-TOKENIZER_CLIPS, VISION_CLIPS, CLIPS_AT_A_TIME = 3000, 16000, 3200
-"""Clips for the tokenizer and for the vision tower; clips drawn before their pictures are freed."""
-INTERVIEWS = 0.6
+TOKENIZER_CLIPS, VISION_CLIPS, ADAPTING_CLIPS, CLIPS_AT_A_TIME = 3000, 16000, 4000, 3200
+"""Clips for the tokenizer, for a vision tower and for adapting a trained one; clips drawn before their pictures are
+freed."""
+FURTHER_SEEDS = 200_000
+"""The first scene that a trained model learns from: earlier ones it may know."""
+INTERVIEWS = 0.4
 """Share of clips with several questions in a row, in the last stage."""
+STEERED = 0.2
+"""Share of the other clips, in both stages of texts, with a begun answer or a chain of prompts."""
+Data = Frames | Backgrounds | Examples
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> CogVLM2VideoForConditionalGeneration:
@@ -99,63 +106,27 @@ class _Log(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of blocks, AdamW for all other weights.
-
-    After 400 steps of the language model 78 % of the content tokens were right; with AdamW alone 66 %.
-
-    Args:
-        model: trains its weights that require a gradient now.
-        learning_rate: of both; Muon's steps are scaled to AdamW's.
-        weight_decay: of both.
-    """
-
-    def __init__(self, model: torch.nn.Module, learning_rate: float, weight_decay: float):
-        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        blocks = [name for name in weights if ".layers." in name or ".linear_proj." in name]
-        matrices = {name: weights.pop(name) for name in blocks if weights[name].ndim == 2}
-        self.parts = [
-            torch.optim.Muon(matrices.values(), learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(weights.values(), learning_rate, (0.9, 0.98), weight_decay=weight_decay),
-        ]
-        super().__init__(self._groups(), {})
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever passed
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = self._groups()
-
-
 class _ByLength(Sampler):
-    """A random order in which clips of one batch have nearly the same number of frames, so that little is padded."""
+    """A random order in which rows of one batch have nearly the same length, so that little is padded."""
 
-    def __init__(self, num_frames: list[int], batch_size: int):
-        self.num_frames, self.batch_size = num_frames, batch_size
+    def __init__(self, data: Data, batch_size: int):
+        self.data, self.batch_size = data, batch_size
 
     def __len__(self) -> int:
-        return len(self.num_frames)
+        return len(self.data)
 
     def __iter__(self) -> Iterator[int]:
-        chunks = torch.randperm(len(self)).split(16 * self.batch_size)
-        order = [index for chunk in chunks for index in sorted(chunk.tolist(), key=self.num_frames.__getitem__)]
-        batches = torch.tensor(order).split(self.batch_size)
-        return iter([index for i in torch.randperm(len(batches)) for index in batches[i].tolist()])
+        for chunk in torch.randperm(len(self)).split(16 * self.batch_size):
+            lengths = torch.tensor([self.data.length(index) for index in chunk.tolist()])
+            batches = chunk[lengths.argsort()].split(self.batch_size)
+            for i in torch.randperm(len(batches)):
+                yield from batches[i].tolist()
 
 
 class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         data: Any = self.train_dataset
-        return _ByLength(data.num_frames, self.args.per_device_train_batch_size)
+        return _ByLength(data, self.args.per_device_train_batch_size)
 
 
 def train(
@@ -193,8 +164,8 @@ def train(
         num_workers: processes that draw; 1 draws in this one.
         seed: of weights and order.
         bf16: autocast to bfloat16, where the processor is faster with it.
-        start_from: a checkpoint, as in `load_captioner`, whose weights and tokenizer to begin with. With `vision_steps`
-            0 its vision tower stays as it is.
+        start_from: a checkpoint, as in `load_captioner`, whose weights and tokenizer to begin with. Its vision tower
+            learns new backgrounds only, and with `vision_steps` 0 it stays as it is. It is shown other scenes.
 
     Returns:
         The folder of the checkpoint.
@@ -219,17 +190,29 @@ def train(
     captioner = load_captioner(start_from, dtype="float32") if start_from else None
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
     torch.manual_seed(seed)
-    held_out = draw_clips(range(num_held_out), held_out=True, num_workers=num_workers)
+    first_seed = FURTHER_SEEDS if captioner else 0
+
+    def seeds(most: int) -> range:
+        return range(first_seed, first_seed + min(num_clips, most))
+
+    held_out = draw_clips(range(num_held_out), held_out=True, num_workers=num_workers, any_background=True)
     if captioner is not None:
         model, processor = captioner.model, captioner.processor
     else:
-        tokenizer = train_tokenizer(draw_clips(range(min(num_clips, TOKENIZER_CLIPS)), num_workers=num_workers))
+        drawn = draw_clips(seeds(TOKENIZER_CLIPS), num_workers=num_workers, any_background=True)
+        tokenizer = train_tokenizer(drawn)
         model = new_model(tokenizer)
         processor = CogVLM2VideoProcessor(tokenizer, IMAGE_SIZE, model.config.tokens_per_frame)
-    training = TrainingModel(model, content_tokens(processor.tokenizer), bf16)
+    # What is trained already needs no heads any more, and its vision tower is not to see anything else in a new way.
+    training = TrainingModel(model, content_tokens(processor.tokenizer), bf16, has_heads=captioner is None)
+    vision: TrainingModel | AdaptingModel = training if captioner is None else AdaptingModel(model)
+
+    def backgrounds() -> tuple[Backgrounds, Backgrounds]:
+        drawn = draw_pairs(seeds(ADAPTING_CLIPS), num_workers=num_workers)
+        return Backgrounds(drawn), Backgrounds(draw_pairs(range(num_held_out), held_out=True, num_workers=num_workers))
 
     def frames() -> tuple[Frames, Frames]:
-        drawn = draw_clips(range(min(num_clips, VISION_CLIPS)), num_workers=num_workers)
+        drawn = draw_clips(seeds(VISION_CLIPS), num_workers=num_workers, any_background=True)
         return Frames(drawn, recoloured=0.75), Frames(held_out)
 
     def examples(first: int, interviews: float) -> tuple[Examples, Examples]:
@@ -237,28 +220,34 @@ def train(
         clips, features = [], []
         # In parts, or the pictures would fill the memory.
         for start in range(first, first + num_clips, CLIPS_AT_A_TIME):
-            seeds = range(start, min(start + CLIPS_AT_A_TIME, first + num_clips))
-            drawn = draw_clips(seeds, num_workers=num_workers)
+            part = range(start, min(start + CLIPS_AT_A_TIME, first + num_clips))
+            drawn = draw_clips(part, num_workers=num_workers, any_background=True)
             for clip, encoded in zip(drawn, _encode(model, _frames(drawn)), strict=True):
                 # One clip in ten has two events, and only these teach to look for the second event.
                 repeats = 3 if len(clip.facts.events) == 2 else 1
                 clips += repeats * [clip.without_pictures()]
                 features += repeats * [encoded]
         return (
-            Examples(clips, features, processor, misheard=0.3, grey=grey, interviews=interviews),
+            Examples(clips, features, processor, misheard=0.3, grey=grey, interviews=interviews, steered=STEERED),
             Examples(held_out, _encode(model, _frames(held_out)), processor, interviews=interviews),
         )
 
-    for name, num_steps, num_rows, rate, make_data in (
-        ("vision", vision_steps, FRAMES_PER_STEP, vision_learning_rate, frames),
-        ("model", steps, batch_size, learning_rate, lambda: examples(0, 0.0)),
-        ("questions", question_steps, batch_size, learning_rate / 2, lambda: examples(num_clips, INTERVIEWS)),
+    def make_interviews() -> tuple[Examples, Examples]:
+        return examples(first_seed + num_clips, INTERVIEWS)
+
+    make_frames, frames_per_step = (
+        (frames, FRAMES_PER_STEP) if captioner is None else (backgrounds, FRAMES_PER_STEP // 2)
+    )
+    for name, trained, num_steps, num_rows, rate, make_data in (
+        ("vision", vision, vision_steps, frames_per_step, vision_learning_rate, make_frames),
+        ("model", training, steps, batch_size, learning_rate, lambda: examples(first_seed, 0.0)),
+        ("questions", training, question_steps, batch_size, learning_rate / 2, make_interviews),
     ):
         folder, log = output_dir / "trainer" / name, _Log(name, until, output_dir / "history.jsonl")
-        if num_steps and not _train_stage(training, folder, num_steps, num_rows, rate, make_data, seed, log):
+        if num_steps and not _train_stage(trained, folder, num_steps, num_rows, rate, make_data, seed, log):
             break
         if name == "vision":
-            if vision_steps:
+            if vision_steps and captioner is None:
                 _scale_features(model, held_out)
             model.model.vision.requires_grad_(False)
     model.save_pretrained(output_dir / "checkpoint")
@@ -289,12 +278,12 @@ def _encode(model: CogVLM2VideoForConditionalGeneration, frames: list[np.ndarray
 
 
 def _train_stage(
-    training: TrainingModel,
+    training: TrainingModel | AdaptingModel,
     folder: Path,
     steps: int,
     batch_size: int,
     learning_rate: float,
-    make_data: Callable[[], tuple[Frames | Examples, Frames | Examples]],
+    make_data: Callable[[], tuple[Data, Data]],
     seed: int,
     log: _Log,
 ) -> bool:
@@ -320,7 +309,7 @@ def _train_stage(
         save_steps=max(1, min(200, steps // 3)),
         save_total_limit=1,
         remove_unused_columns=False,
-        label_names=["cells" if log.stage == "vision" else "labels"],
+        label_names=["cells" if isinstance(data, Frames) else "labels"],
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),

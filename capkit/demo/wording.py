@@ -10,53 +10,12 @@ from numpy.random import Generator
 
 from capkit.cogvlm2 import DEFAULT_PROMPT, TEMPLATES
 from capkit.demo.facts import Event, Facts, Seen
+from capkit.demo.prompts import CLAUSE_PREFIXES, FOLLOW_UPS, PROMPTS, SEEN_PREFIXES, TEXT_PREFIXES
 from capkit.demo.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, UNSEEN_PAIRS, pick
 
 TIMELESS_QUESTIONS = ("colour", "shape", "size", "count", "background", "exists")
 """Kinds of questions that frames without numbers and order answer too: the only ones under "vqa" and "base"."""
 QUESTIONS = (*TIMELESS_QUESTIONS, "motion", "turns", "happens", "when", "order", "camera")
-PROMPTS = {
-    "detailed": (
-        DEFAULT_PROMPT,
-        "Describe this video in detail.",
-        "Describe the video.",
-        "Please describe what you see.",
-        "Please describe the video.",
-        "What happens in this video?",
-        "What can be seen in this video?",
-        "Write a detailed caption for this video.",
-        "Give a detailed description of the video.",
-        "Tell me what this video shows.",
-        "Describe everything that you see in this video.",
-        "Caption this video.",
-    ),
-    "sentence": (
-        "Describe this video in one sentence.",
-        "Please describe the video in one sentence.",
-        "What does the video show? Answer in one sentence.",
-        "Write a caption of one sentence for this video.",
-        "In one sentence, what can be seen?",
-        "Sum up the video in a single sentence.",
-        "Give a one-sentence description.",
-        "Describe the video in a single short sentence.",
-    ),
-    "list": (
-        "List the objects in this video.",
-        "Which objects can be seen? Answer as a list.",
-        "List all objects that you see.",
-        "Make a list of the objects.",
-        "Please list the objects, one on each line.",
-        "What objects are in the video? Give a list.",
-    ),
-    "json": (
-        "Describe this video as JSON.",
-        "Describe the video in JSON.",
-        "Answer in JSON: what can be seen?",
-        "Give a description as a JSON object.",
-        "Please answer with JSON: background and objects.",
-        "Return the background and the objects as JSON.",
-    ),
-}
 MOVES: dict[str | None, tuple[str, ...]] = {
     "still": ("stands still", "stays still", "does not move", "stays in place"),
     "left": ("moves to the left", "moves left", "drifts to the left", "slides to the left"),
@@ -96,6 +55,7 @@ class Example:
     template: str
     history: tuple[tuple[str, str], ...] = ()  # (question, answer) of earlier turns
     kind: str = ""  # one of QUESTIONS
+    answer_prefix: str = ""  # what the answer is told to begin with
 
 
 def make_example(facts: Facts, rng: Generator, style: str | None = None, template: str | None = None) -> Example:
@@ -109,7 +69,7 @@ def make_example(facts: Facts, rng: Generator, style: str | None = None, templat
     if style not in (None, *STYLES) or template not in (None, *TEMPLATES):
         raise ValueError(f"style={style!r}, template={template!r}: styles are {STYLES}, templates {TEMPLATES}")
     if style is None:
-        style = STYLES[int(rng.choice(5, p=[0.42, 0.08, 0.06, 0.06, 0.38]))]
+        style = STYLES[int(rng.choice(6, p=[0.42, 0.08, 0.06, 0.05, 0.05, 0.34]))]
     is_question = style == "question"
     if template is None and not is_question and any(event.kind == "changes" for event in facts.events):
         template = "chat"  # without order nobody could say which colour such an object has first
@@ -131,11 +91,29 @@ def make_example(facts: Facts, rng: Generator, style: str | None = None, templat
         answer = f"{_phrase(facts.objects) or 'nothing'} in front of {BACKGROUNDS[facts.background][0]}"
     elif style == "sentence":
         answer = _sentence(facts, rng, is_timeless)
+    elif style == "motion" and not is_timeless:
+        answer = _motion(facts, rng)
     else:
         answer = _timeless_description(facts, rng) if is_timeless else _description(facts, rng)
     # The default prompt comes most often.
     prompt = DEFAULT_PROMPT if style == "detailed" and rng.random() < 0.4 else pick(rng, PROMPTS[style])
     return Example(prompt, answer, style, template, history)
+
+
+def make_steered(facts: Facts, rng: Generator) -> Example:
+    """An answer that is told how to begin, or the last answer of a chain of prompts, under "chat"."""
+    style = "detailed" if rng.random() < 0.6 else "sentence"
+    if rng.random() < 0.5:
+        prefix, answer = _prefixed(facts, rng, style)
+        prompt = DEFAULT_PROMPT if style == "detailed" and rng.random() < 0.5 else pick(rng, PROMPTS[style])
+        return Example(prompt, answer, style, "chat", answer_prefix=prefix)
+    if rng.random() < 0.5:
+        turns = [make_example(facts, rng, pick(rng, tuple(PROMPTS)), "chat") for _ in range(rng.integers(1, 3))]
+    else:
+        turns = [_pick_question(_questions(facts, rng), rng, "chat") for _ in range(rng.integers(2, 11))]
+    last = make_example(facts, rng, style, "chat")
+    history = tuple((turn.prompt, turn.answer) for turn in turns)
+    return replace(last, prompt=pick(rng, (*FOLLOW_UPS[style], last.prompt)), history=history)
 
 
 def make_question(
@@ -259,6 +237,40 @@ def _add_event_questions(facts: Facts, rng: Generator, add: Callable[..., None])
 
 def _description(facts: Facts, rng: Generator) -> str:
     """All the facts, in short sentences."""
+    return " ".join([_opening(facts, rng), *_story(facts, rng)])
+
+
+def _motion(facts: Facts, rng: Generator) -> str:
+    """How the objects and the camera move, and what happens."""
+    story = _story(facts, rng, always_camera=True)
+    if not facts.objects:
+        story.insert(0, f"Nothing moves in front of {BACKGROUNDS[facts.background][0]}.")
+    return " ".join(story)
+
+
+def _prefixed(facts: Facts, rng: Generator, style: str) -> tuple[str, str]:
+    """What an answer begins with, and the whole answer."""
+
+    def make() -> str:
+        return _description(facts, rng) if style == "detailed" else _sentence(facts, rng, is_timeless=False)
+
+    kind = rng.random()
+    if kind < 0.2:
+        prefix = pick(rng, TEXT_PREFIXES)
+        return prefix, f"{prefix} {make()}"
+    if kind < 0.5:
+        while (answer := make()).startswith("The video shows"):
+            pass
+        prefix = pick(rng, CLAUSE_PREFIXES)
+        return prefix, f"{prefix} {answer[0].lower()}{answer[1:]}"
+    prefix, shows = pick(rng, SEEN_PREFIXES), "The video shows"
+    while not (answer := make()).startswith(shows):
+        pass
+    return prefix, prefix + answer.removeprefix(shows)
+
+
+def _story(facts: Facts, rng: Generator, always_camera: bool = False) -> list[str]:
+    """What the objects do, what happens, and what the camera does, in short sentences."""
     objects, happenings = list(facts.objects), []
     for event in facts.events:
         seen = next(seen for seen in facts.objects if seen.name == event.name)
@@ -271,14 +283,14 @@ def _description(facts: Facts, rng: Generator) -> str:
         at = f"at second {event.second}"
         is_first = " and " in verb or rng.random() < 0.5
         happenings.append(f"{at}, {name} {verb}" if is_first else f"{name} {verb} {at}")
-    parts = [_opening(facts, rng)]
+    parts = []
     moves = _with_moves(objects, rng)
     for clauses, joined in ((moves, _joined(moves)), (happenings, ", and ".join(happenings))):
         if clauses:
             parts.append(_sentences(*clauses) if rng.random() < 0.5 else _sentences(joined))
-    if facts.camera and (facts.camera != "still" or rng.random() < 0.4):
+    if facts.camera and (always_camera or facts.camera != "still" or rng.random() < 0.4):
         parts.append(f"The camera {pick(rng, CAMERA[facts.camera])}.")
-    return " ".join(parts)
+    return parts
 
 
 def _opening(facts: Facts, rng: Generator) -> str:

@@ -7,19 +7,26 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from other_renderer import plain_shapes
 
 import capkit
 from capkit import Decoding
 from capkit.captioning import SharedVideo, ground
 from capkit.demo import evaluation
-from capkit.demo.facts import see
+from capkit.demo.claims import claims
+from capkit.demo.facts import Event, Facts, Seen, see
 from capkit.demo.random_scenes import make_scene
 from capkit.demo.scenes import COLOURS
 from capkit.demo.wording import make_example
-from capkit.sweep import compare
+from capkit.runs import DEMO_CLIPS
+from capkit.sweep import PROMPT_PRESETS, compare
 
 LEAST = {"background": 0.95, "count": 0.95, "colour": 0.85, "shape": 0.85, "motion": 0.85, "events": 0.8}
 LEAST |= {"no_wrong_statement": 0.8}
+# Strict: what these tests ask for has to be said here as soon as weights that know it are shipped.
+not_learnt_yet = pytest.mark.xfail(
+    strict=True, reason="the shipped weights were trained before these prompts and backgrounds", raises=AssertionError
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,123 @@ def test_prompts_are_followed(demo):
     assert table["base: detailed", "names no second"] == 1
     answers = [demo.caption(clip, "How many objects are there?").text for clip, *_ in held_out_texts(lambda f: True, 6)]
     assert all(len(answer.split()) <= 4 for answer in answers)  # an answer, and no description
+
+
+def one_shape_is_right(text, background, colour, shape, motion):
+    """Whether a caption names this one object, and says nothing else than what is given."""
+    told = claims(text)
+    return (
+        [named.pair for named in told.objects] == [(colour, shape)]
+        and told.objects[0].motion in (None, motion)
+        and told.backgrounds <= {background}
+        and told.counts <= {1}
+        and not told.events
+        and told.camera in (None, "still")
+    )
+
+
+def plain_shapes_right(demo, num_clips):
+    """Share of right captions of clips that are drawn without capkit, in front of colours with CSS's names."""
+    clips, truths = zip(*((clip, truth) for clip, *truth in plain_shapes(num_clips)), strict=True)
+    captions = demo.caption_batch(clips, decoding=evaluation.DECODING)
+    return np.mean([one_shape_is_right(one.text, *truth) for one, truth in zip(captions, truths, strict=True)])
+
+
+@not_learnt_yet
+def test_plain_shapes_of_another_renderer_are_known_in_front_of_any_colour(demo):
+    assert plain_shapes_right(demo, 32) >= 0.8
+
+
+@not_learnt_yet
+def test_other_backgrounds_are_named_and_nothing_is_lost_in_front_of_them(demo):
+    table = evaluation.summarise(evaluation.evaluate(demo, 24, seed=100, any_background=True))["right"]
+    for name, least in LEAST.items():
+        assert table[name] >= least - 0.05, (name, table[name])
+
+
+SHIPPED = {
+    "camera_pans_right": ("striped wall", [("yellow", "triangle", "large", None), ("white", "square", "small", None)]),
+    "orange_star_turns_green": ("beige", [("orange", "star", "medium", "orbits")]),
+    "purple_circle_appears": (
+        "dark blue",
+        [("white", "triangle", "medium", "still"), ("purple", "circle", None, "grows")],
+    ),
+    "green_cross_grows": ("pink", [("green", "cross", None, "grows"), ("black", "cross", None, "shrinks")]),
+    "purple_square_bounces": ("grey", [("purple", "square", "medium", "bounces")]),
+    "yellow_triangle_orbits": ("checkered wall", [("yellow", "triangle", "small", "orbits")]),
+}
+"""Background and objects (colour, shape, size, motion) of the clips that capkit comes with, as a person sees them."""
+SHIPPED_EVENTS = {
+    "orange_star_turns_green": Event("changes", 6, "orange", "star", "green"),
+    "purple_circle_appears": Event("appears", 4, "purple", "circle"),
+}
+
+
+@not_learnt_yet
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_preset_is_answered_truly_for_the_shipped_clips(demo, name):
+    clip = capkit.load_clip(DEMO_CLIPS / f"{name}.mp4")
+    background, objects = SHIPPED[name]
+    events = (SHIPPED_EVENTS[name],) if name in SHIPPED_EVENTS else ()
+    camera = "right" if name == "camera_pans_right" else "still"
+    facts = Facts(background, tuple(Seen(*one, 0, 0) for one in objects), events, camera, tuple(range(len(clip))))
+    answers = {}
+    for preset, (prompt, _) in PROMPT_PRESETS.items():
+        for template in ("chat", "vqa", "base"):
+            answers[preset, template] = demo.caption(clip, capkit.Prompt(prompt, template), evaluation.DECODING).text
+    for (preset, template), text in answers.items():
+        if template == "chat" or not events:  # without order nobody knows which colour is the first
+            assert evaluation.check(text, facts)["no_wrong_statement"], (preset, template, text)
+    # And each is the kind of text that was asked for.
+    assert evaluation.check(answers["motion", "chat"], facts)["motion"] in (True, None)
+    assert evaluation.check(answers["motion", "chat"], facts)["camera"] in (True, None)
+    assert answers["sentence", "chat"].strip().count(".") == 1
+    assert all(line.startswith("- ") for line in answers["objects", "chat"].strip().splitlines())
+
+
+def test_a_begun_caption_goes_on_truly(demo):
+    right = []
+    for clip, _, facts in held_out_texts(lambda facts: True, 6):
+        for prefix in ("The video shows", "In this video,", "A video of", "Caption:"):
+            prompt = capkit.Prompt(answer_prefix=prefix)
+            text = demo.caption(clip, prompt, evaluation.DECODING).text
+            assert text.startswith(prefix)
+            right.append(evaluation.check(text, facts)["no_wrong_statement"])
+    assert np.mean(right) >= 0.75
+
+
+def test_the_last_answer_of_a_chain_is_true(demo):
+    ask = capkit.DEFAULT_PROMPT
+    one_sentence, motion = (PROMPT_PRESETS[name][0] for name in ("sentence", "motion"))
+    chains = (
+        [ask, one_sentence],
+        ["How many objects are there?", "What is the background?", one_sentence],
+        [ask, motion],
+    )
+    right = []
+    for clip, _, facts in held_out_texts(lambda facts: facts.objects, 6):
+        for chain in chains:
+            text = demo.caption(clip, chain, evaluation.DECODING).text
+            right.append(evaluation.check(text, facts)["no_wrong_statement"])
+            if chain[-1] == one_sentence:
+                assert text.strip().count(".") == 1
+    assert np.mean(right) >= 0.75
+
+
+@not_learnt_yet
+@pytest.mark.soak
+def test_soak_plain_shapes_of_another_renderer(demo):
+    share = plain_shapes_right(demo, 100)
+    print(f"plain shapes of another renderer: {share:.0%} of 100 right")
+    assert share >= 0.9
+
+
+@not_learnt_yet
+@pytest.mark.soak
+def test_soak_presets_on_held_out_clips(demo):
+    table = evaluation.summarise(evaluation.evaluate_presets(demo, 200))
+    print(table.to_string())
+    assert (table["right"] >= 0.95).all()
 
 
 def test_objects_are_found_by_their_names(demo):

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 import capkit
+from capkit.demo.claims import claims
+from capkit.demo.evaluation import check
 from capkit.demo.facts import see
-from capkit.demo.random_scenes import make_scene
-from capkit.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, UNSEEN_PAIRS
+from capkit.demo.random_scenes import make_scene, name_colour
+from capkit.demo.scenes import BACKGROUNDS, COLOURS, PLAIN_COLOURS, SHAPES, SIZES, UNSEEN_PAIRS, USUAL_BACKGROUNDS
 from capkit.demo.wording import (
     MOVES,
     PROMPTS,
@@ -21,6 +24,7 @@ from capkit.demo.wording import (
     make_example,
     make_interview,
     make_question,
+    make_steered,
 )
 
 
@@ -59,7 +63,7 @@ def test_everything_that_is_promised_comes_up(train, all_facts):
     assert {scene.fps for scene in train} == {8, 10, 12, 15, 24, 25, 30}
     assert all(112 <= min(scene.height, scene.width) <= 240 for scene in train)
     assert {round(scene.width / scene.height, 1) for scene in train} == {0.6, 1.0, 1.3, 1.8}
-    assert {facts.background for facts in all_facts} == set(BACKGROUNDS)
+    assert {facts.background for facts in all_facts} == set(USUAL_BACKGROUNDS)
     assert {len(facts.objects) for facts in all_facts} == {0, 1, 2, 3}
     objects = [seen for facts in all_facts for seen in facts.objects]
     assert {seen.colour for seen in objects} == set(COLOURS) and len(COLOURS) >= 8
@@ -87,6 +91,56 @@ def test_held_out_descriptions_and_pairs_are_never_trained_on(train, held_out):
     assert set.union(*map(pairs, held_out)) >= UNSEEN_PAIRS
 
 
+def test_any_background_is_plain_and_has_one_name_and_no_objects_colour(train):
+    names = set()
+    for seed, usual in enumerate(train):
+        scene = make_scene(seed, any_background=True)
+        assert scene.things == usual.things and scene == make_scene(seed, any_background=True)
+        if usual.pan:
+            assert scene == usual
+            continue
+        frame = scene.draw(0.0)
+        colour = frame[0, 0].astype(int)
+        assert name_colour(colour) == scene.background in PLAIN_COLOURS
+        assert (replace(scene, things=()).draw(0.0) == frame[0, 0]).all()
+        for thing in scene.things:
+            for name in filter(None, (thing.colour, thing.new_colour)):
+                assert np.linalg.norm(colour - COLOURS[name]) > 90
+        names.add(scene.background)
+    assert len(names) >= 15 and names >= {"white", "black", "red"}
+
+
+@pytest.mark.parametrize("seed", [177, 222])
+def test_a_held_out_scene_keeps_its_background_where_training_may_show_all_others(seed):
+    """One in fifty or so: looking for a colour has to end."""
+    scene = make_scene(seed, held_out=True)
+    assert not scene.pan and make_scene(seed, held_out=True, any_background=True) == scene
+
+
+@pytest.mark.parametrize(
+    ("name", "css"),
+    [("white", "#fff"), ("black", "#000"), ("red", "#f00"), ("yellow", "#ff0"), ("green", "#008000"), ("blue", "#00f")]
+    + [("turquoise", "#0ff"), ("orange", "#ffa500"), ("pink", "#ffc0cb"), ("grey", "#808080"), ("purple", "#800080")]
+    + [("dark blue", "#00008b"), ("light blue", "#add8e6"), ("light green", "#90ee90"), ("brown", "#8b4513")],
+)
+def test_colours_have_the_names_that_css_gives_them(name, css):
+    assert name_colour([round(255 * part) for part in to_rgb(css)]) == name
+
+
+def test_a_colour_between_two_names_has_none():
+    assert name_colour((196, 80, 24)) is None  # red or orange
+    assert name_colour((0, 100, 100)) is None
+
+
+def test_no_held_out_description_is_trained_on_in_front_of_any_background():
+    def description(seed, held_out):
+        facts = chat_facts(make_scene(seed, held_out, any_background=True))
+        objects = frozenset((seen.full_name, seen.motion) for seen in facts.objects)
+        return facts.background, facts.camera, objects, facts.events, len(facts.objects) or len(facts.numbers)
+
+    assert not {description(seed, False) for seed in range(150)} & {description(seed, True) for seed in range(100)}
+
+
 def test_empty_clips_exist_held_out_too():
     assert {len(make_scene(seed, held_out=True).things) for seed in range(60)} == {0, 1, 2, 3}
 
@@ -103,7 +157,7 @@ def test_things_stay_in_the_middle_square_and_apart(train):
 
 
 def test_colours_are_far_apart():
-    plain = [colour for _, _, colours in BACKGROUNDS.values() for colour in colours]
+    plain = [colour for _, _, colours in USUAL_BACKGROUNDS.values() for colour in colours]
     objects = list(COLOURS.values())
     for i, colour in enumerate(objects):
         for other in objects[:i] + plain:
@@ -306,6 +360,40 @@ def test_questions_have_one_clear_answer(all_facts):
     assert kinds == set(QUESTIONS)
     assert 0.35 < np.mean(yes) < 0.6
     assert make_question(replace(all_facts[0], events=()), rng, kinds=("when",)) is None
+
+
+def test_the_motion_prompt_tells_motions_events_and_camera_only(all_facts):
+    rng = np.random.default_rng(7)
+    for facts in all_facts:
+        answer = make_example(facts, rng, "motion", "chat").answer
+        told = claims(answer)
+        assert {named.pair for named in told.objects} == {seen.pair for seen in facts.objects}
+        assert len(told.events) == len(facts.events) and told.camera == facts.camera
+        assert check(answer, facts)["no_wrong_statement"]
+        if facts.objects:
+            assert not told.backgrounds and not told.counts
+
+
+def test_begun_answers_and_chains_are_true(all_facts):
+    rng, prefixes, chains = np.random.default_rng(8), set(), 0
+    for facts in all_facts:
+        example = make_steered(facts, rng)
+        assert check(example.answer, facts)["no_wrong_statement"], example
+        assert bool(example.answer_prefix) != bool(example.history)
+        if example.answer_prefix:
+            assert example.answer.startswith(f"{example.answer_prefix} ")
+            prefixes.add(example.answer_prefix)
+        chains += bool(example.history)
+    assert len(prefixes) >= 15 and chains > 100
+
+
+@pytest.mark.parametrize("name", PLAIN_COLOURS)
+def test_backgrounds_are_read_out_of_texts_and_objects_are_not_taken_for_them(name):
+    noun, predicate, _ = BACKGROUNDS[name]
+    for text in (f"The video shows {noun} and one object.", f"The background is {predicate}.", f"{noun.capitalize()}."):
+        assert claims(text).backgrounds == {name}
+    assert claims(f'{{"background": "{name}", "objects": []}}').backgrounds == {name}
+    assert claims("A large red star moves left. A blue circle turns white.").backgrounds == frozenset()
 
 
 def test_interviews_ask_for_every_object_by_its_name(all_facts):

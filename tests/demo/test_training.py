@@ -12,11 +12,12 @@ pytest.importorskip("accelerate")
 import capkit
 from capkit.cogvlm2 import CogVLM2VideoProcessor
 from capkit.demo import examples as drawn_examples
-from capkit.demo import training
+from capkit.demo import single_frames, training
 from capkit.demo.examples import CAMERA_MOTIONS, CELLS, EVENTS, UNKNOWN
 from capkit.demo.heads import TrainingModel
+from capkit.demo.optimiser import Muon
 from capkit.demo.random_scenes import make_scene
-from capkit.demo.scenes import COLOURS, MOTIONS, SHAPES, SIZES, UNSEEN_PAIRS
+from capkit.demo.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, UNSEEN_PAIRS
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_clips_without_pictures_are_asked_the_same(clips, tokenizer):
 
 def test_false_colours_teach_shapes_and_true_ones_colours(clips):
     """Or the vision tower would learn that pairs it has not seen do not exist."""
-    frames = drawn_examples.Frames(clips, recoloured=0.5)
+    frames = single_frames.Frames(clips, recoloured=0.5)
     taught = set()
     for index in range(len(frames)):
         pixels, cells, _ = frames[index]
@@ -174,6 +175,78 @@ def test_false_colours_teach_shapes_and_true_ones_colours(clips):
             assert (pixels == true).all() and (cells[at, 2] == UNKNOWN).all()
             taught.add("colour")
     assert taught == {"shape", "colour"}
+
+
+def test_frames_of_a_pair_differ_in_the_background_only():
+    """And the shares say which cells an object covers, found here by the colours of the scene."""
+    pairs = single_frames.draw_pairs(range(40, 64), num_workers=1)
+    data = single_frames.Backgrounds(pairs)
+    compared = usual = 0
+    for index, ((frames, taught, background), number) in enumerate(data.numbers):
+        frame, grey, shares, label = data[index]
+        assert (frame == frames[number]).all() and list(BACKGROUNDS)[label] == background
+        if (frames == taught).all():  # taught as they are
+            assert (shares == 1).all()
+            usual += 1
+        elif background not in ("grey", "beige"):
+            assert grey[0, 0].tolist() == [176, 178, 180]
+            corner = frame[0, 0].astype(int)  # no object reaches it
+            is_object = np.abs(frame.astype(int) - corner).max(-1) > 60
+            assert np.abs(is_object.reshape(CELLS, 28, CELLS, 28).mean((1, 3)).ravel() - shares).max() < 0.12
+            compared += is_object.any()
+    assert min(compared, usual) > 30
+
+
+def test_a_begun_answer_is_learnt_from_where_it_was_begun(clips, tokenizer):
+    examples, begun, chains = make_examples(clips, tokenizer, steered=1.0), set(), 0
+    for index in list(range(12)) * 10:
+        state = examples.random.bit_generator.state
+        drawn, _, ids, labels, _ = examples[index]
+        examples.random.bit_generator.state = state
+        examples.random.random()  # whether it is steered
+        example = drawn_examples.make_steered(drawn.facts, examples.random)
+        learnt = "".join(tokenizer.decode([label for label in labels if label != UNKNOWN][:-1]).split())
+        assert all(label in (UNKNOWN, token) for label, token in zip(labels, ids, strict=True))
+        if example.answer_prefix:
+            assert example.answer.startswith(f"{example.answer_prefix} ")
+            assert learnt == "".join(example.answer.removeprefix(example.answer_prefix).split())
+            begun.add(example.answer_prefix)
+            # The model's input is the same as where a caption is made with this prefix.
+            prompt = capkit.Prompt(example.prompt, answer_prefix=example.answer_prefix)
+            asked = examples.processor.prompt_ids(drawn.clip, prompt)
+            assert ids[: len(asked)] == asked
+        else:
+            assert example.history
+            chains += 1
+    assert len(begun) > 10 and chains > 30
+
+
+def test_rows_come_in_batches_of_about_their_length(clips, tokenizer):
+    """And the rows that were made to be measured are those that are learnt, each once."""
+    examples = make_examples(clips * 6, tokenizer, interviews=0.5)
+    order = list(training._ByLength(examples, 4))
+    assert sorted(order) == list(range(72))
+    lengths = np.array([len(examples[index][2]) for index in order]).reshape(-1, 4)
+    assert (lengths.max(1) - lengths.min(1)).mean() < 0.35 * np.ptp(lengths)
+    assert not examples.next_rows
+
+
+def test_muon_makes_the_steps_that_torch_makes():
+    """torch's are in bfloat16, so that they agree to a few hundredths."""
+    torch.manual_seed(0)
+    ours = [torch.randn(shape, requires_grad=True) for shape in ((16, 40), (40, 16), (24, 24))]
+    theirs = [matrix.detach().clone().requires_grad_() for matrix in ours]
+    mine = Muon(ours, 0.01, 0.1)
+    reference = torch.optim.Muon(theirs, 0.01, 0.1, adjust_lr_fn="match_rms_adamw")
+    starts = [matrix.detach().clone() for matrix in ours]
+    for _ in range(5):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        mine.step()
+        reference.step()
+    for one, other, start in zip(ours, theirs, starts, strict=True):
+        assert (one - other).norm() < 0.05 * (one - start).norm()
 
 
 def test_misheard_colours_are_still_answered_right(clips, tokenizer):
@@ -257,6 +330,19 @@ def test_a_run_stops_with_its_time_and_goes_on(tmp_path, monkeypatch):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any(".vision." in name for name in changed)
+
+
+def test_a_trained_vision_tower_learns_backgrounds_alone(tmp_path):
+    """Nothing but the tower changes, and less where it has been taught to see as before."""
+    settings = {"steps": 0, "question_steps": 0, "batch_size": 4, "num_clips": 12, "num_held_out": 4}
+    start = training.train(tmp_path / "first", **settings | {"steps": 1}, vision_steps=1)
+    adapted = training.train(tmp_path / "on", **settings, vision_steps=12, start_from=start)
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, adapted))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".vision." in name for name in changed)
+    losses = [line["loss"] for line in training.read_history(tmp_path / "on") if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert (adapted / "tokenizer.json").read_text() == (start / "tokenizer.json").read_text()
 
 
 def test_the_optimiser_goes_on_where_it_was(tokenizer):
