@@ -81,7 +81,7 @@ def check(text: str, facts: Facts) -> dict[str, bool | None]:
         "events": num_true_events == len(claimed.events) == len(facts.events) if has_events else None,
         "camera": None if is_camera_optional else claimed.camera == facts.camera,
         "no_wrong_statement": (
-            bool(claimed.backgrounds or claimed.objects or claimed.counts)  # an empty text is not right
+            bool(claimed.backgrounds or claimed.objects)  # an empty text is not right
             and claimed.backgrounds <= {facts.background}
             and claimed.counts <= {len(objects)}
             and Counter(named.pair for named in claimed.objects) <= Counter(seen.pair for seen in objects)
@@ -228,7 +228,8 @@ def evaluate_presets(captioner: Captioner, num_scenes: int, seed: int = 0, templ
             for name, (prompt, _) in PROMPT_PRESETS.items():
                 captions = _captions(captioner, [clip for _, clip, _ in batch], [prompt] * len(batch), template)
                 for (scene_seed, _, facts), caption in zip(batch, captions, strict=True):
-                    right = check(caption.text, facts)["no_wrong_statement"]
+                    says_nothing_is_there = not facts.objects and caption.text.strip() == "- nothing"
+                    right = says_nothing_is_there or check(caption.text, facts)["no_wrong_statement"]
                     row = {"measure": f"{template}: presets", "kind": name, "right": right, "seed": scene_seed}
                     rows.append({**row, "prompt": prompt, "expected": "", "text": caption.text})
     return pd.DataFrame(rows)

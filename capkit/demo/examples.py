@@ -17,16 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from capkit.cogvlm2 import CogVLM2VideoProcessor, Prompt, pixels_to_frames, preprocess_frames
 from capkit.demo.facts import Facts, see
 from capkit.demo.random_scenes import make_scene
-from capkit.demo.scenes import (
-    COLOURS,
-    MOTIONS,
-    PLAIN_COLOURS,
-    SHAPES,
-    SIZES,
-    Scene,
-    Thing,
-    pick,
-)
+from capkit.demo.scenes import COLOURS, MOTIONS, PLAIN_COLOURS, SHAPES, SIZES, Scene, Thing, pick
 from capkit.demo.wording import CAMERA, HAPPENS, MOVES, NUMBERS, Example, make_example, make_interview, make_steered
 from capkit.video import Clip
 
