@@ -1,7 +1,15 @@
 """Captions of clips: generation, scores, shared-prefix decoding, attribution. Only this room calls generate()."""
 
 from capkit.captioning.attention_map import ACCURACY, LOOKED_AT, AttentionMap, attend
-from capkit.captioning.attribution import GREY, Grounding, ground, score_support, token_texts, words_of
+from capkit.captioning.attribution import (
+    GREY,
+    Grounding,
+    count_supported,
+    ground,
+    score_support,
+    token_texts,
+    words_of,
+)
 from capkit.captioning.caches import PreallocatedCache, prefill
 from capkit.captioning.captioner import DEMO_CHECKPOINT, GREEDY, Captioner, Score, load_captioner
 from capkit.captioning.choosing import Chooser, draw_key
@@ -20,6 +28,7 @@ __all__ = [
     "MAX_BRANCHES",
     "GREY",
     "Grounding",
+    "count_supported",
     "ground",
     "score_support",
     "token_texts",

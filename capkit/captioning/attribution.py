@@ -35,6 +35,8 @@ from capkit.video import Clip, VideoError, load_clip
 ROW_POSITIONS = 512  # of texts in a row: attention also computes each one's masked positions, those of all the others
 GREY = 128
 """Red, green and blue, of 255, of a frame without content."""
+REPEATED_WORDS = 8
+"""So many words that have been said before in the same order are a loop: they say nothing new."""
 
 Scorable = Caption | str | dict[str, Any]
 """A `Caption`, a text or a caption record."""
@@ -73,13 +75,14 @@ class Grounding:
     @property
     def supported_words(self) -> float:
         """Sum of the words' support, of each at most 1 nat: nearly the number of words that the video makes e times
-        likelier or more; words that it makes less likely count against them.
+        likelier or more; words that it makes less likely count against them. Words `said_before` do not count.
 
         Of the measures that need no reference, this one orders captions best by truth and completeness together, on
         the demo model's clips; see `capkit.demo.measures`. It knows only what the model sees: a mistake that the model
         is sure of counts as a true word.
         """
-        return float(np.minimum(self.of_words(self.support), 1).sum()) if self.words else 0.0
+        words = [word for word, _ in self.words]
+        return count_supported(words, self.of_words(self.support)) if words else 0.0
 
     @property
     def leaning(self) -> np.ndarray:
@@ -284,6 +287,25 @@ def words_of(tokens: Sequence[str]) -> list[tuple[str, slice]]:
             words.append((match[0], slice(first, last)))
             first = last
     return words
+
+
+def count_supported(words: Sequence[str], support: np.ndarray) -> float:
+    """`Grounding.supported_words` of W words and their support (W,)."""
+    return float(np.minimum(support, 1)[~said_before(words)].sum())
+
+
+def said_before(words: Sequence[str]) -> np.ndarray:
+    """bool (W,): whether each word belongs to REPEATED_WORDS or more in a row that came before in the same order.
+
+    Case and punctuation make no difference.
+    """
+    plain = [re.sub(r"\W", "", word).lower() or word for word in words]
+    known, is_repeated = set(), np.zeros(len(plain), bool)
+    for first in range(len(plain) - REPEATED_WORDS + 1):
+        run = tuple(plain[first : first + REPEATED_WORDS])
+        is_repeated[first : first + REPEATED_WORDS] |= run in known
+        known.add(run)
+    return is_repeated
 
 
 def token_texts(processor: CogVLM2VideoProcessor, ids: Sequence[int]) -> list[str]:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from capkit import __version__
-from capkit.captioning import Captioner, Decoding, Grounding, ground, load_captioner
+from capkit.captioning import Captioner, Decoding, Grounding, count_supported, ground, load_captioner
 from capkit.cogvlm2 import Prompt
 from capkit.demo.facts import Facts, see
 from capkit.demo.orders import auc, beyond_length, correlate_cells, order_cells, order_within_clips, resample
@@ -142,8 +142,9 @@ def _truths(judged: Sequence[Statement], facts: Facts) -> dict[str, float]:
 
 def _measures(scores: dict[str, Any]) -> dict[str, float]:
     support, logprob = np.array([word[2:] for word in scores["words"]]).T
+    words = [scores["text"][word[0] : word[1]] for word in scores["words"]]
     return {
-        "supported_words": float(np.minimum(support, 1).sum()),
+        "supported_words": count_supported(words, support),
         "support": scores["support"] / scores["num_tokens"],
         "support, a word": scores["support"] / len(support),
         "support, in all": scores["support"],

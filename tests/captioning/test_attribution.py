@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capkit import Caption, Clip, Decoding, Prompt
-from capkit.captioning import GREY, SharedVideo, ground
+from capkit.captioning import GREY, SharedVideo, count_supported, ground
 
 pytestmark = pytest.mark.golden  # caches and masks, on the oldest transformers too
 TEXT = "A red star moves to the left, and then a blue circle appears at second 3."
@@ -85,6 +85,38 @@ def test_the_end_token_belongs_to_no_word(captioner, clip):
     assert grounding.support == pytest.approx(plain.support, abs=4e-4)
     with pytest.raises(ValueError, match="no text to score"):
         ground(captioner, clip, dataclasses.replace(caption, token_ids=[end], text=""))
+
+
+CLAUSE = "a red star moves to the left, then it"  # 9 words
+
+
+@pytest.mark.parametrize(
+    ("text", "num_counted"),
+    [
+        (CLAUSE, 9),
+        (f"{CLAUSE} stops", 10),
+        (" ".join([CLAUSE] * 5), 9),
+        (f"{CLAUSE} {CLAUSE.title()}! {CLAUSE}", 9),  # case and punctuation
+        (f"{CLAUSE} stops. {CLAUSE} stops. {CLAUSE} grows.", 11),
+        (f"{CLAUSE} stops, and {CLAUSE}", 11),
+        ("a red star moves to the left; a red star moves to the left.", 14),  # seven words: people say so
+        ("so " * 30, 1),
+        ("red, blue, " * 10, 2),
+        ("* " * 20 + "-", 2),  # words of punctuation alone
+        ("", 0),
+    ],
+)
+def test_words_of_a_loop_count_once(text, num_counted):
+    """A word counts with its support, at most 1, and not at all where eight in a row have been said before."""
+    words = text.split()
+    assert count_supported(words, np.full(len(words), 3.0)) == num_counted
+    assert count_supported(words, np.full(len(words), -0.5)) == -0.5 * num_counted
+
+
+def test_a_caption_in_a_loop_has_no_more_supported_words(captioner, clip):
+    once, often = ground(captioner, clip, [TEXT, " ".join([TEXT] * 4)], leave_one_out=False)
+    assert len(often.words) == 4 * len(once.words)
+    assert often.supported_words == pytest.approx(once.supported_words, abs=2e-3)
 
 
 def test_without_leaving_frames_out(captioner, clip):
