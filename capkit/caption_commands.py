@@ -37,6 +37,8 @@ def caption(arguments: argparse.Namespace) -> int:
     settings |= {name: getattr(arguments, name) for name in ("batch_size", "timeout_seconds", "retry_errors")}
     check_numbers(arguments.batch_size, arguments.timeout_seconds)
     check_window(arguments.start or 0.0, arguments.end)
+    if arguments.retry_errors and not arguments.output:
+        raise ValueError("--retry-errors: errors are kept in the folder of --output; give that too")
     window = {name: getattr(arguments, name) for name in ("start", "end") if getattr(arguments, name) is not None}
     items = [replace(item, **window) for item in find_clips(_videos(arguments))]
     check_fields(settings["prompt"], items)

@@ -138,6 +138,10 @@ class TestCaption:
             code, printed = main("caption", CLIPS[0], *self.FEW, "--output", tmp_path / "out")
         assert code == 3 and "another run is captioning" in printed.lower() or "is captioning into this" in printed
 
+    def test_retries_need_the_folder_of_the_errors(self, main):
+        code, printed = main("caption", CLIPS[0], *self.FEW, "--retry-errors")
+        assert code == 2 and "--retry-errors" in printed and "--output" in printed
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
