@@ -43,20 +43,13 @@ class TrainingModel(nn.Module):
         model: the model to train.
         is_content: bool (vocabulary,), from `content_tokens`.
         bf16: autocast to bfloat16; the weights stay as they are.
-        has_heads: False for a model that has been trained with heads before: its texts alone are learnt.
     """
 
     weights: torch.Tensor
 
-    def __init__(
-        self,
-        model: CogVLM2VideoForConditionalGeneration,
-        is_content: torch.Tensor,
-        bf16: bool = False,
-        has_heads: bool = True,
-    ):
+    def __init__(self, model: CogVLM2VideoForConditionalGeneration, is_content: torch.Tensor, bf16: bool = False):
         super().__init__()
-        self.model, self.bf16, self.has_heads = model, bf16, has_heads
+        self.model, self.bf16 = model, bf16
         self.register_buffer("weights", torch.where(is_content, 1.0, WORDING_WEIGHT), persistent=False)
         width = model.config.hidden_size
         pair = {"colour": len(COLOURS), "shape": len(SHAPES)}
@@ -94,7 +87,7 @@ class TrainingModel(nn.Module):
                 attention_mask=torch.ones_like(input_ids),
                 position_ids=rotary_position_ids(input_ids, self.model.config.video_token_id),
                 use_cache=False,
-                output_hidden_states=self.has_heads,
+                output_hidden_states=True,
             )
             image = image_mask(input_ids, self.model.config.video_token_id)
             next_ids = F.pad(labels, (0, 1), value=UNKNOWN)[:, 1:]  # each position predicts the next token
@@ -103,8 +96,6 @@ class TrainingModel(nn.Module):
             right, is_content = logits.argmax(-1) == next_ids, self.weights[next_ids] == 1
             counts = {"num_right": (right & is_content).sum(), "num_counted": is_content.sum()}
             loss = F.cross_entropy(logits, next_ids, self.weights)
-            if not self.has_heads:
-                return {"loss": loss, **counts}
             at_cells, at_frames, at_objects = (
                 outputs.hidden_states[layer][image].unflatten(0, video_features.shape[:2])
                 for layer in (CELLS_LAYER, FRAMES_LAYER, OBJECTS_LAYER)

@@ -57,10 +57,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         blocks = [name for name in weights if ".layers." in name or ".linear_proj." in name]
         matrices = {name: weights.pop(name) for name in blocks if weights[name].ndim == 2}
-        self.parts = [
-            Muon(matrices.values(), learning_rate, weight_decay),
-            torch.optim.AdamW(weights.values(), learning_rate, (0.9, 0.98), weight_decay=weight_decay),
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(weights.values(), learning_rate, (0.9, 0.98), weight_decay=weight_decay)
         ]
+        if matrices:
+            self.parts.insert(0, Muon(matrices.values(), learning_rate, weight_decay))
         super().__init__(self._groups(), {})
 
     def _groups(self) -> list[dict[str, Any]]:

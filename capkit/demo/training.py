@@ -51,6 +51,8 @@ INTERVIEWS = 0.4
 """Share of clips with several questions in a row, in the last stage."""
 STEERED = 0.2
 """Share of the other clips, in both stages of texts, with a begun answer or a chain of prompts."""
+HEADS_STEPS, HEADS_LEARNING_RATE = 100, 3e-3
+"""Of new heads on a trained model, before they teach it anything."""
 Data = Frames | Backgrounds | Examples
 
 
@@ -165,7 +167,8 @@ def train(
         seed: of weights and order.
         bf16: autocast to bfloat16, where the processor is faster with it.
         start_from: a checkpoint, as in `load_captioner`, whose weights and tokenizer to begin with. Its vision tower
-            learns new backgrounds only, and with `vision_steps` 0 it stays as it is. It is shown other scenes.
+            learns new backgrounds only, and with `vision_steps` 0 it stays as it is. Then HEADS_STEPS train new heads
+            alone. It is shown other scenes.
 
     Returns:
         The folder of the checkpoint.
@@ -203,8 +206,8 @@ def train(
         tokenizer = train_tokenizer(drawn)
         model = new_model(tokenizer)
         processor = CogVLM2VideoProcessor(tokenizer, IMAGE_SIZE, model.config.tokens_per_frame)
-    # What is trained already needs no heads any more, and its vision tower is not to see anything else in a new way.
-    training = TrainingModel(model, content_tokens(processor.tokenizer), bf16, has_heads=captioner is None)
+    training = TrainingModel(model, content_tokens(processor.tokenizer), bf16)
+    # What is trained already is not to see anything but backgrounds in a new way.
     vision: TrainingModel | AdaptingModel = training if captioner is None else AdaptingModel(model)
 
     def backgrounds() -> tuple[Backgrounds, Backgrounds]:
@@ -215,12 +218,12 @@ def train(
         drawn = draw_clips(seeds(VISION_CLIPS), num_workers=num_workers, any_background=True)
         return Frames(drawn, recoloured=0.75), Frames(held_out)
 
-    def examples(first: int, interviews: float) -> tuple[Examples, Examples]:
+    def examples(first: int, interviews: float, count: int = num_clips) -> tuple[Examples, Examples]:
         grey = _encode(model, [np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), GREY, np.uint8)])[0][0]
         clips, features = [], []
         # In parts, or the pictures would fill the memory.
-        for start in range(first, first + num_clips, CLIPS_AT_A_TIME):
-            part = range(start, min(start + CLIPS_AT_A_TIME, first + num_clips))
+        for start in range(first, first + count, CLIPS_AT_A_TIME):
+            part = range(start, min(start + CLIPS_AT_A_TIME, first + count))
             drawn = draw_clips(part, num_workers=num_workers, any_background=True)
             for clip, encoded in zip(drawn, _encode(model, _frames(drawn)), strict=True):
                 # One clip in ten has two events, and only these teach to look for the second event.
@@ -232,24 +235,30 @@ def train(
             Examples(held_out, _encode(model, _frames(held_out)), processor, interviews=interviews),
         )
 
+    def for_heads() -> tuple[Examples, Examples]:
+        return examples(first_seed, 0.0, min(num_clips, ADAPTING_CLIPS))
+
     def make_interviews() -> tuple[Examples, Examples]:
         return examples(first_seed + num_clips, INTERVIEWS)
 
     make_frames, frames_per_step = (
         (frames, FRAMES_PER_STEP) if captioner is None else (backgrounds, FRAMES_PER_STEP // 2)
     )
+    heads_steps = min(HEADS_STEPS, steps + question_steps) if captioner else 0
     for name, trained, num_steps, num_rows, rate, make_data in (
         ("vision", vision, vision_steps, frames_per_step, vision_learning_rate, make_frames),
+        ("heads", training, heads_steps, batch_size, HEADS_LEARNING_RATE, for_heads),
         ("model", training, steps, batch_size, learning_rate, lambda: examples(first_seed, 0.0)),
         ("questions", training, question_steps, batch_size, learning_rate / 2, make_interviews),
     ):
+        training.requires_grad_(True)
+        model.requires_grad_(name != "heads")
+        model.model.vision.requires_grad_(name == "vision")
         folder, log = output_dir / "trainer" / name, _Log(name, until, output_dir / "history.jsonl")
         if num_steps and not _train_stage(trained, folder, num_steps, num_rows, rate, make_data, seed, log):
             break
-        if name == "vision":
-            if vision_steps and captioner is None:
-                _scale_features(model, held_out)
-            model.model.vision.requires_grad_(False)
+        if name == "vision" and vision_steps and captioner is None:
+            _scale_features(model, held_out)
     model.save_pretrained(output_dir / "checkpoint")
     processor.save_pretrained(output_dir / "checkpoint")
     return output_dir / "checkpoint"
