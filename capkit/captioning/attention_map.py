@@ -45,8 +45,8 @@ class AttentionMap:
 
     A patch is one of the G x G squares of a frame that the language model reads as one position, 8 x 8 in the published
     model. A word's attention is the mean of that of its tokens and of the tokens before each of them, which choose it:
-    together they find known places more often than either. Punctuation does not count. Weights of a word sum to less
-    than 1: the rest of its attention goes to text and to frame numbers.
+    together they find known places about as often as the better of the two. Punctuation does not count. Weights of a
+    word sum to less than 1: the rest of its attention goes to text and to frame numbers.
 
     Attributes:
         token_ids: the N tokens; those after the answer prefix.

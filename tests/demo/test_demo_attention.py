@@ -107,5 +107,7 @@ def test_what_is_said_of_accuracy_holds_for_the_figures_beside_it():
     assert thing.pop("words") >= 200 and results["scenes"] >= 100 and event.pop("words") >= 100
     thing, event = ({name: share for name, (share, *_) in shares.items()} for shares in (thing, event))
     assert thing["attention"] >= 0.85 and event["attention"] >= 0.8 and results["times_scoring"] <= 2
-    assert max(thing.values()) == thing["attention"] and max(event.values()) == event["attention"]
+    for shares in (thing, event):  # "about as often as the better of the two", and better than leaving frames out
+        assert shares["attention"] >= max(shares.values()) - 0.02
+        assert shares["attention"] > max(shares["chance"], shares.get("leaving frames out", 0)) + 0.1
     assert results["looked_at"]["on objects"] > 5 * results["looked_at"]["elsewhere"]
